@@ -1,0 +1,236 @@
+"""Settings of a run: the sections of ``params.yaml``, and at the same time the parameters of the Prefect flows.
+
+A run is described by a recipe (``fuselip_core/recipes/<name>.yaml``), corrected by a settings file (``params.yaml``)
+and, last, by single overrides from the command line. Every value is checked here, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fuselip_core.errors import FuselipError
+
+RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+Size = Literal["tiny", "small", "base", "large"]
+Family = Literal["fuselip", "siglip-sf", "siglip-mlf"]
+SourceName = Literal["phantom", "rocov2", "vqa-rad"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class SettingsError(FuselipError):
+    """A recipe, a settings file or an override is wrong; the message says where and what to do."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown names are errors, values are fixed after the check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PrepareSettings(Section):
+    """Raw data set → Parquet shards and a manifest."""
+
+    source: SourceName = Field("phantom", description="Kind of data set found under `root`.")
+    root: Path = Field(Path("data"), description="Folder of the raw data set, relative to the repository.")
+    rows_per_shard: int = Field(2048, ge=1, description="Images in one Parquet shard.")
+    workers: int = Field(2, ge=1, le=256, description="Processes that check images.")
+    max_megapixels: float = Field(120.0, gt=0, description="Larger images are set aside, in megapixels.")
+    min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are set aside.")
+    limit: int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
+    seed: int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
+
+
+class ModelSettings(Section):
+    """Which encoder is trained; dimensions come from the size's preset unless given here."""
+
+    family: Family = Field("fuselip", description="Early fusion, or one of the late-fusion baselines.")
+    size: Size = Field("tiny", description="Preset of widths and depths.")
+    context_length: int | None = Field(None, ge=8, le=1024, description="Tokens a sequence; the preset's if empty.")
+    mask_token: bool = Field(True, description="Reserve a mask token (moves every joint image id by one).")
+    end_of_image: bool = Field(False, description="Put an end-of-image token after the image codes.")
+
+
+class CodebookSettings(Section):
+    """The image tokenizer: trained from scratch, fine-tuned from a published one, or taken as it is."""
+
+    init: str | None = Field(None, description="Folder or hub id of a tokenizer to start from; from scratch if empty.")
+    steps: int = Field(600, ge=0, description="Optimiser steps; 0 takes the tokenizer of `init` as it is.")
+    batch_size: int = Field(64, ge=1, description="Images a step.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(1e-4, ge=0, description="On matrices only.")
+    warmup_share: Share = Field(0.05, description="Share of the steps over which the learning rate rises.")
+    continuous_share: Share = Field(
+        0.3, description="Share of the steps trained without quantisation before k-means places the codes."
+    )
+    commitment_weight: float = Field(0.25, ge=0, description="Pulls latents towards their code.")
+    codebook_weight: float = Field(1.0, ge=0, description="Pulls codes towards their latents.")
+    gradient_weight: float = Field(0.5, ge=0, description="L1 on image gradients, keeps edges sharp; 0 turns it off.")
+    perceptual_weight: float = Field(0.0, ge=0, description="Distance of features of the late-fusion image tower.")
+    revive_every: int = Field(50, ge=0, description="Steps between replacements of unused codes; 0 never.")
+    seed: int = Field(0, ge=0, description="Seed of weights, order and crops.")
+
+
+class TokenizeSettings(Section):
+    """Images → codes, once."""
+
+    views: int = Field(1, ge=1, le=64, description="Views an image: the evaluation view, then random crops.")
+    crop_scale: tuple[float, float] = Field((0.8, 1.0), description="Area of a random crop, share of the image.")
+    batch_size: int = Field(64, ge=1, description="Images a forward pass.")
+    rows_per_shard: int = Field(4096, ge=1, description="Images tokenized between two points of resumption.")
+    seed: int = Field(0, ge=0, description="Seed of the random crops.")
+
+
+class TrainSettings(Section):
+    """The joint encoder's training."""
+
+    init: str | None = Field(None, description="Folder or hub id of a checkpoint to start from; random if empty.")
+    steps: int = Field(500, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(128, ge=2, description="Pairs a step.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.2, ge=0, description="On matrices only.")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of first and second moments.")
+    warmup_share: Share = Field(0.1, description="Share of the steps over which the learning rate rises.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    mask_probability: Share = Field(0.1, description="Share of tokens hidden for masked multimodal modelling.")
+    mask_weight: float = Field(0.25, ge=0, description="Weight of the masked-token loss; 0 turns it off.")
+    mixture: dict[str, float] = Field(
+        {"caption": 1.0}, description="Weight of each kind of pair in a batch (caption, vqa, ...)."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA.")
+    validate_every: int = Field(100, ge=1, description="Steps between looks at the validation split.")
+    checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
+    checkpoint_minutes: float = Field(10.0, gt=0, description="Minutes between checkpoints, whichever is first.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept on disk.")
+    seed: int = Field(0, ge=0, description="Seed of weights, order and masks.")
+
+    @model_validator(mode="after")
+    def _mixture_has_weight(self) -> TrainSettings:
+        if not self.mixture or min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0:
+            raise ValueError("mixture needs at least one kind with a positive weight and none below zero")
+        return self
+
+
+class EvaluateSettings(Section):
+    """Measures on a held-out split."""
+
+    split: Literal["valid", "test"] = Field("test", description="Split that is measured.")
+    batch_size: int = Field(128, ge=1, description="Sequences a forward pass.")
+    examples: int = Field(12, ge=0, description="Examples shown in the report.")
+    seed: int = Field(0, ge=0, description="Seed of shuffled controls.")
+
+
+class Gate(Section):
+    """A condition on one metric that must hold before the alias moves."""
+
+    metric: str = Field(description="Name in metrics.json.")
+    at_least: float = Field(description="Smallest value that passes.")
+
+
+class RegisterSettings(Section):
+    """MLflow's model registry."""
+
+    name: str = Field("fuselip-sample", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model.")
+    alias: str = Field("champion", pattern=r"^[a-z][a-z0-9_-]*$", description="Alias moved when every gate passes.")
+    gates: tuple[Gate, ...] = Field((), description="All must pass, or the version is registered without the alias.")
+
+
+class Settings(BaseModel):
+    """One run, whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str = Field("sample", description="Recipe that this run starts from.")
+    artifacts: Path = Field(Path("artifacts"), description="Folder of every stage's output.")
+    prepare: PrepareSettings = PrepareSettings()
+    model: ModelSettings = ModelSettings()
+    codebook: CodebookSettings = CodebookSettings()
+    tokenize: TokenizeSettings = TokenizeSettings()
+    train: TrainSettings = TrainSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    register_: RegisterSettings = Field(RegisterSettings(), alias="register")
+
+
+SECTIONS = ("prepare", "model", "codebook", "tokenize", "train", "evaluate", "register")
+# Keys of params.yaml that steer DVC's templates and are no settings of the run.
+TEMPLATE_KEYS = ("settings", "repository")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+
+
+def load_settings(path: Path | None = None, overrides: Sequence[str] = (), recipe: str | None = None) -> Settings:
+    """Recipe, corrected by the settings file at `path`, corrected by `overrides` such as ``train.steps=100``.
+
+    Raises SettingsError naming the file, the field and what is allowed.
+    """
+    corrections = _read_yaml(path) if path else {}
+    for key in TEMPLATE_KEYS:
+        corrections.pop(key, None)
+    name = recipe or corrections.get("recipe", "sample")
+    values = _merge(read_recipe(name), corrections)
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    values["recipe"] = name
+    return check_settings(values, origin=str(path or f"recipe {name}"))
+
+
+def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
+    """Settings from a nested mapping; raises SettingsError that lists every wrong field."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise SettingsError(f"{origin}: {'; '.join(lines)}") from error
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The nested mapping of a recipe; raises SettingsError for an unknown name."""
+    path = RECIPE_FOLDER / f"{name}.yaml"
+    if path.parent != RECIPE_FOLDER or not path.is_file():
+        raise SettingsError(f"unknown recipe '{name}'; there are: {', '.join(recipe_names())}")
+    return _read_yaml(path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(f"no settings file at {path}; give another with --settings") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} must hold a mapping of sections")
+    return content
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """``train.steps=100`` → {"train": {"steps": 100}}; the value is read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise SettingsError(f"'{text}' is no override; write it as section.field=value, for example train.steps=100")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"the value of '{text}' is no valid YAML") from error
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of mappings; anything else in `top` replaces what is in `base`."""
+    merged = dict(base)
+    for key, value in top.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "mixture":
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
