@@ -1,0 +1,53 @@
+"""The pre-norm transformer block that image tokenizer and joint encoder share.
+
+Parameter names are those of the published checkpoints. Legend: B sequences, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is no multiple of the number of heads {heads}")
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(nn.Linear(width, 3 * width).weight.detach()))
+        self.in_proj_bias = nn.Parameter(nn.init.zeros_(nn.Linear(width, 3 * width).bias.detach()))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D). `mask` is boolean, broadcastable to (B, heads, L, L), true where a key is seen."""
+        batch, length, width = x.shape
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        shape = (batch, length, self.heads, width // self.heads)
+        query, key, value = (part.view(shape).transpose(1, 2) for part in projected.chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class ResidualBlock(nn.Module):
+    """Attention and a two-layer perceptron with GELU, each behind a layer norm and beside a residual path."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width))
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D); `mask` as in Attention."""
+        x = x + self.attn(self.ln_1(x), mask)
+        return x + self.mlp(self.ln_2(x))
