@@ -1,0 +1,275 @@
+"""Images as raw codes and texts as ids, made once and read by memory map: (N, views, K) uint16, 256 bytes a view.
+
+Legend: B pairs of a batch, N images, V views, K codes an image, T unique texts, P pairs, L longest text of the batch.
+
+Codes are the image tokenizer's own indices, never joint ids: turning the mask token on moves every joint id by one.
+A store is a folder with ``manifest.json`` and one folder a split, written by ``token_writer.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fuselip_core.errors import FuselipError
+
+ABSENT = -1  # row index of a side that has no image, or no text
+ANSWER_TYPES = ("", "closed", "open")  # index = code in the answer_type column
+# Mapped pages are handed back after this many gathers, or a long run would count the whole store as its own memory.
+GATHERS_BETWEEN_RELEASES = 512
+MANIFEST = "manifest.json"
+
+Array = npt.NDArray[Any]
+SideName = Literal["query", "target"]
+
+
+@dataclass(frozen=True)
+class SideTokens:
+    """One side of B pairs. Codes of a side without image are 0; texts are padded with 0 to the batch's longest.
+
+    codes (B, K) uint16, has_image (B) bool, text_ids (B, L) uint16 without begin and end, text_lengths (B) int32.
+    """
+
+    codes: Array
+    has_image: Array
+    text_ids: Array
+    text_lengths: Array
+
+    def __len__(self) -> int:
+        return len(self.has_image)
+
+    def part(self, rows: slice | Array) -> SideTokens:
+        """The chosen rows, with the padding cut back to their own longest text."""
+        lengths = self.text_lengths[rows]
+        longest = int(lengths.max(initial=0))
+        return SideTokens(self.codes[rows], self.has_image[rows], self.text_ids[rows, :longest], lengths)
+
+    def without_image(self) -> SideTokens:
+        """Only the text of every row."""
+        return replace(self, codes=np.zeros_like(self.codes), has_image=np.zeros_like(self.has_image))
+
+    def without_text(self) -> SideTokens:
+        """Only the image of every row (the model reads an empty text behind it)."""
+        return replace(self, text_ids=self.text_ids[:, :0], text_lengths=np.zeros_like(self.text_lengths))
+
+    def with_codes(self, codes: Array) -> SideTokens:
+        """Other codes, (B, K) or (K) uint16 for all rows, in place of the image's own."""
+        return replace(self, codes=np.broadcast_to(codes, self.codes.shape))
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Row indices of P pairs; ABSENT where a side lacks the part.
+
+    query_image, query_text, target_image, target_text, group: (P) int32; kind, answer_type: (P) uint8.
+    """
+
+    query_image: Array
+    query_text: Array
+    target_image: Array
+    target_text: Array
+    kind: Array
+    group: Array
+    answer_type: Array
+
+
+DTYPES = {field.name: np.dtype(np.int32) for field in fields(PairColumns)} | {
+    "kind": np.dtype(np.uint8),
+    "answer_type": np.dtype(np.uint8),
+}
+
+
+class TokenStore:
+    """One finished split, read-only: opening reads headers only, whatever the size.
+
+    codes (N, V, K) uint16, texts (sum of lengths) uint16, text_offsets (T + 1) int64, blank (K) uint16 (codes of a
+    black image), the columns of PairColumns, kinds: names of the kind codes, manifest: the store's manifest.
+    Raises FuselipError where the store is missing, unfinished, or of another run than its manifest.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(self.folder)
+        self.kinds: tuple[str, ...] = tuple(self.manifest["kinds"])
+        place = self.folder / split
+        if not (place / "split.json").is_file():
+            raise FuselipError(f"{folder} has no split '{split}'; run the tokenize stage on data that has one")
+        _check_split(place, self.manifest)
+        self._maps: list[mmap.mmap] = []
+        self._gathers = 0
+        self._strings: pa.ChunkedArray | None = None
+        self.codes = self._map(place / "codes.npy")
+        self.texts = self._map(place / "texts.npy")
+        self.text_offsets = self._map(place / "text_offsets.npy")
+        self.blank = np.load(place / "blank.npy")
+        self.pairs = PairColumns(**{name: self._map(place / f"{name}.npy") for name in DTYPES})
+
+    def __len__(self) -> int:
+        return len(self.pairs.kind)
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return int(self.codes.shape[0])
+
+    @property
+    def views(self) -> int:
+        """Views of an image; view 0 is the one for evaluation."""
+        return int(self.codes.shape[1])
+
+    @property
+    def codes_per_image(self) -> int:
+        """Codes of one view."""
+        return int(self.codes.shape[2])
+
+    def rows_of(self, kind: str) -> Array:
+        """Pair rows (P of the kind) uint32, ascending; raises FuselipError naming the kinds there are."""
+        rows = np.zeros(0, np.uint32)
+        if kind in self.kinds:
+            rows = np.flatnonzero(self.pairs.kind == self.kinds.index(kind)).astype(np.uint32)
+        if not len(rows):
+            counts = np.bincount(self.pairs.kind, minlength=len(self.kinds))
+            there = [f"{name} ({count})" for name, count in zip(self.kinds, counts, strict=True) if count]
+            raise FuselipError(
+                f"no pairs of kind '{kind}' in split '{self.split}' of {self.folder}; "
+                f"there are: {', '.join(there) or 'none at all'}"
+            )
+        return rows
+
+    def texts_of(self, rows: Iterable[int]) -> list[str]:
+        """Strings of text rows; "" for ABSENT."""
+        if self._strings is None:
+            with pa.memory_map(str(self.folder / self.split / "texts.arrow")) as source:
+                self._strings = pa.ipc.open_file(source).read_all().column("text")
+        wanted = pa.array([None if row < 0 else int(row) for row in rows], pa.int64())
+        return [text or "" for text in self._strings.take(wanted).to_pylist()]
+
+    def release(self) -> None:
+        """Hands mapped pages back to the system, which keeps them cached as long as it has room."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def count_gather(self) -> None:
+        """Called by every gather, so that mapped pages are released now and then."""
+        self._gathers += 1
+        if self._gathers % GATHERS_BETWEEN_RELEASES == 0:
+            self.release()
+
+    def _map(self, path: Path) -> Array:
+        try:
+            with path.open("rb") as stream:
+                shape, dtype, offset = read_npy_header(stream)
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            array: Array = np.ndarray(shape, dtype, buffer=mapped, offset=offset)
+        except (OSError, ValueError, TypeError) as error:
+            raise FuselipError(f"{path} is damaged ({error}); delete {self.folder} and tokenize again") from error
+        self._maps.append(mapped)
+        return array
+
+
+def gather(
+    store: TokenStore, pair_rows: Array, side: SideName, view_rng: np.random.Generator | None = None
+) -> SideTokens:
+    """One side of the pairs `pair_rows` (B), any integer dtype, without Python work for single pairs.
+
+    Images come in view 0, or with `view_rng` each in a view drawn uniformly from all.
+    """
+    columns = store.pairs
+    images = (columns.query_image if side == "query" else columns.target_image)[pair_rows]
+    texts = (columns.query_text if side == "query" else columns.target_text)[pair_rows]
+    store.count_gather()
+    views = 0 if view_rng is None else view_rng.integers(0, store.views, len(images))
+    codes, has_image = gather_codes(store, images, views)
+    text_ids, text_lengths = gather_texts(store, texts)
+    return SideTokens(codes, has_image, text_ids, text_lengths)
+
+
+def gather_codes(store: TokenStore, images: Array, views: Array | int = 0) -> tuple[Array, Array]:
+    """Image rows (B), ABSENT allowed → codes (B, K) uint16 (0 where absent), has_image (B) bool."""
+    has_image = images >= 0
+    if not has_image.any():
+        return np.zeros((len(images), store.codes_per_image), np.uint16), has_image
+    codes = store.codes[np.maximum(images, 0), views]
+    if not has_image.all():
+        codes[~has_image] = 0
+    return codes, has_image
+
+
+def gather_texts(store: TokenStore, rows: Array) -> tuple[Array, Array]:
+    """Text rows (B), ABSENT allowed → ids (B, L) uint16, padded with 0, and their lengths (B) int32."""
+    has_text = rows >= 0
+    if not has_text.any():
+        return np.zeros((len(rows), 0), np.uint16), np.zeros(len(rows), np.int32)
+    present = np.maximum(rows, 0).astype(np.int64)
+    starts = store.text_offsets[present]
+    lengths = np.where(has_text, store.text_offsets[present + 1] - starts, 0)
+    places = np.arange(int(lengths.max()))
+    inside = places < lengths[:, None]
+    ids = np.zeros(inside.shape, np.uint16)
+    ids[inside] = store.texts[(starts[:, None] + places)[inside]]
+    return ids, lengths.astype(np.int32)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store; raises FuselipError where there is none."""
+    manifest = read_json_or_none(Path(folder) / MANIFEST)
+    if not isinstance(manifest, dict) or "kinds" not in manifest:
+        raise FuselipError(f"{folder} holds no finished token store; run the tokenize stage first")
+    return manifest
+
+
+def check_manifest(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest, if it has every value of `expected` (codebook, data_version, preprocessing, views, ...).
+
+    Raises FuselipError that names each value that differs: codes of another tokenizer or other images must not train.
+    """
+    manifest = read_manifest(folder)
+    missing = object()
+    wrong = [
+        f"{name} is {manifest.get(name)!r} but this run needs {value!r}"
+        for name, value in plain_json(expected).items()
+        if manifest.get(name, missing) != value
+    ]
+    if wrong:
+        raise FuselipError(f"the token store {folder} is of another run: {'; '.join(wrong)}; tokenize again")
+    return manifest
+
+
+def plain_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` as it reads after a round trip through JSON: tuples as lists, paths as strings."""
+    plain: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return plain
+
+
+def _check_split(place: Path, manifest: Mapping[str, Any]) -> None:
+    """A split that was tokenized again while the manifest is still the old one must not pass for finished."""
+    identity = read_json_or_none(place / "split.json")["identity"]
+    other = [name for name, value in identity.items() if manifest.get(name) != value]
+    if other:
+        raise FuselipError(
+            f"{place} and {place.parent / MANIFEST} differ in {', '.join(other)}: "
+            "tokenizing was cut off; run the tokenize stage again"
+        )
+
+
+def read_npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    np.lib.format.read_magic(stream)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran_order:
+        raise ValueError("columns must be stored row by row")
+    return shape, dtype, stream.tell()
+
+
+def read_json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
