@@ -6,12 +6,14 @@ and, last, by single overrides from the command line. Every value is checked her
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from fuselip_core.errors import FuselipError
 
@@ -25,6 +27,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 class SettingsError(FuselipError):
     """A recipe, a settings file or an override is wrong; the message says where and what to do."""
+
+    exit_code = 2
 
 
 class Section(BaseModel):
@@ -157,6 +161,7 @@ class Settings(BaseModel):
 
 
 SECTIONS = ("prepare", "model", "codebook", "tokenize", "train", "evaluate", "register")
+_SECTION_FIELDS = {"register_" if name == "register" else name for name in SECTIONS}
 # Keys of params.yaml that steer DVC's templates and are no settings of the run.
 TEMPLATE_KEYS = ("settings", "repository")
 
@@ -166,20 +171,29 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
-def load_settings(path: Path | None = None, overrides: Sequence[str] = (), recipe: str | None = None) -> Settings:
+def load_settings(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    recipe: str | None = None,
+    artifacts: Path | None = None,
+) -> Settings:
     """Recipe, corrected by the settings file at `path`, corrected by `overrides` such as ``train.steps=100``.
 
-    Raises SettingsError naming the file, the field and what is allowed.
+    `recipe` and `artifacts` replace the file's. Raises SettingsError naming the file, the field and what is allowed.
     """
-    corrections = _read_yaml(path) if path else {}
-    for key in TEMPLATE_KEYS:
-        corrections.pop(key, None)
-    name = recipe or corrections.get("recipe", "sample")
-    values = _merge(read_recipe(name), corrections)
-    for override in overrides:
-        values = _merge(values, _parse_override(override))
+    corrections = read_corrections(path) if path else {}
+    name = str(recipe or corrections.get("recipe", "sample"))
+    values = merge(read_recipe(name), merge(corrections, parse_overrides(overrides)))
     values["recipe"] = name
+    if artifacts:
+        values["artifacts"] = artifacts
     return check_settings(values, origin=str(path or f"recipe {name}"))
+
+
+def read_corrections(path: Path) -> dict[str, Any]:
+    """What a settings file such as params.yaml says about the run, without the keys that steer DVC's templates."""
+    content = _read_yaml(path)
+    return {key: {} if value is None else value for key, value in content.items() if key not in TEMPLATE_KEYS}
 
 
 def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
@@ -187,8 +201,35 @@ def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        lines = [_complaint(item) for item in error.errors(include_url=False)]
         raise SettingsError(f"{origin}: {'; '.join(lines)}") from error
+
+
+def describe_settings(settings: Settings) -> str:
+    """Every field with its value and, as a comment, its meaning: valid YAML."""
+    lines = [f"recipe: {settings.recipe}"]
+    for section, values in settings.model_dump(mode="json", by_alias=True, include=_SECTION_FIELDS).items():
+        fields = _section_class(section).model_fields
+        lines.append(f"{section}:")
+        for name, value in values.items():
+            text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            lines.append(f"  {name}: {text}  # {fields[name].description}")
+    return "\n".join(lines)
+
+
+def _complaint(item: ErrorDetails) -> str:
+    place = ".".join(map(str, item["loc"]))
+    if item["type"] != "extra_forbidden":
+        return f"{place}: {item['msg']}, not {item['input']!r}"
+    known = list(_section_class(str(item["loc"][0])).model_fields) if len(item["loc"]) > 1 else list(SECTIONS)
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    return f"{place}: there is no such field; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+
+
+def _section_class(name: str) -> type[BaseModel]:
+    field = Settings.model_fields["register_" if name == "register" else name].annotation
+    assert isinstance(field, type) and issubclass(field, BaseModel)
+    return field
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -211,6 +252,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``["train.steps=100"]`` → {"train": {"steps": 100}}; raises SettingsError for one that can't be read."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        values = merge(values, _parse_override(override))
+    return values
+
+
 def _parse_override(text: str) -> dict[str, Any]:
     """``train.steps=100`` → {"train": {"steps": 100}}; the value is read as YAML."""
     key, separator, value = text.partition("=")
@@ -225,12 +274,12 @@ def _parse_override(text: str) -> dict[str, Any]:
     return dict(nested)
 
 
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     """Deep merge of mappings; anything else in `top` replaces what is in `base`."""
     merged = dict(base)
     for key, value in top.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "mixture":
-            merged[key] = _merge(merged[key], value)
+            merged[key] = merge(merged[key], value)
         else:
             merged[key] = value
     return merged

@@ -1,0 +1,179 @@
+"""MLflow's model registry: every trained encoder becomes a version; the alias moves only if its gates pass.
+
+Names and policy stand in mlflow/README.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fuselip_core.config import Gate, Settings
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import sha256_of
+from fuselip_core.tracking import experiment_id, mlflow_client, run_of, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
+
+PACKAGE = Path(__file__).parent
+# What serving.py and the modules behind it import; stated, since letting MLflow infer it takes long and misses some.
+REQUIREMENTS = (
+    "numpy",
+    "open-clip-torch",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "safetensors",
+    "torch",
+    "torchvision",
+    "transformers",
+)
+# Always the newest version, whether it passed or not; MLflow keeps the word "latest" for itself.
+NEWEST_ALIAS = "candidate"
+
+logger = logging.getLogger("fuselip")
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """How one gate went; `value` is None if the metric is missing."""
+
+    metric: str
+    at_least: float
+    value: float | None
+    passed: bool
+
+
+def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> list[GateResult]:
+    """One result a gate, in order; a missing or undefined metric does not pass."""
+    results = []
+    for gate in gates:
+        value = metrics.get(gate.metric)
+        passed = value is not None and not math.isnan(value) and value >= gate.at_least
+        results.append(GateResult(gate.metric, gate.at_least, value, passed))
+    return results
+
+
+def register_model(settings: Settings, model: Path, metrics: Mapping[str, float], width: int) -> dict[str, Any]:
+    """Makes a version of the encoder saved in folder `model` and moves the alias if all gates pass.
+
+    `width` is the embedding's D. Returns what registered.json holds: name, version, alias (None if it stays where it
+    was), gates, run_id, model_uri, tracking_uri. The same model with the same metrics is no second version.
+    """
+    if not model.is_dir():
+        raise FuselipError(f"no trained model in {model}; run the train stage first")
+    name, uri = settings.register_.name, tracking_uri()
+    client = mlflow_client(uri)
+    fingerprint = _fingerprint(model, metrics)
+    found = _version_of(client, name, fingerprint)
+    if found is None:
+        found = _log_version(client, settings, model, metrics, width)
+        client.set_model_version_tag(name, found.version, "fingerprint", fingerprint)
+    gates = check_gates(settings.register_.gates, metrics)
+    passed = all(gate.passed for gate in gates)
+    client.set_registered_model_alias(name, NEWEST_ALIAS, found.version)
+    client.set_model_version_tag(name, found.version, "gates", "passed" if passed else "failed")
+    if passed:
+        client.set_registered_model_alias(name, settings.register_.alias, found.version)
+    else:
+        missed = ", ".join(f"{gate.metric} {gate.value} < {gate.at_least}" for gate in gates if not gate.passed)
+        logger.warning("the alias %s stays where it is: %s", settings.register_.alias, missed)
+    return {
+        "name": name,
+        "version": int(found.version),
+        "alias": settings.register_.alias if passed else None,
+        "gates": [asdict(gate) for gate in gates],
+        "run_id": found.run_id,
+        "model_uri": f"models:/{name}/{found.version}",
+        "tracking_uri": uri,
+    }
+
+
+def is_registered(registered: Mapping[str, Any]) -> bool:
+    """Whether the version that a registered.json names is still in the registry it names."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = mlflow_client(tracking_uri())
+        client.get_model_version(str(registered["name"]), str(registered["version"]))
+    except (MlflowException, KeyError):
+        return False
+    return True
+
+
+def _log_version(
+    client: MlflowClient, settings: Settings, model: Path, metrics: Mapping[str, float], width: int
+) -> ModelVersion:
+    import mlflow
+
+    run_id = _run_for(client, settings)
+    mlflow.set_tracking_uri(tracking_uri())
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(PACKAGE / "serving.py"),
+            artifacts={"model": str(model)},
+            code_paths=[str(PACKAGE)],
+            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+            signature=_signature(width),
+            registered_model_name=settings.register_.name,
+            metadata={"recipe": settings.recipe, "family": settings.model.family, "size": settings.model.size},
+        )
+    found = client.get_model_version(settings.register_.name, str(logged.registered_model_version))
+    for key, value in {**run_of(settings.artifacts).get("tags", {}), **_short(metrics)}.items():
+        client.set_model_version_tag(found.name, found.version, key, str(value))
+    return found
+
+
+def _run_for(client: MlflowClient, settings: Settings) -> str:
+    """The run that trained the model, or a new one where it was trained out of this server's sight."""
+    from mlflow.exceptions import MlflowException
+
+    known = run_of(settings.artifacts)
+    if known.get("mlflow_uri") == tracking_uri():
+        try:
+            return str(client.get_run(known["mlflow_run_id"]).info.run_id)
+        except MlflowException:
+            logger.info("the run that trained this model is not on %s; a new one is made", tracking_uri())
+    experiment = experiment_id(client, f"fuselip-{settings.recipe}", tracking_uri())
+    return str(client.create_run(experiment, run_name=f"register-{settings.model.size}").info.run_id)
+
+
+def _signature(width: int) -> ModelSignature:
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, name, required=False) for name in ("image", "text")]
+    # No name: a single unnamed tensor is what an array is checked against.
+    embedding = TensorSpec(np.dtype(np.float32), (-1, width))
+    return ModelSignature(inputs=Schema(columns), outputs=Schema([embedding]))
+
+
+def _fingerprint(model: Path, metrics: Mapping[str, float]) -> str:
+    """Hash of the model's files and its metrics."""
+    digest = hashlib.sha256(repr(sorted(metrics.items())).encode())
+    for file in sorted(path for path in model.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(model)}:{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _version_of(client: MlflowClient, name: str, fingerprint: str) -> ModelVersion | None:
+    found = client.search_model_versions(f"name = '{name}' and tags.fingerprint = '{fingerprint}'")
+    return found[0] if found else None
+
+
+def _short(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {name: f"{value:.4g}" for name, value in metrics.items() if name.endswith(("recall_at_1", "fused/accuracy"))}

@@ -1,0 +1,153 @@
+"""A run's events as JSON lines on disk, and how services follow them. The disk comes first: see tracking.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fuselip_core.files import write_json
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Event = dict[str, Any]
+
+SEND_EVERY_SECONDS = 10.0
+SEND_EVERY_EVENTS = 200
+RETRY_AFTER_SECONDS = 60.0
+
+logger = logging.getLogger("fuselip")
+
+
+class Tracker(Protocol):
+    """What the stages see."""
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Settings of the run; nested mappings become dotted names."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Numbers at a step; call with many values at once rather than often."""
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file or folder to keep with the run, below `folder` there."""
+
+
+class Service(Protocol):
+    """A tracking service that follows the events on disk."""
+
+    name: str
+
+    def send(self, run: dict[str, Any], events: list[Event]) -> None:
+        """Delivers `events` in order; may add ids to `run`, which is kept on disk. Raises whatever goes wrong."""
+
+
+class EventLog:
+    """Tracker that appends to a run's events.jsonl and lets services follow.
+
+    Files in `folder`: events.jsonl, and run.json with the run's name, tags, ids and, per service, the bytes delivered.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any], services: list[Service]) -> None:
+        self.folder = folder
+        self.run: dict[str, Any] = {"sent": {}, **run, "folder": str(folder.resolve())}
+        self._services = services
+        self._unsent = 0
+        self._last_sent = time.monotonic()
+        self._paused_until = dict.fromkeys((service.name for service in services), 0.0)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stream = (folder / "events.jsonl").open("a", encoding="utf-8")
+        self._keep_run()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        self._append({"type": "params", "values": dict(_flat(values))})
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        self._append({"type": "metrics", "values": numbers, "step": step, "time": int(time.time() * 1000)})
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        self._append({"type": "artifact", "path": str(Path(path).resolve()), "folder": folder})
+
+    def end(self, status: Status = "FINISHED") -> None:
+        """Notes how the run ended and sends what is left."""
+        self._append({"type": "end", "status": status, "time": int(time.time() * 1000)})
+        self.flush(force=True)
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.close()
+
+    def flush(self, force: bool = False) -> bool:
+        """Lets every service catch up, and says whether all have; one that failed lately waits, unless `force`."""
+        self._unsent, self._last_sent = 0, time.monotonic()
+        due = [service for service in self._services if force or time.monotonic() >= self._paused_until[service.name]]
+        delivered = [self._deliver(service) for service in due]
+        return all(delivered) and len(due) == len(self._services)
+
+    def _append(self, event: Event) -> None:
+        self._stream.write(json.dumps(event) + "\n")
+        self._stream.flush()
+        self._unsent += 1
+        if self._unsent >= SEND_EVERY_EVENTS or time.monotonic() - self._last_sent >= SEND_EVERY_SECONDS:
+            self.flush()
+
+    def _deliver(self, service: Service) -> bool:
+        events, end = read_events(self.folder / "events.jsonl", self.run["sent"].get(service.name, 0))
+        if not events:
+            return True
+        try:
+            service.send(self.run, events)
+        # A service may fail in any way it likes: the run on disk is complete and goes on.
+        except Exception as error:
+            self._note_failure(service, error)
+            return False
+        else:
+            self.run["sent"][service.name] = end
+            self._paused_until[service.name] = 0.0
+            return True
+        finally:
+            self._keep_run()
+
+    def _note_failure(self, service: Service, error: Exception) -> None:
+        logger.debug("%s failed", service.name, exc_info=True)
+        if self._paused_until[service.name] == 0.0:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            logger.warning(
+                "%s does not answer (%s); the run goes on, %s keeps what it misses and `fuselip sync` sends it later",
+                service.name,
+                reason,
+                self.folder,
+            )
+        self._paused_until[service.name] = time.monotonic() + RETRY_AFTER_SECONDS
+
+    def _keep_run(self) -> None:
+        write_json(self.folder / "run.json", self.run)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_events(path: Path, start: int) -> tuple[list[Event], int]:
+    """Whole lines from byte `start` on, and the byte after the last of them."""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        block = stream.read()
+    whole = block[: block.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
