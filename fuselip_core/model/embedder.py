@@ -1,0 +1,123 @@
+"""Embeddings of whatever a user has: pictures, files, texts, or pictures with texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fuselip_core.errors import FuselipError
+from fuselip_core.model.hub import Model, load_pretrained
+from fuselip_core.model.processing import FuseLIPProcessor
+from fuselip_core.progress import track
+
+Picture = Image.Image | str | Path
+
+
+class Embedder:
+    """A model and its processor behind one call, for both families."""
+
+    def __init__(self, model: Model, processor: FuseLIPProcessor) -> None:
+        self.model, self.processor = model.eval(), processor
+        self._to_pixels, self._to_ids = processor.image_processor, processor.text_tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str | torch.device | None = None) -> Embedder:
+        """Loads a folder or hub id; `device` None takes a GPU if there is one."""
+        return cls(*load_pretrained(name, device))
+
+    @torch.inference_mode()
+    def embed(
+        self,
+        images: Sequence[Picture | None] | None = None,
+        texts: Sequence[str | None] | None = None,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Rows of pictures (Pillow images or paths), texts or both → unit-norm embeddings (N, W) float32.
+
+        A row may lack its image or its text (None), not both. Rows of one kind run together, `batch_size` at a time.
+        Raises FuselipError that names the row where something is missing or unreadable.
+        """
+        if batch_size < 1:
+            raise FuselipError(f"batch_size is {batch_size}; it must be at least 1")
+        pictures, strings = _aligned(images, texts)
+        batches = [
+            rows[start : start + batch_size]
+            for rows in _rows_by_kind(pictures, strings)
+            for start in range(0, len(rows), batch_size)
+        ]
+        result = np.zeros((len(pictures), self.width), dtype=np.float32)
+        for rows in track(batches, "embed") if progress else batches:
+            result[rows] = self._embed_kind([pictures[row] for row in rows], [strings[row] for row in rows], rows)
+        return result
+
+    @property
+    def width(self) -> int:
+        """W, the width of an embedding."""
+        config = self.model.config
+        return int(getattr(config, "embed_dim", None) or config.width)
+
+    def _embed_kind(
+        self, pictures: list[Picture | None], strings: list[str | None], rows: list[int]
+    ) -> NDArray[np.float32]:
+        """Rows that all have, or all lack, an image and a text."""
+        pixels = ids = None
+        device = self.model.device
+        if pictures[0] is not None:
+            pixels = torch.stack([self._pixels(picture, row) for picture, row in zip(pictures, rows, strict=True)])
+            pixels = pixels.to(device)
+        if strings[0] is not None:
+            ids = self._to_ids([text for text in strings if text is not None]).to(device)
+        if pixels is not None and ids is not None:
+            embeddings = self.model.encode_multimodal(pixels, ids)
+        elif pixels is not None:
+            embeddings = self.model.encode_image(pixels)
+        else:
+            assert ids is not None
+            embeddings = self.model.encode_text(ids)
+        return embeddings.float().cpu().numpy()
+
+    def _pixels(self, picture: Picture | None, row: int) -> torch.Tensor:
+        if isinstance(picture, Image.Image):
+            return self._to_pixels(picture)
+        if not isinstance(picture, str | Path):
+            raise FuselipError(f"row {row}: an image is a Pillow image or a path, not {type(picture).__name__}")
+        try:
+            with Image.open(picture) as opened:
+                return self._to_pixels(opened)
+        except FuselipError as error:
+            raise FuselipError(f"row {row}, image {picture}: {error}") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise FuselipError(f"row {row}: image {picture} cannot be read ({error}); mend or leave it out") from error
+
+
+def _aligned(
+    images: Sequence[Picture | None] | None, texts: Sequence[str | None] | None
+) -> tuple[list[Picture | None], list[str | None]]:
+    for name, value in (("images", images), ("texts", texts)):
+        if isinstance(value, str | Path | Image.Image):
+            raise FuselipError(f"{name} must be a list, with one entry a row; write {name}=[...]")
+    count = len(images) if images is not None else len(texts) if texts is not None else 0
+    pictures: list[Picture | None] = [None] * count if images is None else list(images)
+    strings: list[str | None] = [None] * count if texts is None else list(texts)
+    if len(pictures) != len(strings):
+        raise FuselipError(f"{len(pictures)} images but {len(strings)} texts; None stands for a missing one")
+    for row, (picture, text) in enumerate(zip(pictures, strings, strict=True)):
+        if picture is None and text is None:
+            raise FuselipError(f"row {row} has neither image nor text; give one of them")
+        if text is not None and not isinstance(text, str):
+            raise FuselipError(f"row {row}: a text is a string, not {type(text).__name__}")
+    return pictures, strings
+
+
+def _rows_by_kind(pictures: list[Picture | None], strings: list[str | None]) -> list[list[int]]:
+    """Row numbers in three lists, of equal kind each; texts of like length stay together, so little is padded."""
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for row, (picture, text) in enumerate(zip(pictures, strings, strict=True)):
+        kinds.setdefault((picture is None, text is None), []).append(row)
+    return [sorted(rows, key=lambda row: len(strings[row] or "")) for rows in kinds.values()]

@@ -1,0 +1,224 @@
+"""FuseLIP (arXiv 2506.03096): one bidirectional transformer over image codes and text tokens.
+
+Parameters bear the published names, so that published checkpoints load strictly.
+Legend: B sequences, L tokens, K codes an image, W width, V vocabulary, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.utils import ModelOutput
+
+from fuselip_core.errors import FuselipError
+from fuselip_core.model.blocks import ResidualBlock
+from fuselip_core.model.fuselip_config import FuseLIPConfig
+from fuselip_core.model.titok import TiTok, TiTokConfig
+from fuselip_core.model.vocabulary import END_OF_TEXT, IGNORED, PAD, join
+from fuselip_core.model.weights import StrictModel
+
+
+@dataclass
+class FuseLIPOutput(ModelOutput):
+    """`embeddings` (B, W) float32 of unit norm; `loss`, a scalar, where labels were given."""
+
+    loss: Tensor | None = None
+    embeddings: Tensor | None = None
+
+
+class Transformer(nn.Module):
+    """The stack of blocks, under the published name `transformer.resblocks`."""
+
+    def __init__(self, width: int, heads: int, layers: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualBlock(width, heads, mlp_ratio) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, W) → (B, L, W); `mask` is boolean, broadcastable to (B, heads, L, L), true where a key is seen."""
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class MaskPredictionHead(nn.Module):
+    """Which token was hidden? Section 3.2; the decoder shares the token embedding's weight."""
+
+    def __init__(self, width: int, vocabulary_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.layer_norm = nn.LayerNorm(width)
+        self.decoder = nn.Linear(width, vocabulary_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., W) → logits (..., V)."""
+        return self.decoder(self.layer_norm(F.gelu(self.dense(hidden)))) + self.bias
+
+
+class ImageTokenizer(nn.Module):
+    """Holds the tokenizer under the published prefix `image_tokenizer.model`."""
+
+    def __init__(self, model: TiTok) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+
+
+class FuseLIPModel(StrictModel):
+    """Embeds images, texts and pairs of both in one space."""
+
+    config_class = FuseLIPConfig
+    config: FuseLIPConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _tied_weights_keys = {"mask_prediction_head.decoder.weight": "token_embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: FuseLIPConfig) -> None:
+        super().__init__(config)
+        self.vocabulary = config.vocabulary
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, config.width))
+        self.transformer = Transformer(config.width, config.heads, config.layers, config.mlp_ratio)
+        self.ln_final = nn.LayerNorm(config.width)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+        # A model without a mask token cannot be trained to unmask, and published ones then lack the head.
+        self.mask_prediction_head = MaskPredictionHead(config.width, config.vocab_size) if config.mask_token else None
+        if not config.mask_token:
+            self._tied_weights_keys = {}
+        self.image_tokenizer: ImageTokenizer | None = None
+        if config.image_tokenizer:
+            self.image_tokenizer = ImageTokenizer(TiTok(TiTokConfig(**config.image_tokenizer)))
+        self._draw_weights()
+        self.post_init()
+
+    def encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
+        """Pixels (B, 3, S, S) float in 0..1 → embeddings (B, W) float32, of unit norm if `normalize`."""
+        return self.embed_ids(self.tokenize_image(pixels, append_empty_text=True), normalize, padded=False)
+
+    def encode_text(self, input_ids: Tensor, normalize: bool = True) -> Tensor:
+        """Text ids (B, L) int64 with begin, end and padding → embeddings (B, W) float32."""
+        return self.embed_ids(self._sequence(None, input_ids), normalize)
+
+    def encode_multimodal(self, pixels: Tensor, input_ids: Tensor, normalize: bool = True) -> Tensor:
+        """Pixels (B, 3, S, S) in 0..1 and text ids (B, L) int64 → embeddings (B, W) float32 of the fused pairs."""
+        if len(pixels) != len(input_ids):
+            raise FuselipError(f"encode_multimodal got {len(pixels)} images but {len(input_ids)} texts; give as many")
+        return self.embed_ids(self._sequence(self.tokenize_image(pixels), input_ids), normalize)
+
+    @torch.no_grad()
+    def tokenize_image(self, pixels: Tensor, append_empty_text: bool = False) -> Tensor:
+        """Pixels (B, 3, S, S) float in 0..1 → joint ids (B, K) int64, K + 2 with begin- and end-of-text appended."""
+        if self.image_tokenizer is None:
+            raise FuselipError("this model contains no image tokenizer; attach one with attach_image_tokenizer(titok)")
+        if not pixels.is_floating_point() or pixels.amin() < -1e-3 or pixels.amax() > 1.001:
+            raise FuselipError("pixels must be floating-point and in 0..1; make them with the image processor")
+        tokenizer = self.image_tokenizer.model
+        with torch.autocast(pixels.device.type, enabled=False):  # in half precision near codes would change places
+            codes = tokenizer.codes(pixels.to(tokenizer.latent_tokens.dtype))
+        ids = self.vocabulary.joint_ids(codes)
+        return join(ids, None, self.config.context_length) if append_empty_text else ids
+
+    def attach_image_tokenizer(self, tokenizer: TiTok) -> None:
+        """Makes `tokenizer` (its encoder and codebook) part of the model, frozen; it is then saved with it."""
+        config = tokenizer.config
+        if (config.codebook_size, config.latent_tokens) != (self.config.codebook_size, self.config.codes_per_image):
+            raise FuselipError(
+                f"the image tokenizer makes {config.latent_tokens} codes of {config.codebook_size} but the model takes "
+                f"{self.config.codes_per_image} of {self.config.codebook_size}; give the one it was trained with"
+            )
+        own = TiTok(config).to(self.device)
+        own.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if not k.startswith("decoder.")})
+        self.image_tokenizer = ImageTokenizer(own).train(self.training)
+        self.config.image_tokenizer = dataclasses.asdict(config)
+        self.config.image_size = config.image_size
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> FuseLIPOutput:
+        """Joint ids (B, L) int64, padded with 0 → embeddings and, with `labels` (B, L), the masked-token loss."""
+        hidden = self.hidden_states(input_ids)
+        loss = None if labels is None else self.masked_loss(hidden, labels)
+        return FuseLIPOutput(loss=loss, embeddings=self.pool(hidden, input_ids))
+
+    def embed_ids(self, input_ids: Tensor, normalize: bool = True, padded: bool | None = None) -> Tensor:
+        """Joint ids (B, L) int64, padded with 0 → embeddings (B, W) float32; `padded` as in `hidden_states`."""
+        return self.pool(self.hidden_states(input_ids, padded), input_ids, normalize)
+
+    def hidden_states(self, input_ids: Tensor, padded: bool | None = None) -> Tensor:
+        """Joint ids (B, L) int64 → last block's output (B, L, W), before the final norm.
+
+        `padded` says whether any id is padding; None looks, which on a GPU waits for it. Without padding no mask is
+        built, so that the fastest attention kernel is free to run.
+        """
+        length = input_ids.shape[1]
+        if length > self.config.context_length:
+            raise FuselipError(f"a sequence of {length} tokens exceeds the context of {self.config.context_length}")
+        mask = None
+        if self.config.mask_padding and padded is not False:
+            seen = input_ids != PAD
+            if padded or not bool(seen.all()):
+                mask = seen[:, None, None, :]
+        x = self.token_embedding(input_ids) + self.positional_embedding[:length]
+        return self.transformer(x, mask)
+
+    def pool(self, hidden: Tensor, input_ids: Tensor, normalize: bool = True) -> Tensor:
+        """Hidden states (B, L, W) → embeddings (B, W) float32: the final norm of the first end-of-text token."""
+        place = (input_ids == END_OF_TEXT).int().argmax(dim=1)
+        rows = torch.arange(len(place), device=place.device)
+        pooled = self.ln_final(hidden[rows, place]).float()
+        return F.normalize(pooled, dim=-1) if normalize else pooled
+
+    def masked_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (N, W) at masked places → logits (N, V); raises FuselipError without a mask token."""
+        if self.mask_prediction_head is None:
+            raise FuselipError("this model has no mask token to predict behind; build it with mask_token=true")
+        return self.mask_prediction_head(hidden)
+
+    def masked_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy where the label (B, L) is not -100; 0, with zero gradient, if it is so everywhere."""
+        masked = labels != IGNORED
+        chosen = labels[masked]
+        logits = self.masked_logits(hidden[masked]).float()
+        return F.cross_entropy(logits, chosen, reduction="sum") / max(len(chosen), 1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.token_embedding
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.mask_prediction_head.decoder if self.mask_prediction_head else None
+
+    def _sequence(self, image_ids: Tensor | None, input_ids: Tensor) -> Tensor:
+        """Image ids (B, K) and text ids (B, L) as one sequence, without columns that are padding in every row."""
+        if not bool((input_ids == END_OF_TEXT).any(dim=1).all()):
+            raise FuselipError("every text needs an end-of-text token; make ids with the text tokenizer")
+        if self.config.mask_padding:
+            columns = (input_ids != PAD).any(dim=0).nonzero()
+            input_ids = input_ids[:, : int(columns.max()) + 1]
+        return join(image_ids, input_ids, self.config.context_length)
+
+    @torch.no_grad()
+    def _draw_weights(self) -> None:
+        """Random weights as in open_clip's text tower, on which the published training builds."""
+        width, layers = self.config.width, self.config.layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.resblocks:
+            for name, std in (
+                ("attn.in_proj_weight", width**-0.5),
+                ("attn.out_proj.weight", width**-0.5 * (2 * layers) ** -0.5),
+                ("mlp.c_fc.weight", (2 * width) ** -0.5),
+                ("mlp.c_proj.weight", width**-0.5 * (2 * layers) ** -0.5),
+            ):
+                nn.init.normal_(block.get_parameter(name), std=std)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: modules draw their own weights when built, and loading is strict, so none is ever missing."""
+
+
+AutoConfig.register(FuseLIPConfig.model_type, FuseLIPConfig)
+AutoModel.register(FuseLIPConfig, FuseLIPModel)

@@ -1,0 +1,122 @@
+"""Models from a folder or the Hugging Face hub, in this project's format or as published, and back to a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import atomic_folder
+from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
+from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
+from fuselip_core.model.processing import FuseLIPProcessor, ImageProcessor, TextTokenizer
+from fuselip_core.model.weights import CheckpointError, load_strictly, read_weights
+
+Model = FuseLIPModel | LateFusionModel
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+WANTED_FILES = ["*.json", "*.safetensors", "*.bin"]
+
+
+def load_model(
+    name: str | Path, device: str | torch.device | None = None
+) -> tuple[Model, ImageProcessor, TextTokenizer]:
+    """Model for inference, image processor and text tokenizer of a folder or a hub id; the published call.
+
+    `image_processor(picture)` → (3, S, S) float32, `text_tokenizer(strings)` → (B, L) int64. `device` None takes a GPU
+    if there is one. Raises FuselipError where the checkpoint is missing, unreachable or does not fit.
+    """
+    model, processor = load_pretrained(name, device)
+    return model, processor.image_processor, processor.text_tokenizer
+
+
+def load_pretrained(name: str | Path, device: str | torch.device | None = None) -> tuple[Model, FuseLIPProcessor]:
+    """Model for inference and its processor, of a folder or a hub id."""
+    folder = fetch(name)
+    state = read_weights(folder)
+    config = _read_config(folder, set(state))
+    with torch.device("meta"):  # no time is spent on random weights
+        model: Model = FuseLIPModel(config) if isinstance(config, FuseLIPConfig) else LateFusionModel(config)
+    load_strictly(model, state, folder)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(chosen)  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its arguments
+    return model.eval(), FuseLIPProcessor.of_config(config)
+
+
+def save_model(model: Model, folder: Path) -> None:
+    """Writes configuration, weights (safetensors) and processor to `folder`, which appears whole or not at all."""
+    with atomic_folder(folder) as partial, _quiet():
+        model.save_pretrained(partial)
+        FuseLIPProcessor.of_config(model.config).save_pretrained(partial)
+        for path in partial.iterdir():
+            path.chmod(0o644)  # safetensors lets only the owner read, and a container may run as somebody else
+
+
+def fetch(name: str | Path) -> Path:
+    """A folder as it is; a hub id's files, from the cache or the hub (HF_ENDPOINT and HF_HUB_OFFLINE are heeded)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not HUB_ID.fullmatch(str(name)):
+        raise FuselipError(f"there is no folder '{name}', and a model on the hub is called owner/name")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=WANTED_FILES))
+    except errors.GatedRepoError as error:
+        raise FuselipError(f"'{name}' is gated; accept its terms on the hub and log in with `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FuselipError(f"the hub has no model '{name}', or it is private; check the name or log in") from error
+    except (errors.LocalEntryNotFoundError, OSError) as error:
+        raise FuselipError(
+            f"'{name}' is neither a folder nor in the cache, and the hub cannot be reached; "
+            "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
+        ) from error
+
+
+def _read_config(folder: Path, names: set[str]) -> FuseLIPConfig | LateFusionConfig:
+    """The configuration of a folder in this project's format or as published, given the names of its weights."""
+    content = _read_json(folder, ("config.json", "open_clip_config.json"))
+    kind = content.get("model_type")
+    if kind == FuseLIPConfig.model_type:
+        return FuseLIPConfig.from_dict(content)
+    if kind == LateFusionConfig.model_type:
+        return LateFusionConfig.from_dict(content)
+    if "vision_cfg" in content or "model_cfg" in content:
+        return LateFusionConfig.from_published(content, names)
+    if "text_config" in content:
+        return FuseLIPConfig.from_published(content)
+    raise CheckpointError(f"the configuration in {folder} is of no model of this project; give another folder")
+
+
+def _read_json(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is no valid JSON ({error}); save or fetch it again") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} must hold a JSON object; save or fetch it again")
+        return content
+    raise CheckpointError(f"{folder} holds no {' or '.join(names)}, so it is no checkpoint; give another folder")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars, which it also draws where nobody looks."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
