@@ -25,7 +25,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _flush(partial)
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -51,8 +51,8 @@ def replace_folder(source: Path, target: Path) -> None:
     """Moves folder `source` to `target`; what was there disappears only after the new one stands."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
-        os.replace(target, old)
-    os.replace(source, target)
+        target.replace(old)
+    source.replace(target)
     shutil.rmtree(old, ignore_errors=True)
 
 

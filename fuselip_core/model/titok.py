@@ -140,7 +140,10 @@ class Quantizer(nn.Module):
         return distance.argmin(dim=-1)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents (B, D, K) → quantised (B, D, K) with straight-through gradient, codes (B, K), commitment, codebook loss."""
+        """Latents (B, D, K) → quantised (B, D, K), codes (B, K), commitment loss, codebook loss.
+
+        The gradient passes the quantisation straight through.
+        """
         rows = self.flatten(latents)
         codes = self.nearest(rows.detach())
         chosen = F.embedding(codes, self.vectors())

@@ -1,0 +1,90 @@
+"""Checkpoints that are whole or absent, and the state that makes a resumed run equal to an uninterrupted one."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import atomic_folder, sha256_of
+
+logger = logging.getLogger("fuselip")
+STATE_FILE, DIGEST_FILE = "state.pt", "state.sha256"
+
+
+class Checkpoints:
+    """A folder of ``step-00000100/`` folders, the newest `keep` of which stay."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Writes `state` (tensors, numbers, strings, lists and dicts of them) as the checkpoint of `step`."""
+        path = self.folder / f"step-{step:08d}"
+        with atomic_folder(path) as partial:
+            torch.save(state, partial / STATE_FILE)
+            (partial / DIGEST_FILE).write_text(sha256_of(partial / STATE_FILE))
+        for _, old in self._found()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and state of the newest undamaged checkpoint; damaged ones are passed over with a warning."""
+        for step, path in reversed(self._found()):
+            try:
+                if sha256_of(path / STATE_FILE) != (path / DIGEST_FILE).read_text().strip():
+                    raise FuselipError("its digest does not match")
+                return step, torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, FuselipError) as error:
+                logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
+        return None
+
+    def remove(self) -> None:
+        """Deletes every checkpoint."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _found(self) -> list[tuple[int, Path]]:
+        found = []
+        for path in self.folder.glob("step-*"):
+            if match := re.fullmatch(r"step-(\d+)", path.name):
+                found.append((int(match.group(1)), path))
+        return sorted(found)
+
+
+def random_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's generators, loadable without pickle."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - libraries still draw from it
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts back what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)

@@ -1,0 +1,124 @@
+"""The tokenize stage: every view of every image becomes codes once, and every text ids, so that training reads both.
+
+Shard by shard and resumable; decoding runs in threads ahead of the model.
+Legend: N images of a shard, V views, K codes an image, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from fuselip_core.config import TokenizeSettings
+from fuselip_core.data.images import random_crop, to_pixels
+from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.token_writer import TokenStoreWriter, index_pairs, write_manifest
+from fuselip_core.model.titok import TiTok
+from fuselip_core.progress import track
+from fuselip_core.training.pixels import Draw, as_pixels, decoded_batches
+
+EncodeText = Callable[[str], Sequence[int]]
+PREPROCESSING = "RGB, squashed to {size} x {size}, bicubic with antialiasing, 0..1"
+
+
+def store_identity(
+    prepared: PreparedData, codebook_id: str, tokenizer: TiTok, settings: TokenizeSettings
+) -> dict[str, Any]:
+    """What the codes depend on; stored in the manifest and compared before training."""
+    config = tokenizer.config
+    return {
+        "codebook": codebook_id,
+        "data_version": prepared.manifest["data_version"],
+        "preprocessing": PREPROCESSING.format(size=config.image_size),
+        "codes_per_image": config.latent_tokens,
+        "codebook_size": config.codebook_size,
+        "views": settings.views,
+        "crop_scale": list(settings.crop_scale),
+        "view_seed": settings.seed,
+    }
+
+
+def views_of(size: int, settings: TokenizeSettings) -> Draw:
+    """View 0 is the evaluation view; view v > 0 a random crop drawn from (seed, row, v) alone."""
+
+    def draw(image: Image.Image, row: int) -> np.ndarray:
+        views = [to_pixels(image, size)]
+        for view in range(1, settings.views):
+            rng = np.random.default_rng([settings.seed, row, view])
+            views.append(to_pixels(random_crop(image, settings.crop_scale, rng), size))
+        return np.stack(views)
+
+    return draw
+
+
+class Tokenizing:
+    """Writes the token store of `prepared` into `target`, going on where an earlier run of the same identity stopped."""
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        tokenizer: TiTok,
+        encode_text: EncodeText,
+        settings: TokenizeSettings,
+        identity: dict[str, Any],
+        target: Path,
+    ) -> None:
+        self.prepared, self.tokenizer, self.encode_text = prepared, tokenizer.eval(), encode_text
+        self.settings, self.identity, self.target = settings, identity, target
+        self.device = next(tokenizer.parameters()).device
+
+    def run(self) -> dict[str, Any]:
+        """All splits, then the manifest; returns the number of images and pairs of each split."""
+        kinds = sorted({kind for split in self.prepared.splits for kind in self._kinds(split)})
+        counts = {split: self._split(split, kinds) for split in self.prepared.splits}
+        write_manifest(self.target, self.identity, kinds)
+        return counts
+
+    def _kinds(self, split: str) -> list[str]:
+        return [str(kind) for kind in self.prepared.pairs(split).column("kind").unique().to_pylist()]
+
+    def _split(self, split: str, kinds: list[str]) -> dict[str, int]:
+        images = self.prepared.image_count(split)
+        config, settings = self.tokenizer.config, self.settings
+        writer = TokenStoreWriter(self.target, split, images, settings.views, config.latent_tokens, self.identity)
+        pairs = self.prepared.pairs(split)
+        counts = {"images": images, "pairs": pairs.num_rows}
+        if writer.finished:
+            return counts
+        draw = views_of(config.image_size, settings)
+        for start, stop in track(writer.pending(settings.rows_per_shard), f"tokenizing {split} images, shards"):
+            writer.write_codes(start, self._codes(split, draw, start, stop))
+        columns, texts = index_pairs(pairs, self._image_ids(split), kinds)
+        ids = [self.encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        flat = np.fromiter((token for text in ids for token in text), np.uint16, count=int(offsets[-1]))
+        writer.finish(columns, flat, offsets, texts, self._blank())
+        return counts
+
+    def _codes(self, split: str, draw: Draw, start: int, stop: int) -> np.ndarray:
+        """Codes (stop - start, V, K) uint16 of the images from `start` on."""
+        settings = self.settings
+        codes = np.zeros((stop - start, settings.views, self.tokenizer.config.latent_tokens), np.uint16)
+        for first, batch in decoded_batches(self.prepared, split, draw, settings.batch_size, start, stop):
+            codes[first - start : first - start + len(batch)] = self._encode(batch)
+        return codes
+
+    @torch.inference_mode()
+    def _encode(self, batch: np.ndarray) -> np.ndarray:
+        """uint8 (N, V, S, S, 3) → codes (N, V, K), a view of all images at a time."""
+        views = [self.tokenizer.codes(as_pixels(batch[:, view], self.device)) for view in range(batch.shape[1])]
+        return torch.stack(views, dim=1).cpu().numpy()
+
+    def _blank(self) -> np.ndarray:
+        size = self.tokenizer.config.image_size
+        return self._encode(np.zeros((1, 1, size, size, 3), np.uint8))[0, 0]
+
+    def _image_ids(self, split: str) -> pa.ChunkedArray:
+        batches = self.prepared.iter_images(split, columns=["image_id"], batch_rows=65536)
+        return pa.chunked_array([batch.column("image_id") for batch in batches], pa.string())
