@@ -1,0 +1,106 @@
+"""Members of a zip archive that may be read: none that leaves its folder, no bomb, no link, nothing twice."""
+
+from __future__ import annotations
+
+import stat
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from fuselip_core.errors import FuselipError
+
+GIGABYTE = 1 << 30
+# A local file header is 30 bytes and the name; members closer together than that share their bytes.
+LOCAL_HEADER = 30
+# Below this size no ratio is suspicious: a small CSV table or a blank picture may shrink a hundredfold.
+SMALL_MEMBER = 16 << 20
+
+
+class ArchiveError(FuselipError):
+    """An archive that is not read at all; the message says why."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one archive may unpack to: bytes in all, bytes a member, members, and how far a member may have shrunk."""
+
+    total_bytes: int = 400 * GIGABYTE
+    member_bytes: int = 2 * GIGABYTE
+    members: int = 5_000_000
+    ratio: float = 200.0
+
+
+@dataclass(frozen=True)
+class Members:
+    """`safe` are the files to read, in the order of the archive; `refused` are (name, reason)."""
+
+    safe: tuple[zipfile.ZipInfo, ...]
+    refused: tuple[tuple[str, str], ...]
+
+
+def open_archive(path: Path) -> zipfile.ZipFile:
+    """The archive at `path`; raises ArchiveError if there is none that can be read."""
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ArchiveError(f"{path} is no zip archive that can be read ({error}); download it again") from None
+
+
+def safe_members(archive: zipfile.ZipFile, limits: Limits | None = None) -> Members:
+    """Sorts the files of `archive` (no folders) into those that may be read and those that may not.
+
+    Looks at the directory of the archive only, so it costs nothing and nothing is unpacked. Raises ArchiveError where
+    the archive as a whole is built to do harm: overlapping members, or more than `limits` allow.
+    """
+    limits = limits or Limits()
+    members = [info for info in archive.infolist() if not info.is_dir()]
+    _check_whole(archive, members, limits)
+    safe, refused, seen = [], [], set()
+    for info in members:
+        reason = _reason(info, limits)
+        if reason is None and info.filename in seen:
+            reason = "a member of this name came before"
+        if reason is None:
+            seen.add(info.filename)
+            safe.append(info)
+        else:
+            refused.append((info.filename, reason))
+    return Members(tuple(safe), tuple(refused))
+
+
+def _check_whole(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], limits: Limits) -> None:
+    name = archive.filename or "the archive"
+    if len(members) > limits.members:
+        raise ArchiveError(f"{name} holds {len(members):,} members, more than the {limits.members:,} that are allowed")
+    total = sum(info.file_size for info in members)
+    if total > limits.total_bytes:
+        raise ArchiveError(f"{name} would unpack to {total:,} bytes, more than the {limits.total_bytes:,} allowed")
+    end = 0
+    for info in sorted(members, key=lambda info: info.header_offset):
+        if info.header_offset < end:
+            raise ArchiveError(f"{name} has members that share their bytes, as archives built to do harm do")
+        end = info.header_offset + LOCAL_HEADER + info.compress_size
+
+
+def _reason(info: zipfile.ZipInfo, limits: Limits) -> str | None:
+    """Why a member may not be read; None if it may."""
+    name = info.orig_filename
+    checks: list[tuple[Callable[[], bool], str]] = [
+        (lambda: leaves_folder(name), "its path leaves the folder"),
+        (lambda: stat.S_ISLNK(info.external_attr >> 16), "it is a link"),
+        (lambda: bool(info.flag_bits & 0x1), "it is encrypted"),
+        (lambda: info.file_size > limits.member_bytes, f"it would unpack to {info.file_size:,} bytes"),
+        (
+            lambda: info.file_size > SMALL_MEMBER and info.file_size > limits.ratio * max(1, info.compress_size),
+            f"it would unpack to {info.file_size / max(1, info.compress_size):,.0f} times its size",
+        ),
+    ]
+    return next((reason for check, reason in checks if check()), None)
+
+
+def leaves_folder(name: str) -> bool:
+    """True where `name`, as a path below some folder, would reach outside it on any system."""
+    windows = PureWindowsPath(name)
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    return "\0" in name or name.startswith(("/", "\\")) or bool(windows.drive) or ".." in parts or not parts
