@@ -207,3 +207,24 @@ def test_what_cannot_be_dealt_is_refused_with_the_remedy(tmp_path: Path) -> None
     with pytest.raises(FuselipError, match="3 processes"):
         Mixture(store, {"caption": 1}, 4, 0).shard(0, 3)
     assert len(next(Mixture(store, {"caption": 1, "vqa": 1}, 6, 0))) == 6
+
+
+@pytest.mark.parametrize("pairs", [100, 128, 130, 1000])
+def test_orders_beyond_one_window_deal_everything_once_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: int
+) -> None:
+    monkeypatch.setattr("fuselip_core.data.mixture.WINDOW", 64)
+    monkeypatch.setattr("fuselip_core.data.mixture.BLOCK", 8)
+    mixture = Mixture(store_of(tmp_path, [0] * pairs), {"caption": 1}, 10, seed=1)
+    epochs = [np.concatenate(batches(mixture, pairs // 10)) for _ in range(10)]
+    if pairs % 10 == 0:
+        for epoch in epochs:
+            np.testing.assert_array_equal(np.sort(epoch), np.arange(pairs))
+    last = batches(mixture, 20)[10:]
+    resumed = Mixture(store_of(tmp_path / "again", [0] * pairs), {"caption": 1}, 10, seed=1)
+    batches(resumed, pairs // 10 * 10 + 7)
+    state = resumed.state_dict()
+    resumed.load_state_dict(state)
+    np.testing.assert_array_equal(batches(resumed, 13)[3:], last)
+    # Neighbours in the store are no neighbours in the order, also far into it.
+    assert np.mean(np.abs(np.diff(epochs[0])) == 1) < 0.15

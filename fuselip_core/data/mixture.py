@@ -4,6 +4,10 @@ Every kind is a stream of units: single pairs, or with `grouped` the whole group
 other's hard negatives). A stream deals its units in an order drawn from (seed, kind, epoch), each once an epoch; a unit
 that cannot go into the batch at hand, since it is in there already from the epoch before or does not fit, is deferred
 to the next batch. Position, epoch and the few deferred units are the whole state.
+
+The order is uniformly random up to WINDOW units. Beyond that, blocks of BLOCK neighbours are dealt in random order to
+windows, and the units shuffled within each window: a store larger than memory or caches is then read almost as fast as
+a small one, and no permutation of the whole data is held.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from fuselip_core.errors import FuselipError
 
 # Units looked at, beyond the first that does not fit, for ones that fill the rest of a batch.
 LOOKAHEAD = 32
+WINDOW = 1 << 17  # units shuffled together
+BLOCK = 512  # neighbours that share a window
 # Fraction of the golden ratio, in 64 bits: multiples of it, modulo 1, fill the unit interval evenly.
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -177,27 +183,23 @@ class _Stream:
         self._offsets: Array | None = None  # (units + 1): where each unit's pairs start; None: one pair a unit
         if group_limit is not None:
             self._pairs, self._offsets = _group(self._pairs, store.pairs.group, group_limit)
+        self._units = len(self._pairs) if self._offsets is None else len(self._offsets) - 1
         self._key = (seed, zlib.crc32(kind.encode()))
-        self._in_batch: list[Array] = []
+        self.start_batch()
         self._begin(0)
-
-    @property
-    def dealt(self) -> int:
-        """Pairs of this epoch that have been dealt."""
-        units = self._order[: self.position]
-        return self._size(units) - self._size(np.array(self.deferred, np.uint32))
 
     def start_batch(self) -> None:
         """Forgets which units are in the batch."""
-        self._in_batch, self._wrapped = [], False
+        self._in_batch: list[Array] = []
+        self._wrapped = False
 
     def take(self, space: int) -> Array:
         """At most `space` pair rows, in whole units; fewer only where no unit near at hand fits."""
         taken = [self._take_deferred(space)]
-        space -= self._size(taken[0])
+        space -= self._count(taken[0])
         may_skip = LOOKAHEAD - len(self.deferred)
         while space > 0:
-            if self.position == len(self._order):
+            if self.position == self._units:
                 if self.deferred or self._wrapped:
                     break
                 self._begin(self.epoch + 1)
@@ -208,27 +210,45 @@ class _Stream:
                 if may_skip <= 0:
                     break
                 may_skip -= 1
-                self.deferred.append(int(self._order[before]))
+                self.deferred += self._ahead(1).tolist()
                 self.position += 1
             taken.append(units)
-            self._in_batch.append(units)
-            space -= self._size(units)
+            space -= self._count(units)
         return self._expand(np.concatenate(taken))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "deferred": list(self.deferred)}
+        return {"epoch": self.epoch, "position": self.position, "dealt": self.dealt, "deferred": list(self.deferred)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._begin(int(state["epoch"]))
-        self.position = int(state["position"])
+        self.position, self.dealt = int(state["position"]), int(state["dealt"])
         self.deferred = [int(unit) for unit in state["deferred"]]
 
     def _begin(self, epoch: int) -> None:
         generator = np.random.default_rng([*self._key, epoch])
-        units = len(self._pairs) if self._offsets is None else len(self._offsets) - 1
-        self._order = np.arange(units, dtype=np.uint32)
-        generator.shuffle(self._order)
+        self._shift = int(generator.integers(self._units))
+        self._blocks = generator.permutation(self._units // BLOCK).astype(np.uint32)
+        self._window_at: int | None = None
         self.epoch, self.position, self.deferred = epoch, 0, list[int]()
+        self.dealt = 0  # pairs of this epoch that went into batches
+
+    def _ahead(self, count: int) -> Array:
+        """The next units in order, at most `count` and none beyond the window; uint32."""
+        start = self.position // WINDOW * WINDOW
+        if self._window_at != start:
+            self._window, self._window_at = self._shuffled(start), start
+        return self._window[self.position - start : self.position - start + count]
+
+    def _shuffled(self, start: int) -> Array:
+        """The units of one window, in order."""
+        blocks = self._blocks[start // BLOCK : (start + WINDOW) // BLOCK].astype(np.int64)
+        units = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+        if start + WINDOW >= self._units:
+            # The units behind the last whole block; `shift` makes them others in each epoch.
+            units = np.append(units, np.arange(len(self._blocks) * BLOCK, self._units))
+        units = ((units + self._shift) % self._units).astype(np.uint32)
+        np.random.default_rng([*self._key, self.epoch, start]).shuffle(units)
+        return units
 
     def _take_deferred(self, space: int) -> Array:
         """Of the deferred units, oldest first, those that fit and are not in the batch already."""
@@ -242,16 +262,14 @@ class _Stream:
             else:
                 left.append(unit)
         self.deferred = left
-        units = np.array(fitting, np.uint32)
-        self._in_batch.append(units)
-        return units
+        return np.array(fitting, np.uint32)
 
     def _take_run(self, space: int) -> Array:
         """The next units in order, up to the first that does not fit.
 
         Units in the batch from the epoch before are deferred, so that they come first in the next batch.
         """
-        window = self._order[self.position : self.position + space]
+        window = self._ahead(space)
         free = np.ones(len(window), bool)
         if self._wrapped and self._in_batch:
             free = np.isin(window, np.concatenate(self._in_batch), invert=True)
@@ -265,10 +283,14 @@ class _Stream:
         """Pairs in each unit."""
         if self._offsets is None:
             return np.ones(len(units), np.int64)
-        return self._offsets[units.astype(np.int64) + 1] - self._offsets[units]
+        return (self._offsets[units.astype(np.int64) + 1] - self._offsets[units]).astype(np.int64)
 
-    def _size(self, units: Array) -> int:
-        return len(units) if self._offsets is None else int(self._sizes(units).sum())
+    def _count(self, units: Array) -> int:
+        """Notes that units go into the batch; returns how many pairs they hold."""
+        pairs = int(self._sizes(units).sum())
+        self._in_batch.append(units)
+        self.dealt += pairs
+        return pairs
 
     def _expand(self, units: Array) -> Array:
         """Units → their pair rows."""
@@ -281,15 +303,18 @@ class _Stream:
 
 
 def _group(pairs: Array, groups: Array, limit: int) -> tuple[Array, Array]:
-    """Pair rows sorted by group, and where each unit starts (units + 1) int64; groups over `limit` are cut."""
-    of_pair = groups[pairs].astype(np.int64)
-    alone = of_pair < 0
-    of_pair[alone] = np.iinfo(np.int32).max + 1 + np.flatnonzero(alone)  # without a group: each its own
-    order = np.argsort(of_pair, kind="stable")
-    of_pair = of_pair[order]
-    new = np.ones(len(pairs), bool)
-    new[1:] = of_pair[1:] != of_pair[:-1]
-    starts = np.flatnonzero(new)
-    sizes = np.diff(np.append(starts, len(pairs)))
-    place = np.arange(len(pairs)) - np.repeat(starts, sizes)
-    return pairs[order], np.append(np.flatnonzero(place % limit == 0), len(pairs))
+    """Pair rows sorted by group, and where each unit starts (units + 1) uint32; groups over `limit` are cut."""
+    of_pair = groups[pairs].astype(np.uint32)
+    alone = np.flatnonzero(groups[pairs] < 0)
+    of_pair[alone] = 0
+    of_pair[alone] = of_pair.max() + 1 + np.arange(len(alone), dtype=np.uint32)  # each its own
+    if (of_pair[1:] < of_pair[:-1]).any():
+        order = np.argsort(of_pair, kind="stable").astype(np.uint32)
+        pairs, of_pair = pairs[order], of_pair[order]
+    starts = np.flatnonzero(np.append(True, of_pair[1:] != of_pair[:-1])).astype(np.uint32)
+    offsets = np.append(starts, np.uint32(len(pairs)))
+    sizes = np.diff(offsets)
+    if sizes.max() > limit:
+        place = np.arange(len(pairs), dtype=np.uint32) - np.repeat(starts, sizes)
+        offsets = np.append(np.flatnonzero(place % limit == 0), len(pairs)).astype(np.uint32)
+    return pairs, offsets

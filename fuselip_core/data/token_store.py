@@ -23,8 +23,8 @@ from fuselip_core.errors import FuselipError
 
 ABSENT = -1  # row index of a side that has no image, or no text
 ANSWER_TYPES = ("", "closed", "open")  # index = code in the answer_type column
-# Mapped pages are handed back after this many gathers, or a long run would count the whole store as its own memory.
-GATHERS_BETWEEN_RELEASES = 512
+# Mapped pages are handed back after this many rows, or a long run would count the whole store as its own memory.
+ROWS_BETWEEN_RELEASES = 1 << 16
 MANIFEST = "manifest.json"
 
 Array = npt.NDArray[Any]
@@ -104,7 +104,7 @@ class TokenStore:
             raise FuselipError(f"{folder} has no split '{split}'; run the tokenize stage on data that has one")
         _check_split(place, self.manifest)
         self._maps: list[mmap.mmap] = []
-        self._gathers = 0
+        self._rows_read = 0
         self._strings: pa.ChunkedArray | None = None
         self.codes = self._map(place / "codes.npy")
         self.texts = self._map(place / "texts.npy")
@@ -157,10 +157,11 @@ class TokenStore:
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
-    def count_gather(self) -> None:
+    def count_rows(self, rows: int) -> None:
         """Called by every gather, so that mapped pages are released now and then."""
-        self._gathers += 1
-        if self._gathers % GATHERS_BETWEEN_RELEASES == 0:
+        self._rows_read += rows
+        if self._rows_read >= ROWS_BETWEEN_RELEASES:
+            self._rows_read = 0
             self.release()
 
     def _map(self, path: Path) -> Array:
@@ -185,7 +186,7 @@ def gather(
     columns = store.pairs
     images = (columns.query_image if side == "query" else columns.target_image)[pair_rows]
     texts = (columns.query_text if side == "query" else columns.target_text)[pair_rows]
-    store.count_gather()
+    store.count_rows(len(images))
     views = 0 if view_rng is None else view_rng.integers(0, store.views, len(images))
     codes, has_image = gather_codes(store, images, views)
     text_ids, text_lengths = gather_texts(store, texts)
