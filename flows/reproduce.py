@@ -1,0 +1,53 @@
+"""One DVC stage in a process of its own: ``python -m flows.reproduce dvc.yaml:train``.
+
+DVC decides whether the stage is stale. Exit codes: 0 it ran, 3 nothing had changed, 75 it was asked to stop and saved
+its state, 1 it failed. Its own process, since DVC and the stage write to the terminal and are ended together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+
+UNCHANGED = 3
+
+
+def main() -> int:
+    """Reproduces the stage named on the command line; an error is one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m flows.reproduce", description=__doc__)
+    parser.add_argument("address", help="dvc.yaml and stage, for example dvc.yaml:train")
+    parser.add_argument("--force", action="store_true", help="run the stage even if nothing has changed")
+    arguments = parser.parse_args()
+    # SIGTERM comes to the whole group: the stage saves its state, and this process waits for it to tell how it ended.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.stage.exceptions import StageCmdFailedError
+
+    try:
+        with Repo() as repo:
+            done = repo.reproduce(arguments.address, single_item=True, force=arguments.force)
+    except DvcException as error:
+        causes = _causes(error)
+        if isinstance(causes[-1], StageCmdFailedError):
+            # The stage has said why; its exit code, which DVC tells only in words, is all that is missing.
+            status = re.search(r"exited with (\d+)$", str(causes[-1]))
+            return int(status[1]) if status else 1
+        reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in causes)
+        sys.stderr.write(f"error: DVC: {': '.join(reasons)}\n")
+        return 1
+    return 0 if done else UNCHANGED
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    causes = []
+    while error:
+        causes.append(error)
+        error = error.__cause__
+    return causes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""How a stage is run. One way so far, in a process on this machine; a container is another class with this `run`."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from flows.reproduce import UNCHANGED
+from flows.runs import Run
+from flows.stream import stream
+from fuselip_core.errors import Interrupted
+
+Status = Literal["done", "unchanged", "interrupted", "failed"]
+OnLine = Callable[[str], None]
+REMIND_EVERY_SECONDS = 30.0
+LOOK_EVERY_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended; `message` is its error, or its last line."""
+
+    stage: str
+    status: Status
+    seconds: float
+    message: str
+
+
+class Runner(Protocol):
+    """Runs one stage of a run to its end."""
+
+    def run(self, stage: str, run: Run, on_line: OnLine, force: bool = False) -> Outcome:
+        """Runs `stage` if DVC finds it stale, or in any case with `force`; `on_line` gets each line of output."""
+
+
+class ProcessRunner:
+    """Runs the stage through DVC in a child process."""
+
+    def __init__(self, flow_run: str | None = None) -> None:
+        self.flow_run = flow_run
+
+    def run(self, stage: str, run: Run, on_line: OnLine, force: bool = False) -> Outcome:
+        address = f"{run.dvc_file}:{stage}"
+        command = [sys.executable, "-m", "flows.reproduce", address, *(["--force"] if force else [])]
+        start = time.monotonic()
+        lines = LastLines(on_line)
+        with dvc_lock(run.repository, f"{address} (process {os.getpid()})", on_line) as descriptor:
+            code = stream(
+                command,
+                run.repository,
+                stage_environment(run.repository, self.flow_run),
+                lines,
+                keep_open=(descriptor,),
+            )
+        return Outcome(stage, _status(code), time.monotonic() - start, lines.message)
+
+
+def stage_environment(repository: Path, flow_run: str | None = None) -> dict[str, str]:
+    """This process's environment, with its own tools and the repository's code found first."""
+    tools = str(Path(sys.executable).parent)
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "PYTHONPATH": f"{repository}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
+    }
+    if flow_run:
+        environment["FUSELIP_FLOW_RUN"] = flow_run
+    return environment
+
+
+class LastLines:
+    """Passes lines on and remembers the one that tells why a process failed."""
+
+    def __init__(self, on_line: OnLine) -> None:
+        self.on_line = on_line
+        self._last = self._error = ""
+
+    def __call__(self, line: str) -> None:
+        self._last = line
+        if line.startswith("error: "):
+            self._error = line.removeprefix("error: ")
+        self.on_line(line)
+
+    @property
+    def message(self) -> str:
+        return self._error or self._last
+
+
+@contextlib.contextmanager
+def dvc_lock(repository: Path, owner: str, on_wait: OnLine) -> Iterator[int]:
+    """Holds the right to run DVC in `repository`; yields a descriptor that a child may inherit to hold it longer.
+
+    DVC refuses a second command while one is at work. Here the second waits, and says for whom.
+    """
+    path = repository / ".dvc" / "tmp" / "flow.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        _wait_for(file.fileno(), path, on_wait)
+        file.truncate(0)
+        file.write(owner)
+        file.flush()
+        yield file.fileno()
+
+
+def _wait_for(descriptor: int, path: Path, on_wait: OnLine) -> None:
+    told = float("-inf")
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() - told >= REMIND_EVERY_SECONDS:
+                told = time.monotonic()
+                on_wait(f"waiting for another run that is at work here: {path.read_text(encoding='utf-8')}")
+            time.sleep(LOOK_EVERY_SECONDS)
+
+
+def _status(code: int) -> Status:
+    return {0: "done", UNCHANGED: "unchanged", Interrupted.exit_code: "interrupted"}.get(code, "failed")  # type: ignore[return-value]

@@ -1,0 +1,42 @@
+"""The embedded sample in data/: drawn where it is missing, and compared with the committed data.dvc."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from flows.runner import LastLines, OnLine, dvc_lock, stage_environment
+from flows.stream import stream
+from fuselip_core.errors import FuselipError
+
+
+def ensure_sample(repository: Path, on_line: OnLine) -> bool:
+    """Draws data/ if it is missing and makes sure that DVC knows it; returns whether it was drawn.
+
+    Raises FuselipError if the bytes are not those that data.dvc names.
+    """
+    missing = not (repository / "data").exists()
+    if missing:
+        lines = LastLines(on_line)
+        command = [sys.executable, "-m", "fuselip_core", "sample", "--out", "data"]
+        if stream(command, repository, stage_environment(repository), lines):
+            raise FuselipError(lines.message)
+    with dvc_lock(repository, "data.dvc", on_line):
+        _compare(repository)
+    return missing
+
+
+def _compare(repository: Path) -> None:
+    from dvc.repo import Repo
+
+    with Repo(str(repository)) as repo:
+        status = repo.status(targets=["data.dvc"])
+        if not status:
+            return
+        if "modified" in str(status):
+            raise FuselipError(
+                "data/ is not what data.dvc names: this machine's Pillow draws other bytes, or files were changed; "
+                "remove data/ to draw it again, or accept it with `dvc add data`"
+            )
+        # Drawn here, so its bytes are right but not in the cache yet.
+        repo.commit("data.dvc", force=True)
