@@ -16,16 +16,13 @@ itself; one to three images share a PMCID, which is their case. The same seed gi
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +30,7 @@ import numpy as np
 from PIL import Image
 
 from fuselip_core.data.phantom_anatomy import RIGHT, STUDIES, Lesion, Scene, draw
+from fuselip_core.data.workers import process_pool
 from fuselip_core.files import atomic_write
 from fuselip_core.progress import track
 
@@ -107,7 +105,7 @@ def _samples(split: str, seed: int, count: int, workers: int) -> Iterator[Sample
     """The first `count` samples of a split, in order; cases are drawn whole and the last one is cut."""
     make = functools.partial(draw_case, split, seed)
     case = done = 0
-    with _pool(workers) as pool:
+    with process_pool(workers) as pool:
         while done < count:
             cases = range(case, case + 64)
             case += 64
@@ -116,17 +114,6 @@ def _samples(split: str, seed: int, count: int, workers: int) -> Iterator[Sample
                 for sample in samples[: count - done]:
                     done += 1
                     yield sample
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """A pool of `workers` processes, or None for one."""
-    if workers == 1:
-        yield None
-        return
-    # Spawned, not forked: the caller may hold threads.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield pool
 
 
 def draw_case(split: str, seed: int, case: int) -> list[Sample]:

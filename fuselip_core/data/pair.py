@@ -1,0 +1,142 @@
+"""What every data set is brought to: images, and pairs of sides that belong together.
+
+An adapter reads the tables of a data set and returns a `Listing`; it opens no image. `prepare.py` then checks the
+images, shard by shard, where `Place` says they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fuselip_core.errors import FuselipError
+
+SPLITS = ("train", "dev", "valid", "test")  # dev: held out of train for model selection, where a data set has no third
+
+# Whole captions that say nothing: forgotten form fields of teaching files and exports.
+_PLACEHOLDER = re.compile(
+    r"replace this\b.*|in progress|tbd|to ?do|to be (?:added|done)|n/?a|nil|null|none|nan|undefined|placeholder"
+    r"|(?:insert|add|enter|type|your) (?:the |a |your )?(?:caption|description|text)(?: here)?"
+    r"|(?:no|missing|without) (?:caption|description)(?: available| provided)?|caption|description|untitled"
+    r"|description of the image(?: or findings)?|lorem ipsum\b.*|[\W_]+",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+class DataError(FuselipError):
+    """A data set cannot be read as a whole; the message says where it was looked for and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of an image are: a file, a member of a zip archive, or a row of a Parquet file."""
+
+    file: Path
+    member: str | None = None
+    row: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageEntry:
+    """One image. `case` is the patient, study or article that must not be on two sides of a split."""
+
+    image_id: str
+    split: str
+    case: str
+    place: Place
+    modality: str | None = None
+    concepts: tuple[str, ...] = ()
+    licence: str | None = None
+    attribution: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """An image (by its id), a text, or both."""
+
+    image: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two sides that belong together. Pairs of a group are kept together in a batch where a recipe asks for it."""
+
+    pair_id: str
+    split: str
+    kind: str
+    group: str
+    case: str
+    query: Side
+    target: Side
+    answer_type: str | None = None
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return tuple(side.image for side in (self.query, self.target) if side.image is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A sample that is not used, and why: `reason` is one word with underscores, counted in the manifest."""
+
+    id: str
+    split: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass
+class Listing:
+    """All of a data set but the images' bytes, in a stable order."""
+
+    images: list[ImageEntry] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def caption_pair(image: ImageEntry, caption: str) -> Pair:
+    """Image → caption."""
+    sides = Side(image=image.image_id), Side(text=caption)
+    return Pair(f"{image.image_id}/caption", image.split, "caption", image.image_id, image.case, *sides)
+
+
+def question_pair(image: ImageEntry, name: str, question: str, answer: str, answer_type: str) -> Pair:
+    """Image and question → answer; `name` tells the questions of a data set apart."""
+    sides = Side(image=image.image_id, text=question), Side(text=answer)
+    return Pair(name, image.split, "vqa", image.image_id, image.case, *sides, answer_type=answer_type)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, tabs, and spaces that are doubled or at the ends."""
+    return " ".join(text.split())
+
+
+def fault_of_caption(caption: str, min_words: int) -> str | None:
+    """Why a caption cannot be used: empty_caption, placeholder_caption, short_caption; None if it can."""
+    if not caption.strip():
+        return "empty_caption"
+    if _PLACEHOLDER.fullmatch(caption.strip().rstrip(".!…")) or not any(map(str.isalnum, caption)):
+        return "placeholder_caption"
+    return "short_caption" if len(caption.split()) < min_words else None
+
+
+def require_folder(root: Path, what: str) -> None:
+    """Raises DataError if `root` is no folder or is empty."""
+    if not root.is_dir():
+        raise DataError(f"no folder {root} with {what}; download it there or give its place with prepare.root=FOLDER")
+    if not any(root.iterdir()):
+        raise DataError(f"the folder {root} is empty; download {what} there or give another with prepare.root=FOLDER")
+
+
+def require_columns(columns: Sequence[str] | None, needed: Sequence[str], path: Path) -> None:
+    """Raises DataError naming the columns that a table lacks."""
+    missing = [name for name in needed if name not in (columns or ())]
+    if missing:
+        raise DataError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} (it has "
+            f"{', '.join(columns or ()) or 'none'}); compare it with the published file"
+        )

@@ -1,0 +1,74 @@
+"""Reads a prepared data set: images in the order of their shards, pairs as one table a split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fuselip_core.data.pair import SPLITS, DataError
+from fuselip_core.data.shards import PAIR_SCHEMA
+
+
+class PreparedData:
+    """The folder that `prepare_data` wrote. Row i of a split's images is row i of its token store."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError if the folder has no manifest or a shard of it is missing."""
+        self.folder = Path(folder)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(f"no prepared data in {folder}; run `fuselip prepare` first") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{self.folder / 'manifest.json'} is damaged; run `fuselip prepare` again") from error
+        missing = [shard["path"] for shard in self.manifest["shards"] if not (self.folder / shard["path"]).is_file()]
+        if missing:
+            raise DataError(f"{folder} lacks {missing[0]}, which its manifest names; run `fuselip prepare` again")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Splits that have images, in the order train, dev, valid, test."""
+        return tuple(split for split in SPLITS if split in self.manifest["counts"])
+
+    @property
+    def data_version(self) -> str:
+        """Hash over the content of all shards."""
+        return str(self.manifest["data_version"])
+
+    def image_count(self, split: str) -> int:
+        """Images of a split."""
+        self._require(split)
+        return int(self.manifest["counts"][split]["images"])
+
+    def pair_count(self, split: str, kind: str | None = None) -> int:
+        """Pairs of a split, of one kind or of all."""
+        self._require(split)
+        pairs = self.manifest["counts"][split]["pairs"]
+        return int(sum(pairs.values()) if kind is None else pairs.get(kind, 0))
+
+    def iter_images(
+        self, split: str, columns: Sequence[str] | None = None, batch_rows: int = 256
+    ) -> Iterator[pa.RecordBatch]:
+        """Batches of at most `batch_rows` images in their order (see shards.IMAGE_SCHEMA), holding one row group."""
+        for path in self._shards("images", split):
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(batch_rows, columns=None if columns is None else list(columns))
+
+    def pairs(self, split: str) -> pa.Table:
+        """All pairs of a split, in their order (see shards.PAIR_SCHEMA)."""
+        tables = [pq.read_table(path, schema=PAIR_SCHEMA) for path in self._shards("pairs", split)]
+        return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
+
+    def _shards(self, table: str, split: str) -> list[Path]:
+        self._require(split)
+        names = (shard["path"] for shard in self.manifest["shards"])
+        return [self.folder / name for name in names if name.startswith(f"{table}-{split}-")]
+
+    def _require(self, split: str) -> None:
+        if split not in self.manifest["counts"]:
+            raise DataError(f"{self.folder} has no split '{split}'; there are: {', '.join(self.splits)}")
