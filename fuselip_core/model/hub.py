@@ -39,13 +39,11 @@ def load_pretrained(name: str | Path, device: str | torch.device | None = None) 
     """Model for inference and its processor, of a folder or a hub id."""
     folder = fetch(name)
     state = read_weights(folder)
-    config = _read_config(folder, set(state))
-    with torch.device("meta"):  # no time is spent on random weights
-        model: Model = FuseLIPModel(config) if isinstance(config, FuseLIPConfig) else LateFusionModel(config)
+    model = _build(folder, set(state))
     load_strictly(model, state, folder)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(chosen)  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its arguments
-    return model.eval(), FuseLIPProcessor.of_config(config)
+    return model.eval(), FuseLIPProcessor.of_config(model.config)
 
 
 def save_model(model: Model, folder: Path) -> None:
@@ -76,6 +74,18 @@ def fetch(name: str | Path) -> Path:
             f"'{name}' is neither a folder nor in the cache, and the hub cannot be reached; "
             "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
         ) from error
+
+
+def _build(folder: Path, names: set[str]) -> Model:
+    """The folder's model on the meta device, where no time is spent on random weights."""
+    try:
+        config = _read_config(folder, names)
+        with torch.device("meta"):
+            return FuseLIPModel(config) if isinstance(config, FuseLIPConfig) else LateFusionModel(config)
+    except FuselipError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"no model can be built from the configuration in {folder} ({error}); mend it") from error
 
 
 def _read_config(folder: Path, names: set[str]) -> FuseLIPConfig | LateFusionConfig:

@@ -1,0 +1,105 @@
+"""The one call that embeds pictures, files, texts and pairs, for both families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fuselip_core import Embedder
+from fuselip_core.errors import FuselipError
+from fuselip_core.model.fuselip import FuseLIPModel
+from fuselip_core.model.fuselip_config import FuseLIPConfig
+from fuselip_core.model.hub import Model, save_model
+from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
+from fuselip_core.model.presets import open_clip_config
+from fuselip_core.model.processing import FuseLIPProcessor
+from fuselip_core.model.titok import TiTok, TiTokConfig
+
+CODEBOOK = TiTokConfig(
+    image_size=32, patch_size=16, latent_tokens=4, codebook_size=16, code_size=4, width=32, layers=1, heads=2
+)
+
+
+def early() -> Model:
+    model = FuseLIPModel(
+        FuseLIPConfig(width=32, heads=2, layers=1, context_length=24, codebook_size=16, codes_per_image=4)
+    )
+    model.attach_image_tokenizer(TiTok(CODEBOOK))
+    return model
+
+
+def late() -> Model:
+    towers = open_clip_config("tiny")
+    towers["vision_cfg"] |= {"image_size": 32, "layers": 1}
+    towers["text_cfg"] |= {"layers": 1}
+    return LateFusionModel(LateFusionConfig(towers=towers, fusion="magiclens", fusion_layers=1))
+
+
+@pytest.fixture(scope="module", params=[early, late], ids=["fuselip", "late-fusion"])
+def embedder(request: pytest.FixtureRequest) -> Embedder:
+    torch.manual_seed(0)
+    model = request.param()
+    return Embedder(model, FuseLIPProcessor.of_config(model.config))
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    values = np.random.default_rng(0).integers(0, 256, (3, 40, 50), dtype=np.uint8)
+    return [Image.fromarray(value) for value in values]
+
+
+def test_rows_equal_single_calls(embedder: Embedder, pictures: list[Image.Image], tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    pictures[0].save(path)
+    images = [pictures[0], None, str(path), pictures[1], None, path, pictures[2]]
+    texts = [None, "a long text about nothing in particular", "effusion", None, "", None, "left effusion"]
+    together = embedder.embed(images=images, texts=texts)
+    assert together.shape == (7, embedder.width)
+    assert together.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(embedder.embed(images, texts, batch_size=2), together, atol=1e-5)
+    single = [embedder.embed([image], [text])[0] for image, text in zip(images, texts, strict=True)]
+    np.testing.assert_allclose(single, together, atol=1e-5)
+    np.testing.assert_allclose(together[5], together[0], atol=1e-5)
+    assert np.abs(together[2] - together[0]).max() > 1e-3
+
+
+def test_one_side_may_be_left_out(embedder: Embedder, pictures: list[Image.Image]) -> None:
+    assert embedder.embed(images=pictures).shape == (3, embedder.width)
+    assert embedder.embed(texts=["a", "b"]).shape == (2, embedder.width)
+    assert embedder.embed(images=[], texts=[]).shape == (0, embedder.width)
+    assert embedder.embed().shape == (0, embedder.width)
+
+
+def test_wrong_rows_are_named(embedder: Embedder, pictures: list[Image.Image], tmp_path: Path) -> None:
+    with pytest.raises(FuselipError, match="row 1 has neither image nor text"):
+        embedder.embed(images=[pictures[0], None], texts=["a", None])
+    with pytest.raises(FuselipError, match="2 images but 1 texts"):
+        embedder.embed(images=pictures[:2], texts=["a"])
+    with pytest.raises(FuselipError, match=r"row 1: image .*missing\.png cannot be read"):
+        embedder.embed(images=[pictures[0], tmp_path / "missing.png"])
+    whole = tmp_path / "whole.png"
+    pictures[0].save(whole)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:600])
+    with pytest.raises(FuselipError, match=r"row 0: image .*cut\.png cannot be read"):
+        embedder.embed(images=[cut], texts=["a"])
+    with pytest.raises(FuselipError, match="row 0: a text is a string, not int"):
+        embedder.embed(texts=[3])  # type: ignore[list-item]
+    with pytest.raises(FuselipError, match="row 0: an image is a Pillow image or a path, not int"):
+        embedder.embed(images=[3])  # type: ignore[list-item]
+    with pytest.raises(FuselipError, match="texts must be a list"):
+        embedder.embed(texts="a")
+    with pytest.raises(FuselipError, match="batch_size is 0"):
+        embedder.embed(texts=["a"], batch_size=0)
+
+
+def test_saved_embedder_comes_back(embedder: Embedder, pictures: list[Image.Image], tmp_path: Path) -> None:
+    save_model(embedder.model, tmp_path / "model")
+    loaded = Embedder.from_pretrained(tmp_path / "model", device="cpu")
+    again, once = (each.embed(pictures, ["a", None, "b"]) for each in (loaded, embedder))
+    np.testing.assert_allclose(again, once, atol=1e-6)  # not to the bit: kernels depend on where in memory tensors lie
