@@ -47,6 +47,12 @@ class PrepareSettings(Section):
     max_megapixels: float = Field(120.0, gt=0, description="Larger images are set aside, in megapixels.")
     min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are set aside.")
     limit: int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
+    dev_share: float = Field(
+        0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
+    )
+    shared_images: Literal["drop", "keep"] = Field(
+        "drop", description="Training images that a held-out split has too, as image, case or copy: left out, or counted."
+    )
     seed: int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
 
 
