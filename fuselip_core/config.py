@@ -51,7 +51,7 @@ class PrepareSettings(Section):
         0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
     )
     shared_images: Literal["drop", "keep"] = Field(
-        "drop", description="Training images that a held-out split has too, as image, case or copy: left out, or counted."
+        "drop", description="Training images whose image, case or copy a held-out split has too: left out, or counted."
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
 

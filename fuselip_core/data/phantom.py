@@ -22,6 +22,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +41,7 @@ SIDES_OF_IMAGE = (112, 153)  # pixels, smallest and one more than the largest
 SMALL, MEDIUM, LARGE = 12, 18, 26  # millimetres
 QUESTIONS_AN_IMAGE = 4
 JPEG_QUALITY = 90
+CASES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -66,18 +68,19 @@ def draw_data_set(folder: Path, seed: int = 0, counts: Mapping[str, int] = COUNT
         raise ValueError(f"the phantom has the splits {', '.join(SPLITS)}, not {', '.join(sorted(unknown))}")
     folder.mkdir(parents=True, exist_ok=True)
     licences: list[Sequence[str]] = []
-    for split in SPLITS:
-        if split in counts:
-            licences += _write_split(folder, split, seed, counts[split], workers)
+    with process_pool(workers) as pool:
+        for split in SPLITS:
+            if split in counts:
+                licences += _write_split(folder, split, seed, counts[split], pool)
     _write_csv(folder / "cui_mapping.csv", ("CUI", "Canonical name"), sorted(_wording()["concepts"].values()))
     _write_csv(folder / "license_information.csv", ("ID", "PMCID", "Attribution", "Link"), licences)
 
 
-def _write_split(folder: Path, split: str, seed: int, count: int, workers: int) -> list[Sequence[str]]:
+def _write_split(folder: Path, split: str, seed: int, count: int, pool: Executor | None) -> list[Sequence[str]]:
     wording = _wording()
     captions, concepts, manual, questions, licences = [], [], [], [], []
     with atomic_write(folder / f"{split}_images.zip") as path, zipfile.ZipFile(path, "w") as archive:
-        for sample in track(_samples(split, seed, count, workers), f"draw {split}", total=count):
+        for sample in track(_samples(split, seed, count, pool), f"draw {split}", total=count):
             # A member's time stamp is fixed: the archive must not depend on the day it was made.
             member = zipfile.ZipInfo(f"{split}/{sample.identifier}.jpg", (2026, 1, 1, 0, 0, 0))
             member.create_system, member.external_attr = 3, 0o100644 << 16
@@ -101,19 +104,18 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]])
         writer.writerows(rows)
 
 
-def _samples(split: str, seed: int, count: int, workers: int) -> Iterator[Sample]:
+def _samples(split: str, seed: int, count: int, pool: Executor | None) -> Iterator[Sample]:
     """The first `count` samples of a split, in order; cases are drawn whole and the last one is cut."""
     make = functools.partial(draw_case, split, seed)
     case = done = 0
-    with process_pool(workers) as pool:
-        while done < count:
-            cases = range(case, case + 64)
-            case += 64
-            drawn = map(make, cases) if pool is None else pool.map(make, cases, chunksize=8)
-            for samples in drawn:
-                for sample in samples[: count - done]:
-                    done += 1
-                    yield sample
+    while done < count:
+        # At least one image a case: never more cases than images that are missing.
+        cases = range(case, case + min(CASES_AT_ONCE, count - done))
+        case = cases.stop
+        for samples in map(make, cases) if pool is None else pool.map(make, cases, chunksize=16):
+            for sample in samples[: count - done]:
+                done += 1
+                yield sample
 
 
 def draw_case(split: str, seed: int, case: int) -> list[Sample]:

@@ -1,0 +1,144 @@
+"""ROCOv2 in its three layouts: the same images and captions come out of each."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fuselip_core.data.captions import list_rocov2
+from fuselip_core.data.pair import DataError, Listing, fault_of_caption
+from fuselip_core.data.phantom import draw_data_set
+from fuselip_core.data.shards import ImageReader
+
+COUNTS = {"train": 7, "valid": 3, "test": 4}
+PUBLISHED_NAMES = {"train": "train", "valid": "validation", "test": "test"}
+
+
+@pytest.fixture(scope="module")
+def zenodo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zenodo")
+    draw_data_set(folder, seed=1, counts=COUNTS)
+    return folder
+
+
+def content(listing: Listing) -> dict[str, tuple[str, bytes, str | None]]:
+    """Image id → split, bytes, caption."""
+    captions = {pair.query.image: pair.target.text for pair in listing.pairs}
+    with ImageReader(1 << 20) as reader:
+        return {
+            image.image_id: (image.split, reader.read(image.place), captions.get(image.image_id))
+            for image in listing.images
+        }
+
+
+def test_zipped_and_extracted_are_the_same(zenodo: Path, tmp_path: Path) -> None:
+    zipped = list_rocov2(zenodo)
+    assert {split: sum(image.split == split for image in zipped.images) for split in COUNTS} == COUNTS
+    assert zipped.images[0].concepts[0].startswith("C")
+    assert {image.modality for image in zipped.images} <= {"CT", "MR", "X-ray", "ultrasound"}
+    assert all(image.case.startswith("PMC") for image in zipped.images)
+    shutil.copytree(zenodo, tmp_path, dirs_exist_ok=True)
+    for split in COUNTS:
+        with zipfile.ZipFile(tmp_path / f"{split}_images.zip") as archive:
+            archive.extractall(tmp_path)
+        (tmp_path / f"{split}_images.zip").unlink()
+    assert content(list_rocov2(tmp_path)) == content(zipped)
+
+
+def test_folder_of_older_tools(zenodo: Path, tmp_path: Path) -> None:
+    expected = content(list_rocov2(zenodo))
+    for name, (split, data, caption) in expected.items():
+        folder = tmp_path / PUBLISHED_NAMES[split]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.jpg").write_bytes(data)
+        (folder / f"{name}.jpg.txt").write_text(f"{caption}\n", encoding="utf-8")
+    (tmp_path / "train" / "without.jpg").write_bytes(b"")
+    listing = list_rocov2(tmp_path)
+    assert content(listing) == expected
+    assert [(item.id, item.reason) for item in listing.set_aside] == [("without", "missing_caption")]
+
+
+def test_parquet_of_the_hub(zenodo: Path, tmp_path: Path) -> None:
+    expected = content(list_rocov2(zenodo))
+    (tmp_path / "data").mkdir()
+    for split, name in PUBLISHED_NAMES.items():
+        rows = [
+            {"image": {"bytes": data, "path": f"{key}.jpg"}, "image_id": key, "caption": caption, "cui": ["C0040405"]}
+            for key, (part, data, caption) in expected.items()
+            if part == split
+        ]
+        # Small row groups, as large files have many.
+        pq.write_table(
+            pa.Table.from_pylist(rows), tmp_path / "data" / f"{name}-00000-of-00001.parquet", row_group_size=2
+        )
+    listing = list_rocov2(tmp_path)
+    assert content(listing) == expected
+    assert {image.modality for image in listing.images} == {"CT"}
+    with ImageReader(1 << 20) as reader:  # a shard may begin in the middle of a file
+        last = [image for image in listing.images if image.split == "train"][-1]
+        assert reader.read(last.place) == expected[last.image_id][1]
+
+
+def test_what_does_not_fit_together_is_set_aside(zenodo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zenodo, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "train_captions.csv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], *lines[2:], lines[2], "ROCOv2_nowhere,A caption"]), encoding="utf-8")
+    listing = list_rocov2(tmp_path)
+    assert [(item.id, item.reason) for item in listing.set_aside] == [
+        (lines[2].split(",")[0], "repeated_id"),
+        ("ROCOv2_nowhere", "missing_image"),
+        (lines[1].split(",")[0], "missing_caption"),
+    ]
+
+
+def test_members_that_would_leave_their_folder_are_not_read(zenodo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zenodo, tmp_path, dirs_exist_ok=True)
+    with zipfile.ZipFile(tmp_path / "test_images.zip", "a") as archive:
+        archive.writestr("../../evil.jpg", b"x")
+        archive.writestr("__MACOSX/test/._a.jpg", b"x")
+    assert list_rocov2(tmp_path).set_aside == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda root: shutil.rmtree(root), "no folder"),
+        (lambda root: [path.unlink() for path in root.iterdir()], "is empty"),
+        (lambda root: [path.unlink() for path in root.glob("*.csv")], "no known layout"),
+        (lambda root: (root / "valid_images.zip").unlink(), "neither valid_images.zip nor a folder valid"),
+        (lambda root: (root / "valid_images.zip").write_bytes(b"PK broken"), "no readable zip"),
+        (lambda root: (root / "test_captions.csv").write_text("ID,Text\n1,2\n"), "lacks the column Caption"),
+        (lambda root: (root / "test_captions.csv").write_bytes(b"ID,Caption\n1,\xff\n"), "not UTF-8"),
+        (lambda root: (root / "license_information.csv").write_text(""), "lacks the columns ID, PMCID"),
+    ],
+)
+def test_an_unusable_folder_is_one_sentence(zenodo: Path, tmp_path: Path, spoil: object, said: str) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(zenodo, root)
+    spoil(root)  # type: ignore[operator]
+    with pytest.raises(DataError, match=said) as raised:
+        list_rocov2(root)
+    assert "\n" not in str(raised.value) and str(root) in str(raised.value)
+
+
+def test_placeholders_are_told_from_short_captions(shared: Path) -> None:
+    for caption in (
+        "Replace this - DESCRIPTION OF THE IMAGE OR FINDINGS.",
+        "IN PROGRESS.",
+        "n/a",
+        "-",
+        "...",
+        "No caption",
+    ):
+        assert fault_of_caption(caption, 1) == "placeholder_caption", caption
+    assert fault_of_caption(" \t", 0) == "empty_caption"
+    assert fault_of_caption("Chest", 2) == "short_caption"
+    assert fault_of_caption("胸部CT", 1) is None
+    real = (shared / "data" / "roco-captions" / "captions.txt").read_text(encoding="utf-8").splitlines()
+    assert [caption for caption in real if fault_of_caption(caption, 1)] == []

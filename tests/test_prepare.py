@@ -1,0 +1,258 @@
+"""Raw data to shards, on real data whole, with everything that goes wrong in practice, and killed in the middle."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fuselip_core.config import PrepareSettings
+from fuselip_core.data.pair import DataError
+from fuselip_core.data.phantom import draw_data_set
+from fuselip_core.data.prepare import prepare_data
+from fuselip_core.data.prepared import PreparedData
+from fuselip_core.files import sha256_of
+
+COUNTS = {"train": 40, "valid": 8, "test": 10}
+
+
+def settings(root: Path, source: str = "phantom", **changes: object) -> PrepareSettings:
+    return PrepareSettings.model_validate({"source": source, "root": root, "workers": 1, **changes})
+
+
+def quarantine(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def cases(prepared: PreparedData, split: str) -> set[str]:
+    batches = prepared.iter_images(split, columns=["case"])
+    return {case for batch in batches for case in batch.column("case").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    draw_data_set(folder, seed=0, counts=COUNTS)
+    return folder
+
+
+def test_medpix_whole(shared: Path, tmp_path: Path) -> None:
+    """1,850 real images in ROCOv2's published layout: nothing is lost but placeholders, no case is on two sides."""
+    root = shared / "data" / "medpix-rocov2"
+    manifest = prepare_data(settings(root, "rocov2", dev_share=0.05), tmp_path / "prepared")
+    prepared = PreparedData(tmp_path / "prepared")
+    assert prepared.splits == ("train", "dev", "valid")
+    assert prepared.image_count("valid") == 197
+    assert prepared.pair_count("valid") == 191
+    assert prepared.image_count("train") + prepared.image_count("dev") == 1653
+    assert 60 < prepared.image_count("dev") < 110
+    assert manifest["quarantine"] == {"placeholder_caption": 23}
+    sides = [cases(prepared, split) for split in prepared.splits]
+    assert sum(map(len, sides)) == len(set().union(*sides))
+    texts = (
+        prepared.pairs("train").column("target_text").to_pylist() + prepared.pairs("valid")["target_text"].to_pylist()
+    )
+    assert not any("\n" in text or "Replace this" in text for text in texts)
+    with zipfile.ZipFile(root / "valid_images.zip") as archive:
+        names = [Path(name).stem for name in archive.namelist()]
+        published = {name: archive.read(f"valid/{name}.jpg") for name in names}
+    for batch in prepared.iter_images("valid", columns=["image_id", "bytes"], batch_rows=50):
+        assert batch.num_rows <= 50
+        assert all(published.pop(row["image_id"]) == row["bytes"] for row in batch.to_pylist())
+    assert not published
+
+
+@pytest.mark.parametrize(("shared_images", "train"), [("drop", 726), ("keep", 1797)])
+def test_vqa_rad_shares_no_image_unless_asked_to(shared: Path, tmp_path: Path, shared_images: str, train: int) -> None:
+    root = shared / "data" / "vqa-rad"
+    manifest = prepare_data(settings(root, "vqa-rad", shared_images=shared_images), tmp_path / "prepared")
+    prepared = PreparedData(tmp_path / "prepared")
+    assert prepared.pair_count("test", "vqa") == 451
+    assert prepared.pair_count("train", "vqa") == train
+    overlap = set(prepared.pairs("train")["query_image"].to_pylist()) & set(
+        prepared.pairs("test")["query_image"].to_pylist()
+    )
+    assert len(overlap) == (0 if shared_images == "drop" else 202)
+    assert bool(cases(prepared, "train") & cases(prepared, "test")) == (shared_images == "keep")
+    assert any("202 of 313 training images" in note for note in manifest["notes"])
+    assert set(prepared.pairs("test")["answer_type"].to_pylist()) == {"closed", "open"}
+
+
+def test_the_same_data_gives_the_same_version(raw: Path, tmp_path: Path) -> None:
+    first = prepare_data(settings(raw, rows_per_shard=8), tmp_path / "first")
+    second = prepare_data(settings(raw, rows_per_shard=8, workers=2), tmp_path / "second")
+    assert first["data_version"] == second["data_version"]
+    for shard in first["shards"]:
+        path = tmp_path / "second" / shard["path"]
+        assert sha256_of(path) == shard["sha256"]
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == sorted(
+        [shard["path"] for shard in first["shards"]] + ["manifest.json", "quarantine.jsonl"]
+    )
+    assert sum(shard["rows"] for shard in first["shards"] if shard["path"].startswith("images-train")) == 40
+    other = prepare_data(settings(raw, limit=5), tmp_path / "first")
+    assert other["data_version"] != first["data_version"]
+    assert other["counts"]["train"] == {
+        "images": 5,
+        "cases": other["counts"]["train"]["cases"],
+        "pairs": {"caption": 5, "vqa": 20},
+    }
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def damaged(raw: Path, folder: Path, spoil: Callable[[int, bytes], bytes]) -> Path:
+    """A copy of `raw` whose training images went through `spoil` (their number, their bytes)."""
+    folder.mkdir()
+    for path in raw.iterdir():
+        if path.name != "train_images.zip":
+            (folder / path.name).write_bytes(path.read_bytes())
+    with zipfile.ZipFile(raw / "train_images.zip") as old, zipfile.ZipFile(folder / "train_images.zip", "w") as new:
+        for number, member in enumerate(old.namelist()):
+            new.writestr(member, spoil(number, old.read(member)))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_images_are_set_aside_and_the_run_goes_on(raw: Path, tmp_path: Path) -> None:
+    bomb = io.BytesIO()
+    Image.new("1", (12_000, 12_000)).save(bomb, "PNG")
+    with zipfile.ZipFile(raw / "test_images.zip") as archive:
+        of_test = archive.read(archive.namelist()[0])
+    bad = {0: b"", 1: b"GIF, they said", 2: bomb.getvalue(), 4: of_test}
+
+    def spoil(number: int, data: bytes) -> bytes:
+        return data[: len(data) // 3] if number == 3 else bad.get(number, data)
+
+    root = damaged(raw, tmp_path / "damaged", spoil)
+    archive_path = root / "valid_images.zip"
+    content = bytearray(archive_path.read_bytes())
+    content[200] ^= 0xFF  # inside the first member: its checksum no longer holds
+    archive_path.write_bytes(content)
+    captions = root / "train_captions.csv"
+    lines = captions.read_text(encoding="utf-8").splitlines()
+    lines[6] = lines[6].split(",")[0] + ", "
+    lines[7] = lines[7].split(",")[0] + ',"Replace this -\nDESCRIPTION OF THE IMAGE"'
+    captions.write_text("\n".join(lines), encoding="utf-8")
+
+    manifest = prepare_data(settings(root, rows_per_shard=16, workers=2), tmp_path / "prepared")
+    found = [(item["split"], item["reason"]) for item in quarantine(tmp_path / "prepared")]
+    expected = ["empty_image", "not_an_image", "too_large", "damaged_image", "copy_in_held_out"]
+    assert [reason for split, reason in found if split == "train"] == [
+        "empty_caption",
+        "placeholder_caption",
+        *expected,
+    ]
+    assert ("valid", "damaged_archive") in found
+    assert manifest["quarantine"] == {reason: 1 for _, reason in found}
+    assert manifest["duplicates"]["across_splits_left_out"] == 1
+    assert manifest["counts"]["train"]["images"] == 35
+    # Images of unusable captions stay as images and keep their questions; unreadable images take theirs along.
+    assert manifest["counts"]["train"]["pairs"] == {"caption": 33, "vqa": 140}
+    prepared = PreparedData(tmp_path / "prepared")
+    ids = {
+        name for batch in prepared.iter_images("train", ["image_id"]) for name in batch.column("image_id").to_pylist()
+    }
+    assert set(prepared.pairs("train")["query_image"].to_pylist()) <= ids
+
+
+def test_a_case_in_two_splits_is_taken_out_of_training(raw: Path, tmp_path: Path) -> None:
+    root = damaged(raw, tmp_path / "leaky", lambda number, data: data)
+    path = root / "license_information.csv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    test_case = next(line.split(",")[1] for line in lines if "_test_" in line)
+    first = next(number for number, line in enumerate(lines) if "_train_" in line)
+    old_case = lines[first].split(",")[1]
+    moved = [line for line in lines if f",{old_case}," in line]
+    path.write_text("\n".join(lines).replace(f",{old_case},", f",{test_case},"), encoding="utf-8")
+    manifest = prepare_data(settings(root), tmp_path / "prepared")
+    assert manifest["quarantine"] == {"case_in_held_out": len(moved)}
+    prepared = PreparedData(tmp_path / "prepared")
+    assert not cases(prepared, "train") & cases(prepared, "test")
+
+
+def test_dev_takes_whole_cases_and_depends_on_the_seed_alone(raw: Path, tmp_path: Path) -> None:
+    chosen = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare_data(settings(raw, dev_share=0.2, seed=seed), tmp_path / name)
+        prepared = PreparedData(tmp_path / name)
+        assert not cases(prepared, "dev") & cases(prepared, "train")
+        assert prepared.image_count("dev") + prepared.image_count("train") == 40
+        assert set(prepared.pairs("dev")["split"].to_pylist()) == {"dev"}
+        chosen.append(cases(prepared, "dev"))
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import fuselip_core.data.shards as shards
+from fuselip_core.config import PrepareSettings
+from fuselip_core.data.prepare import prepare_data
+decode = shards.decode
+shards.decode = lambda *arguments: (time.sleep(0.03), decode(*arguments))[1]
+prepare_data(PrepareSettings(source="phantom", root=sys.argv[1], rows_per_shard=5, workers=1), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_run_goes_on_with_the_first_unfinished_shard(raw: Path, tmp_path: Path) -> None:
+    target, work = tmp_path / "prepared", tmp_path / "prepared.partial"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(raw), str(target)])
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(work.glob("images-train-*.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not target.exists()
+    finished = {path: path.stat().st_ino for path in work.glob("images-*.parquet") if Path(f"{path}.json").exists()}
+    assert len(finished) >= 2
+    manifest = prepare_data(settings(raw, rows_per_shard=5), target)
+    after = {path.name: path.stat().st_ino for path in target.iterdir()}
+    assert all(after[path.name] == inode for path, inode in finished.items())
+    assert manifest["data_version"] == prepare_data(settings(raw, rows_per_shard=5), tmp_path / "whole")["data_version"]
+
+
+def test_other_settings_do_not_take_over_unfinished_work(raw: Path, tmp_path: Path) -> None:
+    work = tmp_path / "prepared.partial"
+    work.mkdir()
+    (work / "key.json").write_text('{"key": "of another run"}')
+    (work / "images-train-00000-of-00001.parquet").write_bytes(b"stale")
+    (work / "images-train-00000-of-00001.parquet.json").write_text("{}")
+    assert prepare_data(settings(raw), tmp_path / "prepared")["counts"]["train"]["images"] == 40
+
+
+@pytest.mark.parametrize("source", ["phantom", "rocov2", "vqa-rad"])
+def test_a_missing_folder_is_one_sentence(tmp_path: Path, source: str) -> None:
+    with pytest.raises(DataError, match="nowhere") as raised:
+        prepare_data(settings(tmp_path / "nowhere", source), tmp_path / "prepared")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_nothing_usable_is_an_error(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no usable pair"):
+        prepare_data(
+            settings(damaged(raw, tmp_path / "empty", lambda *_: b""), max_megapixels=1e-6), tmp_path / "prepared"
+        )
+
+
+def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="fuselip prepare"):
+        PreparedData(tmp_path)
+    prepare_data(settings(raw), tmp_path / "prepared")
+    prepared = PreparedData(tmp_path / "prepared")
+    with pytest.raises(DataError, match="train, valid, test"):
+        prepared.pairs("dev")
+    (tmp_path / "prepared" / "pairs-test-00000-of-00001.parquet").unlink()
+    with pytest.raises(DataError, match="pairs-test"):
+        PreparedData(tmp_path / "prepared")
