@@ -1,0 +1,188 @@
+"""Answer ranking: image and question against all distinct answers of the split, beside what needs no fusion.
+
+Legend: Q questions, A distinct answers, D width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuselip_core.config import EvaluateSettings
+from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.token_store import ABSENT, ANSWER_TYPES, TokenStore
+from fuselip_core.evaluation.embed import SideEncoder, embed
+from fuselip_core.evaluation.metrics import Array, deranged, rank_answers, top
+from fuselip_core.evaluation.result import AnswerExample, Candidate, EvaluationResult
+
+QUESTION = "vqa"
+CLOSED, OPEN = ANSWER_TYPES.index("closed"), ANSWER_TYPES.index("open")
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class AnswerPool:
+    """images, questions (Q): rows; answers (A): one text row of each distinct answer, names (A); correct (Q): index."""
+
+    images: Array
+    questions: Array
+    types: Array
+    answers: Array
+    names: tuple[str, ...]
+    correct: Array
+
+    @classmethod
+    def of(cls, store: TokenStore, rows: Array) -> AnswerPool:
+        """The pool of the question pairs `rows`."""
+        targets, place = np.unique(store.pairs.target_text[rows], return_inverse=True)
+        names = [normalise_answer(text) for text in store.texts_of(targets)]
+        first: dict[str, int] = {}
+        for number, name in enumerate(names):
+            first.setdefault(name, number)
+        index = {name: number for number, name in enumerate(first)}
+        return cls(
+            images=store.pairs.query_image[rows],
+            questions=store.pairs.query_text[rows],
+            types=store.pairs.answer_type[rows],
+            answers=targets[list(first.values())],
+            names=tuple(first),
+            correct=np.array([index[name] for name in names], np.int64)[place.ravel()],
+        )
+
+
+def normalise_answer(text: str) -> str:
+    """Answers that differ in case, spaces or a full stop are one answer."""
+    return " ".join(text.lower().split()).rstrip(" .")
+
+
+def question_rows(store: TokenStore) -> Array:
+    """Pairs that lead from an image with a text to a text alone."""
+    if QUESTION not in store.kinds:
+        return np.zeros(0, np.int64)
+    pairs = store.pairs
+    whole = (pairs.query_image >= 0) & (pairs.query_text >= 0) & (pairs.target_text >= 0)
+    return np.flatnonzero((pairs.kind == store.kinds.index(QUESTION)) & whole & (pairs.target_image == ABSENT))
+
+
+def measure_answers(
+    encoder: SideEncoder,
+    store: TokenStore,
+    prepared: PreparedData,
+    cases: Array,
+    settings: EvaluateSettings,
+    result: EvaluationResult,
+) -> None:
+    """Adds the accuracy of the fused query and of every control, overall, closed and open, and examples."""
+    pool = AnswerPool.of(store, question_rows(store))
+    answers = _embed_answers(encoder, store, pool, settings.batch_size)
+    absent = np.full(len(pool.images), ABSENT)
+    images, other = np.unique(pool.images, return_inverse=True)
+    shuffled = images[deranged(len(images), settings.seed)][other.ravel()]
+    queries = {
+        "fused": (pool.images, pool.questions, False),
+        "question_only": (absent, pool.questions, False),
+        "image_only": (pool.images, absent, False),
+        "blank_image": (pool.images, pool.questions, True),
+        "shuffled_image": (shuffled, pool.questions, False),
+    }
+    clusters = cases[pool.images]
+    for name, (image_rows, text_rows, blank) in queries.items():
+        query = embed(encoder, store, image_rows, text_rows, settings.batch_size, blank=blank)
+        rank = rank_answers(query, answers, pool.correct)
+        _add_accuracy(name, rank == 1, pool, clusters, settings.seed, result)
+        if name == "fused":
+            result.answers = _examples(store, pool, query, answers, rank, settings)
+    for name, guesses in _majority_guesses(store, prepared, pool).items():
+        right = np.array([pool.names[place] for place in pool.correct]) == np.array(guesses)
+        _add_accuracy(name, right, pool, clusters, settings.seed, result)
+    _add_summary(pool, result)
+
+
+def quick_answers(encoder: SideEncoder, store: TokenStore, rows: Array, batch_size: int) -> dict[str, float]:
+    """Accuracy of the fused query over the answers of the question pairs `rows`, for a look during training."""
+    pool = AnswerPool.of(store, rows)
+    query = embed(encoder, store, pool.images, pool.questions, batch_size)
+    rank = rank_answers(query, _embed_answers(encoder, store, pool, batch_size), pool.correct)
+    return {"answers/accuracy": float(np.mean(rank == 1))}
+
+
+def _embed_answers(encoder: SideEncoder, store: TokenStore, pool: AnswerPool, batch_size: int) -> Array:
+    return embed(encoder, store, np.full(len(pool.answers), ABSENT), pool.answers, batch_size)
+
+
+def _add_accuracy(
+    name: str, right: Array, pool: AnswerPool, clusters: Array, seed: int, result: EvaluationResult
+) -> None:
+    chosen = {"accuracy": np.ones(len(right), bool), "accuracy_closed": pool.types == CLOSED}
+    chosen["accuracy_open"] = pool.types == OPEN
+    for part, rows in chosen.items():
+        if rows.any():
+            result.add_share(f"answers/{name}/{part}", right[rows], clusters[rows], seed)
+
+
+def _add_summary(pool: AnswerPool, result: EvaluationResult) -> None:
+    metrics = result.metrics
+    metrics["answers/pool"] = float(len(pool.names))
+    metrics["answers/questions"] = float(len(pool.correct))
+    metrics["answers/questions_closed"] = float(np.sum(pool.types == CLOSED))
+    metrics["answers/questions_open"] = float(np.sum(pool.types == OPEN))
+    metrics["answers/chance"] = 1.0 / len(pool.names)
+    # A control that is never right counts as guessing, so that the ratio stays a number.
+    controls = ("answers/question_only/accuracy", "answers/image_only/accuracy", "answers/chance")
+    best = max(metrics[name] for name in controls)
+    metrics["answers/fused/over_best_control"] = metrics["answers/fused/accuracy"] / best
+
+
+def _majority_guesses(store: TokenStore, prepared: PreparedData, pool: AnswerPool) -> dict[str, list[str]]:
+    """The most frequent training answer to questions of the same type, and to the same question where it was seen."""
+    if "train" not in prepared.splits:
+        return {}
+    table = prepared.pairs("train")
+    by_type: dict[str, Counter[str]] = defaultdict(Counter)
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    columns = [table.column(name).to_pylist() for name in ("kind", "query_text", "target_text", "answer_type")]
+    for kind, question, answer, answer_type in zip(*columns, strict=True):
+        if kind == QUESTION:
+            for key in (answer_type or "", "any"):
+                by_type[key][normalise_answer(answer)] += 1
+            by_question[normalise_answer(question)][normalise_answer(answer)] += 1
+    if not by_type:
+        return {}
+    types = [ANSWER_TYPES[code] for code in pool.types]
+    plain = [_most_frequent(by_type.get(name) or by_type["any"]) for name in types]
+    questions = [normalise_answer(text) for text in store.texts_of(pool.questions)]
+    seen = [
+        _most_frequent(by_question[question]) if question in by_question else guess
+        for question, guess in zip(questions, plain, strict=True)
+    ]
+    return {"majority": plain, "majority_by_question": seen}
+
+
+def _most_frequent(counts: Counter[str]) -> str:
+    """Equal counts go to the first in the alphabet, so that the control is the same in every run."""
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def _examples(
+    store: TokenStore, pool: AnswerPool, query: Array, answers: Array, rank: Array, settings: EvaluateSettings
+) -> list[AnswerExample]:
+    """Questions drawn at random, with their first candidates."""
+    drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(rank))[: settings.examples])
+    if not len(drawn):
+        return []
+    order, scores = top(query[drawn], answers, SHOWN)
+    questions: Sequence[str] = store.texts_of(pool.questions[drawn])
+    examples = []
+    for place, row in enumerate(drawn):
+        correct = int(pool.correct[row])
+        candidates = tuple(
+            Candidate(pool.names[answer], float(score), bool(answer == correct))
+            for answer, score in zip(order[place], scores[place], strict=True)
+        )
+        kind = ANSWER_TYPES[pool.types[row]]
+        image, answer = int(pool.images[row]), pool.names[correct]
+        examples.append(AnswerExample(image, questions[place], answer, kind, int(rank[row]), candidates))
+    return examples

@@ -1,0 +1,40 @@
+"""Embeddings of any stored images and texts, in batches of similar length, each distinct input once.
+
+Legend: N sides, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from fuselip_core.data.token_store import SideTokens, TokenStore, gather_codes, gather_texts
+from fuselip_core.evaluation.metrics import Array
+
+
+class SideEncoder(Protocol):
+    """What evaluation needs of a model; both model families offer it (training/batch.py)."""
+
+    def encode(self, side: SideTokens) -> Array:
+        """One side of B pairs → embeddings (B, D) float32 of unit norm."""
+
+
+def embed(
+    encoder: SideEncoder, store: TokenStore, images: Array, texts: Array, batch_size: int, *, blank: bool = False
+) -> Array:
+    """Image rows (N) with text rows (N), ABSENT allowed in either → embeddings (N, D) float32.
+
+    With `blank` every image is replaced by a black one. Equal inputs are embedded once, so that they are equal.
+    """
+    inputs, place = np.unique(np.stack([images, texts], axis=1).astype(np.int64), axis=0, return_inverse=True)
+    lengths = np.where(inputs[:, 1] >= 0, np.diff(store.text_offsets)[inputs[:, 1]], 0)
+    order = np.lexsort((lengths, inputs[:, 0] >= 0))
+    parts = []
+    for start in range(0, len(order), batch_size):
+        chosen = inputs[order[start : start + batch_size]]
+        side = SideTokens(*gather_codes(store, chosen[:, 0]), *gather_texts(store, chosen[:, 1]))
+        parts.append(encoder.encode(side.with_codes(store.blank) if blank else side))
+    embeddings = np.empty((len(order), parts[0].shape[1]), np.float32)
+    embeddings[order] = np.concatenate(parts)
+    return embeddings[place.ravel()]

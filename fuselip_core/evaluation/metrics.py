@@ -1,0 +1,170 @@
+"""Measures of embeddings as plain array code: ranks, recall, chance and intervals.
+
+Legend: Q queries, T targets (the pool), D width.
+
+A tie is wrong: the rank of a query is 1 + the number of irrelevant targets that score at least as high as its best
+relevant one. A model that gives the same embedding to everything then scores zero instead of whatever the order of the
+targets happens to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fuselip_core.errors import FuselipError
+
+# Scores closer than this are equal: it is what float32 products of unit vectors of width 512 are uncertain by.
+TIE = 2e-6
+CHUNK_BYTES = 16 << 20  # scores held at once
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Which targets are right for which query: those of query q are items[offsets[q]:offsets[q + 1]], ascending.
+
+    offsets (Q + 1) int64, items (sum) int64 without repetition within a query; `pool` = T.
+    """
+
+    offsets: Array
+    items: Array
+    pool: int
+
+    @classmethod
+    def from_groups(cls, queries: Array, targets: Array) -> Relevance:
+        """Right is every target of the query's group: queries (Q), targets (T), any integers."""
+        order = np.argsort(targets, kind="stable")
+        ordered = targets[order]
+        starts, stops = np.searchsorted(ordered, queries, "left"), np.searchsorted(ordered, queries, "right")
+        offsets = np.append(0, np.cumsum(stops - starts))
+        places = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts, stops - starts)
+        return cls(offsets, order[places], len(targets))
+
+    @classmethod
+    def from_edges(cls, queries: Array, targets: Array, query_count: int, pool: int) -> Relevance:
+        """Right is what an edge joins: queries (E), targets (E); repeated edges count once."""
+        edges = np.unique(queries.astype(np.int64) * max(pool, 1) + targets)
+        counts = np.bincount(edges // max(pool, 1), minlength=query_count)
+        return cls(np.append(0, np.cumsum(counts)), edges % max(pool, 1), pool)
+
+    @property
+    def counts(self) -> Array:
+        """(Q) int64: right targets of each query."""
+        return np.diff(self.offsets)
+
+    def of(self, query: int) -> Array:
+        """Right targets of one query."""
+        return self.items[self.offsets[query] : self.offsets[query + 1]]
+
+
+def ranks(query: Array, target: Array, relevance: Relevance, chunk_bytes: int = CHUNK_BYTES) -> Array:
+    """Rank (Q) int64 of the best right target of each query, 1 is best, ties wrong, by inner product.
+
+    query (Q, D), target (T, D) float32; exact over the whole pool, in chunks of at most `chunk_bytes` of scores.
+    Raises FuselipError for embeddings that are not finite, shapes that do not fit, or a query without a right target.
+    """
+    _check(query, target, relevance)
+    result, tie = np.empty(len(query), np.int64), _tie(query, target)
+    for start, stop, scores in _score_chunks(query, target, chunk_bytes):
+        counts = relevance.counts[start:stop]
+        rows = np.repeat(np.arange(stop - start), counts)
+        columns = relevance.items[relevance.offsets[start] : relevance.offsets[stop]]
+        best = np.maximum.reduceat(scores[rows, columns], np.cumsum(counts) - counts)
+        scores[rows, columns] = -np.inf
+        result[start:stop] = np.count_nonzero(scores >= (best - tie)[:, None], axis=1)
+    return result + 1
+
+
+def recall(rank: Array, ks: Sequence[int]) -> dict[int, float]:
+    """Share of queries whose best right target is among the first k, for each k."""
+    return {k: float(np.mean(rank <= k)) for k in ks}
+
+
+def chance(relevance: Relevance, k: int = 1) -> float:
+    """Recall at k of a random order of the pool, exact: mean over the queries of 1 - C(T - r, k) / C(T, k)."""
+    wrong = relevance.pool - relevance.counts.astype(np.float64)
+    missed = np.ones(len(wrong))
+    for drawn in range(min(k, relevance.pool)):
+        missed *= np.maximum(wrong - drawn, 0) / (relevance.pool - drawn)
+    return float(np.mean(1 - missed))
+
+
+def rank_answers(query: Array, answers: Array, correct: Array) -> Array:
+    """Rank (Q) int64 of the one right answer of each query: query (Q, D), answers (T, D), correct (Q) indices."""
+    return ranks(query, answers, Relevance(np.arange(len(query) + 1), np.asarray(correct), len(answers)))
+
+
+def top(query: Array, target: Array, k: int) -> tuple[Array, Array]:
+    """The k best targets of a few queries: indices (Q, k) int64 and scores (Q, k) float32, best first."""
+    scores = query @ target.T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return order, np.take_along_axis(scores, order, axis=1)
+
+
+def interval(hits: Array, seed: int, clusters: Array | None = None) -> tuple[float, float]:
+    """95 % interval of the mean of `hits` (N) by a seeded bootstrap; of whole clusters (N) where they are given.
+
+    Questions about one image are no independent draws, so they are resampled together. Where all hits are equal a
+    bootstrap would claim certainty; there the exact one-sided binomial bound over the clusters takes its place.
+    """
+    hits = np.asarray(hits, np.float64)
+    owner = np.arange(len(hits)) if clusters is None else np.unique(clusters, return_inverse=True)[1].ravel()
+    sizes = np.bincount(owner).astype(np.float64)
+    tail = (1 - CONFIDENCE) / 2
+    if hits.min() == hits.max():
+        slack = 1 - tail ** (1 / len(sizes))
+        return (1 - slack, 1.0) if hits[0] else (0.0, slack)
+    sums = np.bincount(owner, weights=hits)
+    generator, means = np.random.default_rng(seed), np.empty(RESAMPLES)
+    for sample in range(RESAMPLES):
+        drawn = generator.integers(0, len(sizes), len(sizes))
+        means[sample] = sums[drawn].sum() / sizes[drawn].sum()
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def deranged(count: int, seed: int) -> Array:
+    """Indices (count) int64 of a random exchange in which nothing stays in its place (but a single item)."""
+    order = np.random.default_rng(seed).permutation(count)
+    exchanged = np.empty(count, np.int64)
+    exchanged[order] = np.roll(order, 1)
+    return exchanged
+
+
+def _score_chunks(query: Array, target: Array, chunk_bytes: int) -> Iterator[tuple[int, int, Array]]:
+    rows = max(1, chunk_bytes // max(4 * len(target), 1))
+    columns = np.ascontiguousarray(target.T, np.float32)
+    buffer = np.empty((min(rows, len(query)), len(target)), np.float32)
+    for start in range(0, len(query), rows):
+        stop = min(start + rows, len(query))
+        yield start, stop, np.matmul(query[start:stop].astype(np.float32), columns, out=buffer[: stop - start])
+
+
+def _tie(query: Array, target: Array) -> float:
+    """TIE for unit vectors, in proportion for others."""
+    return TIE * float(np.linalg.norm(query, axis=1).max(initial=0) * np.linalg.norm(target, axis=1).max(initial=0))
+
+
+def _check(query: Array, target: Array, relevance: Relevance) -> None:
+    for name, embeddings in (("queries", query), ("targets", target)):
+        finite = np.isfinite(embeddings).all(axis=1)
+        if not finite.all():
+            raise FuselipError(
+                f"{int((~finite).sum())} of {len(embeddings)} embeddings of the {name} are not finite (first: row "
+                f"{int(np.argmin(finite))}); the model is broken, train it again with a lower learning rate"
+            )
+    if query.shape[1:] != target.shape[1:] or (len(query), len(target)) != (len(relevance.counts), relevance.pool):
+        raise FuselipError(
+            f"queries {query.shape} and targets {target.shape} do not fit a relevance of "
+            f"{len(relevance.counts)} x {relevance.pool}"
+        )
+    if len(query) and not relevance.counts.all():
+        raise FuselipError(f"query {int(np.argmin(relevance.counts))} has no right target in the pool")

@@ -1,0 +1,54 @@
+"""What an evaluation hands on: flat metrics with their intervals, and examples to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fuselip_core.evaluation.metrics import Array, interval
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One ranked caption or answer; `score` is the cosine similarity."""
+
+    text: str
+    score: float
+    right: bool
+
+
+@dataclass(frozen=True)
+class RetrievalExample:
+    """An image (its row in the split), its own captions, the rank of the best right one, and the first candidates."""
+
+    image: int
+    captions: tuple[str, ...]
+    rank: int
+    top: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class AnswerExample:
+    """A question about an image (its row in the split), its answer and rank, and the first candidates."""
+
+    image: int
+    question: str
+    answer: str
+    answer_type: str
+    rank: int
+    top: tuple[Candidate, ...]
+
+
+@dataclass
+class EvaluationResult:
+    """metrics: flat name → value; intervals: name → 95 % interval; examples drawn at random, not chosen."""
+
+    split: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    retrieval: list[RetrievalExample] = field(default_factory=list)
+    answers: list[AnswerExample] = field(default_factory=list)
+
+    def add_share(self, name: str, hits: Array, clusters: Array, seed: int) -> None:
+        """Adds the share of `hits` (N) bool under `name`, with its interval over whole `clusters` (N)."""
+        self.metrics[name] = float(hits.mean())
+        self.intervals[name] = interval(hits, seed, clusters)

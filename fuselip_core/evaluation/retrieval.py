@@ -1,0 +1,146 @@
+"""Retrieval between images and captions, over the whole pool of a split.
+
+Legend: I distinct images, C captions (one a pair; equal ones stay in the pool and all count as right), D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuselip_core.config import EvaluateSettings
+from fuselip_core.data.token_store import ABSENT, TokenStore
+from fuselip_core.evaluation.embed import SideEncoder, embed
+from fuselip_core.evaluation.metrics import Array, Relevance, chance, deranged, ranks, recall, top
+from fuselip_core.evaluation.result import Candidate, EvaluationResult, RetrievalExample
+
+CAPTION = "caption"
+KS = (1, 5, 10)
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class CaptionPool:
+    """images (I): image rows; texts (C): text rows; and what is right in either direction.
+
+    A caption is right for an image if it reads the same to the model as one of the image's own captions.
+    """
+
+    images: Array
+    texts: Array
+    image_of_caption: Array
+    captions_of_image: Relevance
+    images_of_caption: Relevance
+
+    @classmethod
+    def of(cls, store: TokenStore, rows: Array) -> CaptionPool:
+        """The pool of the caption pairs `rows`."""
+        images, image_of = np.unique(store.pairs.query_image[rows], return_inverse=True)
+        texts = store.pairs.target_text[rows]
+        reading = readings(store, texts)
+        edges = np.unique(np.stack([image_of, reading], axis=1), axis=0)
+        captions = Relevance.from_groups(edges[:, 1], reading)
+        owners = Relevance.from_groups(reading, edges[:, 1])
+        return cls(
+            images,
+            texts,
+            image_of,
+            Relevance.from_edges(np.repeat(edges[:, 0], captions.counts), captions.items, len(images), len(texts)),
+            Relevance.from_edges(
+                np.repeat(np.arange(len(texts)), owners.counts), edges[owners.items, 0], len(texts), len(images)
+            ),
+        )
+
+
+def readings(store: TokenStore, texts: Array) -> Array:
+    """Text rows (N) → numbers (N) int64, equal where the token ids are: texts that the model cannot tell apart."""
+    rows, place = np.unique(texts, return_inverse=True)
+    known: dict[bytes, int] = {}
+    numbers = [
+        known.setdefault(store.texts[store.text_offsets[row] : store.text_offsets[row + 1]].tobytes(), len(known))
+        for row in rows
+    ]
+    return np.array(numbers, np.int64)[place.ravel()]
+
+
+def caption_rows(store: TokenStore) -> Array:
+    """Pairs that lead from an image alone to a text alone."""
+    if CAPTION not in store.kinds:
+        return np.zeros(0, np.int64)
+    pairs = store.pairs
+    plain = (pairs.query_image >= 0) & (pairs.query_text == ABSENT) & (pairs.target_text >= 0)
+    return np.flatnonzero((pairs.kind == store.kinds.index(CAPTION)) & plain & (pairs.target_image == ABSENT))
+
+
+def measure_retrieval(
+    encoder: SideEncoder, store: TokenStore, cases: Array, settings: EvaluateSettings, result: EvaluationResult
+) -> None:
+    """Adds recall in both directions, chance, the shuffled control and examples; cases (images) int for intervals."""
+    pool = CaptionPool.of(store, caption_rows(store))
+    image, text = _embed_pool(encoder, store, pool, settings.batch_size)
+    result.metrics["retrieval/pool"] = float(len(pool.texts))
+    case_of_image = cases[pool.images]
+    rank = _measure_direction(
+        "image_to_text", image, text, pool.captions_of_image, case_of_image, settings.seed, result
+    )
+    case_of_caption = case_of_image[pool.image_of_caption]
+    _measure_direction("text_to_image", text, image, pool.images_of_caption, case_of_caption, settings.seed, result)
+    result.retrieval = _examples(store, pool, image, text, rank, settings)
+
+
+def quick_retrieval(encoder: SideEncoder, store: TokenStore, rows: Array, batch_size: int) -> dict[str, float]:
+    """Recall at 1 in both directions over the pool of the caption pairs `rows`, for a look during training."""
+    pool = CaptionPool.of(store, rows)
+    image, text = _embed_pool(encoder, store, pool, batch_size)
+    return {
+        "retrieval/image_to_text/recall_at_1": recall(ranks(image, text, pool.captions_of_image), (1,))[1],
+        "retrieval/text_to_image/recall_at_1": recall(ranks(text, image, pool.images_of_caption), (1,))[1],
+    }
+
+
+def _embed_pool(encoder: SideEncoder, store: TokenStore, pool: CaptionPool, batch_size: int) -> tuple[Array, Array]:
+    image = embed(encoder, store, pool.images, np.full(len(pool.images), ABSENT), batch_size)
+    text = embed(encoder, store, np.full(len(pool.texts), ABSENT), pool.texts, batch_size)
+    return image, text
+
+
+def _measure_direction(
+    direction: str,
+    query: Array,
+    target: Array,
+    relevance: Relevance,
+    cases: Array,
+    seed: int,
+    result: EvaluationResult,
+) -> Array:
+    name = f"retrieval/{direction}"
+    rank = ranks(query, target, relevance)
+    for k in KS:
+        result.add_share(f"{name}/recall_at_{k}", rank <= k, cases, seed)
+        result.metrics[f"{name}/chance_at_{k}"] = chance(relevance, k)
+    result.metrics[f"{name}/median_rank"] = float(np.median(rank))
+    result.metrics[f"{name}/over_chance"] = float(np.mean(rank == 1)) / chance(relevance)
+    # Each query asks with the embedding of another one: what is left is no knowledge of the pair.
+    shuffled = ranks(query[deranged(len(query), seed)], target, relevance)
+    result.add_share(f"retrieval_shuffled/{direction}/recall_at_1", shuffled == 1, cases, seed)
+    return rank
+
+
+def _examples(
+    store: TokenStore, pool: CaptionPool, image: Array, text: Array, rank: Array, settings: EvaluateSettings
+) -> list[RetrievalExample]:
+    """Images drawn at random, with their first candidates; equal captions are listed once."""
+    drawn = np.random.default_rng(settings.seed).permutation(len(pool.images))[: settings.examples]
+    examples = []
+    for query in np.sort(drawn):
+        right = pool.captions_of_image.of(int(query))
+        order, scores = top(image[query : query + 1], text, len(text))
+        strings = store.texts_of(pool.texts[order[0, : SHOWN * 4]])
+        listed: dict[str, Candidate] = {}
+        for place, string in enumerate(strings):
+            listed.setdefault(string, Candidate(string, float(scores[0, place]), bool(order[0, place] in right)))
+        own = dict.fromkeys(store.texts_of(pool.texts[pool.image_of_caption == query]))
+        best = tuple(listed.values())[:SHOWN]
+        examples.append(RetrievalExample(int(pool.images[query]), tuple(own), int(rank[query]), best))
+    return examples
