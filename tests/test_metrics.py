@@ -48,7 +48,7 @@ def test_a_tie_is_wrong() -> None:
 
 
 def test_several_right_targets_count_by_the_best_and_do_not_stand_in_each_others_way() -> None:
-    # Query 0: 0 and 2 are right, and 1 stands between them. Query 1: both right ones tie with each other, which is fine.
+    # Query 0: 0 and 2 are right, and 1 stands between them. Query 1: both right ones tie, which is fine.
     query, target = scores([[0.1, 0.5, 0.9, 0.2], [0.6, 0.1, 0.6, 0.2]])
     relevance = Relevance.from_edges(np.array([0, 0, 1, 1, 1]), np.array([0, 2, 2, 0, 0]), 2, 4)
     np.testing.assert_array_equal(relevance.counts, [2, 2])

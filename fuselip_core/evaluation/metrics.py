@@ -22,6 +22,7 @@ from fuselip_core.errors import FuselipError
 TIE = 2e-6
 CHUNK_BYTES = 16 << 20  # scores held at once
 RESAMPLES = 2000
+DRAWS_AT_ONCE = 1 << 20
 CONFIDENCE = 0.95
 
 Array = npt.NDArray[Any]
@@ -123,11 +124,12 @@ def interval(hits: Array, seed: int, clusters: Array | None = None) -> tuple[flo
         slack = 1 - tail ** (1 / len(sizes))
         return (1 - slack, 1.0) if hits[0] else (0.0, slack)
     sums = np.bincount(owner, weights=hits)
-    generator, means = np.random.default_rng(seed), np.empty(RESAMPLES)
-    for sample in range(RESAMPLES):
-        drawn = generator.integers(0, len(sizes), len(sizes))
-        means[sample] = sums[drawn].sum() / sizes[drawn].sum()
-    low, high = np.quantile(means, [tail, 1 - tail])
+    generator, means = np.random.default_rng(seed), []
+    at_once = max(1, DRAWS_AT_ONCE // len(sizes))
+    for start in range(0, RESAMPLES, at_once):
+        drawn = generator.integers(0, len(sizes), (min(at_once, RESAMPLES - start), len(sizes)))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)
 
 
