@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from fuselip_core.data.phantom import draw_case, draw_data_set
-from fuselip_core.data.phantom_anatomy import LEFT, RIGHT, STUDIES, Lesion, Scene, draw
+from fuselip_core.data.phantom_anatomy import STUDIES, Lesion, Scene, draw
+from fuselip_core.data.phantom_canvas import LEFT, RIGHT
 
 COUNTS = {"train": 9, "valid": 3, "test": 5}
 

@@ -1,0 +1,1 @@
+"""Data sets: adapters, preparation, token store, mixture. No torch in this folder."""

@@ -30,7 +30,8 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from fuselip_core.data.phantom_anatomy import RIGHT, STUDIES, Lesion, Scene, draw
+from fuselip_core.data.phantom_anatomy import STUDIES, Lesion, Scene, draw
+from fuselip_core.data.phantom_canvas import RIGHT
 from fuselip_core.data.workers import process_pool
 from fuselip_core.files import atomic_write
 from fuselip_core.progress import track
