@@ -7,6 +7,7 @@ its state, 1 it failed. Its own process, since DVC and the stage write to the te
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import signal
 import sys
@@ -26,6 +27,7 @@ def main() -> int:
     from dvc.repo import Repo
     from dvc.stage.exceptions import StageCmdFailedError
 
+    logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         with Repo() as repo:
             done = repo.reproduce(arguments.address, single_item=True, force=arguments.force)

@@ -51,15 +51,25 @@ class ProcessRunner:
         command = [sys.executable, "-m", "flows.reproduce", address, *(["--force"] if force else [])]
         start = time.monotonic()
         lines = LastLines(on_line)
+        environment = stage_environment(run.repository, self.flow_run)
         with dvc_lock(run.repository, f"{address} (process {os.getpid()})", on_line) as descriptor:
-            code = stream(
-                command,
-                run.repository,
-                stage_environment(run.repository, self.flow_run),
-                lines,
-                keep_open=(descriptor,),
-            )
+            if not force and is_unchanged(run.repository, address):
+                return Outcome(stage, "unchanged", time.monotonic() - start, "nothing has changed")
+            code = stream(command, run.repository, environment, lines, keep_open=(descriptor,))
         return Outcome(stage, _status(code), time.monotonic() - start, lines.message)
+
+
+def is_unchanged(repository: Path, address: str) -> bool:
+    """Whether DVC finds the stage up to date; asked here, where DVC is loaded once, and not in a process a stage."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(repository)) as repo:
+            return not repo.status(targets=[address])
+    except DvcException:
+        # The stage's own process meets the same error and says it.
+        return False
 
 
 def stage_environment(repository: Path, flow_run: str | None = None) -> dict[str, str]:

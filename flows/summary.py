@@ -86,7 +86,7 @@ def print_summary(ending: Ending, console: Console) -> None:
     shown = os.path.relpath(run.artifacts)
     console.print()
     console.print(_table(comparison_rows(metrics), title=f"{run.name}, {run.settings.evaluate.split} split"))
-    console.print(f"[bold]Stages[/]    {stages}")
+    console.print(f"[bold]Stages[/]    {stages}", soft_wrap=True)
     console.print(f"[bold]Metrics[/]   {shown}/metrics.json")
     console.print(f"[bold]Pictures[/]  {shown}/report/index.html")
     console.print(f"[bold]Model[/]     {registered_line(registered)}")
