@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.fuselip_config import FuseLIPConfig
-from fuselip_core.model.hub import load_model
+from fuselip_core.model.hub import load_model, load_tokenizer
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.processing import ImageProcessor, TextTokenizer
-from fuselip_core.model.titok import TiTok, TiTokConfig
 from fuselip_core.model.vocabulary import join
 from fuselip_core.model.weights import load_strictly
 
@@ -87,9 +86,8 @@ def _inputs() -> dict[str, Tensor]:
 @torch.inference_mode()
 def _titok(size: str) -> dict[str, Tensor]:
     name = f"titok-{size}"
-    with torch.device("meta"):
-        tokenizer = TiTok(TiTokConfig.from_published(reference.manifest()["models"][name]["config"]))
-    tokenizer.load_state_dict(reference.weights(name), strict=True, assign=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(reference.published_folder(name, Path(folder)))
     latents = tokenizer.encode(_pixels(False))
     codes = tokenizer.quantize.nearest(tokenizer.quantize.flatten(latents))
     return {f"{name}.latents": latents, f"{name}.token_ids": codes}

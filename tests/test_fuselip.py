@@ -85,6 +85,14 @@ def test_tokens_of_an_image(model: FuseLIPModel, pixels: Tensor) -> None:
     torch.testing.assert_close(model.embed_ids(closed), model.encode_image(pixels))
 
 
+def test_half_precision_moves_no_code(model: FuseLIPModel, pixels: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids, embeddings = model.tokenize_image(pixels), model.encode_image(pixels)
+    assert torch.equal(ids, model.tokenize_image(pixels))
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, model.encode_image(pixels), atol=0.02, rtol=0)
+
+
 def test_masked_loss_equals_full_logits_at_masked_places(model: FuseLIPModel) -> None:
     ids = torch.tensor([[BEGIN_OF_TEXT, 5, 6, END_OF_TEXT], [BEGIN_OF_TEXT, TEXT_SIZE, END_OF_TEXT, 0]])
     labels = torch.tensor([[IGNORED, IGNORED, 9, IGNORED], [IGNORED, 7, IGNORED, IGNORED]])

@@ -20,10 +20,10 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.model import fuselip_config
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.fuselip_config import FuseLIPConfig
-from fuselip_core.model.hub import load_model, load_pretrained, save_model
+from fuselip_core.model.hub import load_model, load_pretrained, load_tokenizer, save_model
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.presets import open_clip_config
-from fuselip_core.model.titok import TiTokConfig
+from fuselip_core.model.titok import TiTok, TiTokConfig
 
 CODEBOOK = TiTokConfig(
     image_size=32, patch_size=16, latent_tokens=4, codebook_size=16, code_size=4, width=32, layers=1, heads=2
@@ -244,3 +244,43 @@ def test_name_that_is_neither_folder_nor_hub_id() -> None:
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, fuselip_core; assert 'load_model' in dir(fuselip_core); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tokenizer_of_a_checkpoint_or_a_folder(published: Path, tmp_path: Path) -> None:
+    stored = torch.load(published / "pytorch_model.bin", weights_only=True)
+    tokenizer = load_tokenizer(published, decoder=True)
+    for name, value in TiTok(CODEBOOK).state_dict().items():
+        assert value.shape == tokenizer.state_dict()[name].shape
+        assert torch.equal(tokenizer.state_dict()[name], stored[f"image_tokenizer.model.{name}"])
+    assert tokenizer.decode(tokenizer.codes(torch.rand(1, 3, 32, 32))).shape == (1, 3, 32, 32)
+    folder = tmp_path / "codebook"
+    folder.mkdir()
+    tokenizer.save(folder)
+    again = load_tokenizer(folder, decoder=True)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize("pixels", [True, False], ids=["pixel decoder", "decoder of another kind"])
+def test_published_tokenizer(tmp_path: Path, pixels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TiTokConfig, "from_published", classmethod(lambda cls, content: CODEBOOK))
+    torch.manual_seed(0)
+    source = TiTok(CODEBOOK, decoder=True)
+    state = dict(source.state_dict())
+    if not pixels:
+        state["pixel_decoder.conv_in.weight"] = torch.zeros(3)
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"vq_model": {}}}))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    loaded = load_tokenizer(tmp_path, decoder=True).state_dict()
+    assert torch.equal(loaded["quantize.embedding.weight"], state["quantize.embedding.weight"])
+    name = "decoder.decoder_embed.weight"
+    assert torch.equal(loaded[name], state[name]) is pixels
+    del state["latent_tokens"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FuselipError, match="missing: latent_tokens"):
+        load_tokenizer(tmp_path)
+
+
+def test_late_fusion_checkpoint_has_no_tokenizer(tmp_path: Path) -> None:
+    save_model(LateFusionModel(LateFusionConfig.of_size("tiny", "add")), tmp_path / "late")
+    with pytest.raises(FuselipError, match="contains no image tokenizer"):
+        load_tokenizer(tmp_path / "late")

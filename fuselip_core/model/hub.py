@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_folder
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.processing import FuseLIPProcessor, ImageProcessor, TextTokenizer
-from fuselip_core.model.weights import CheckpointError, load_strictly, read_weights
+from fuselip_core.model.titok import TiTok, TiTokConfig
+from fuselip_core.model.weights import CheckpointError, load_strictly, read_weights, refuse_misfits, shapes
 
 Model = FuseLIPModel | LateFusionModel
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -53,6 +55,42 @@ def save_model(model: Model, folder: Path) -> None:
         FuseLIPProcessor.of_config(model.config).save_pretrained(partial)
         for path in partial.iterdir():
             path.chmod(0o644)  # safetensors lets only the owner read, and a container may run as somebody else
+
+
+def load_tokenizer(name: str | Path, decoder: bool = False) -> TiTok:
+    """Image tokenizer, on the CPU, of a folder or hub id: this project's, a published TiTok, or a FuseLIP checkpoint's.
+
+    With `decoder`, a published tokenizer gets its decoder's weights where that predicts pixels, else random ones.
+    """
+    folder = fetch(name)
+    content = _read_json(folder, ("config.json",))
+    if "latent_tokens" in content:
+        return TiTok.load(folder, decoder=decoder)
+    state = read_weights(folder)
+    if "vq_model" in content.get("model", {}):
+        config = TiTokConfig.from_published(content)
+    else:
+        model = _build(folder, set(state))
+        if model.config.model_type != FuseLIPConfig.model_type or not model.config.image_tokenizer:
+            raise CheckpointError(f"{folder} contains no image tokenizer; give a TiTok folder or a FuseLIP checkpoint")
+        config = TiTokConfig(**model.config.image_tokenizer)
+        prefix = "image_tokenizer.model."
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return _with_weights(TiTok(config, decoder=decoder), state, folder)
+
+
+def _with_weights(tokenizer: TiTok, state: dict[str, Tensor], folder: Path) -> TiTok:
+    """Encoder and codebook strictly; the decoder if the published one is of the same kind."""
+    expected = shapes(tokenizer.state_dict())
+    is_decoder = re.compile(r"decoder\.|pixel_").match  # pixel_*: the second half of the first generation's decoder
+    decoder = {key: shape for key, shape in expected.items() if is_decoder(key)}
+    stored = {key: value for key, value in state.items() if not is_decoder(key)}
+    refuse_misfits({key: shape for key, shape in expected.items() if key not in decoder}, shapes(stored), folder)
+    published = {key: value for key, value in state.items() if is_decoder(key)}
+    if shapes(published) == decoder:
+        stored |= published
+    tokenizer.load_state_dict({key: value.to(torch.float32) for key, value in stored.items()}, strict=False)
+    return tokenizer
 
 
 def fetch(name: str | Path) -> Path:
