@@ -1,0 +1,55 @@
+# The commands of the project; `make` lists them. Everything runs in .venv, which the first of them makes.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+# make demo SOURCE=rocov2 ROOT=path/to/data SET="train.steps=100 codebook.steps=50" NAME=short
+SOURCE ?=
+ROOT ?=
+SET ?=
+NAME ?=
+FLOW_OPTIONS = $(if $(SOURCE),--source $(SOURCE)) $(if $(ROOT),--root '$(ROOT)') $(if $(NAME),--name $(NAME)) \
+	$(foreach item,$(SET),--set '$(item)')
+TESTS ?= tests
+
+# Nothing here reports to anyone; flows/environment.py says the same to processes started otherwise.
+export DO_NOT_TRACK := true
+
+.PHONY: help setup demo test test-long lint format serve-ui clean
+
+help: ## List the commands
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP) ## Make .venv from requirements.lock, fully pinned and hashed
+
+$(STAMP): requirements.lock pyproject.toml .ci/find-uv
+	@set -e; uv=$$(.ci/find-uv); echo "setting up .venv from requirements.lock (some GB, once)"; \
+	[ -x $(BIN)/python ] || "$$uv" venv --quiet --python 3.11 .venv; \
+	"$$uv" pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock; \
+	"$$uv" pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .; \
+	touch $@
+
+demo: setup ## Run the main job on the embedded sample, or on SOURCE and ROOT
+	@$(BIN)/python -m flows.pipeline $(FLOW_OPTIONS)
+
+test: setup ## Run the tests (all but the long ones)
+	@$(BIN)/python -m pytest -m "not long" $(TESTS)
+
+test-long: setup ## Run the tests that take minutes
+	@$(BIN)/python -m pytest -m long $(TESTS)
+
+lint: setup ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup ## Mend style where that can be done automatically
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+serve-ui: setup ## Show curves and models on http://127.0.0.1:5000
+	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow/mlflow.db}"
+
+clean: ## Remove outputs and local stores; data, caches and .venv stay
+	rm -rf artifacts runs .prefect mlflow/mlflow.db mlflow/artifacts
