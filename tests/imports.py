@@ -1,0 +1,150 @@
+"""Which of the project's modules import which, read from the source without running it.
+
+``python tests/imports.py`` writes into dvc.yaml which code each stage depends on.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("fuselip_core", "flows")
+STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
+# What a stage's output does not depend on: settings are parameters, the rest moves bytes or tells how far things are.
+WITHOUT_EFFECT = {
+    "fuselip_core",
+    "fuselip_core.config",
+    "fuselip_core.errors",
+    "fuselip_core.files",
+    "fuselip_core.progress",
+    "fuselip_core.run_log",
+    "fuselip_core.stages",
+    "fuselip_core.tracking",
+}
+WITHOUT_EFFECT_ON_STAGE = {
+    # Only finds the tokenizer that codebook.init names.
+    "codebook": {"fuselip_core.model.hub"},
+    # The text tokenizer stands beside what the processor of a whole model needs.
+    "tokenize": {"fuselip_core.model.fuselip_config", "fuselip_core.model.late_fusion"},
+    # Looks at the validation split for the curves; late fusion is saved by the same module and not trained from tokens.
+    "train": {"fuselip_core.evaluation.tasks", "fuselip_core.model.late_fusion"},
+}
+
+
+def module_files() -> dict[str, Path]:
+    """Module name → file, of all modules of the project."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((REPOSITORY / package).rglob("*.py")):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_names(node: ast.AST) -> Iterator[str]:
+    """Full names that are imported anywhere below `node`, but for what only the type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.module:
+            for alias in child.names:
+                yield f"{child.module}.{alias.name}"
+        yield from imported_names(child)
+
+
+def project_modules(names: Iterator[str], modules: dict[str, Path]) -> set[str]:
+    """Of imported names such as fuselip_core.files.sha256_of, the project's modules."""
+    found = set()
+    for name in names:
+        module = name if name in modules else name.rpartition(".")[0]
+        if module in modules:
+            found.add(module)
+    return found
+
+
+def reachable(start: set[str], modules: dict[str, Path], leave_out: frozenset[str]) -> set[str]:
+    """Everything that the modules in `start` import, themselves included, not going through `leave_out`."""
+    todo, seen = set(start), set()
+    while todo:
+        module = todo.pop()
+        if module in seen or module in leave_out:
+            continue
+        seen.add(module)
+        todo |= project_modules(imported_names(tree_of(modules[module])), modules)
+    return seen
+
+
+def functions_of_stage(stage: str, modules: dict[str, Path]) -> list[ast.FunctionDef | ast.ClassDef]:
+    """The stage's function in stages.py and everything there that it calls."""
+    functions = {
+        node.name: node
+        for node in tree_of(modules["fuselip_core.stages"]).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    todo, seen = {stage}, set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        calls = (node.func for node in ast.walk(functions[name]) if isinstance(node, ast.Call))
+        called = {function.id for function in calls if isinstance(function, ast.Name)}
+        todo |= (called & functions.keys()) - seen
+    return [functions[name] for name in seen]
+
+
+def imports_of_stage(stage: str, modules: dict[str, Path]) -> set[str]:
+    """Modules that a function of stages.py and the helpers it calls there import."""
+    functions = functions_of_stage(stage, modules)
+    return {name for node in functions for name in project_modules(imported_names(node), modules)}
+
+
+def sections_of_stage(stage: str) -> set[str]:
+    """Names X for which a stage or its helpers read ``settings.X``."""
+    nodes = (node for function in functions_of_stage(stage, module_files()) for node in ast.walk(function))
+    return {
+        node.attr.rstrip("_")
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "settings"
+    }
+
+
+def code_of_stage(stage: str) -> list[str]:
+    """Source files, and the data files they name, that the output of `stage` depends on; relative, sorted."""
+    modules = module_files()
+    left_out = frozenset(WITHOUT_EFFECT | WITHOUT_EFFECT_ON_STAGE.get(stage, set()))
+    files = {modules[name] for name in reachable(imports_of_stage(stage, modules), modules, left_out)}
+    if stage == "register":
+        files.add(modules["fuselip_core.serving"])  # a file that MLflow runs, not a module that anything imports
+    files |= {path for source in files for path in data_files_of(source)}
+    return sorted(str(path.relative_to(REPOSITORY)) for path in files)
+
+
+def data_files_of(source: Path) -> list[Path]:
+    """Files beside a module that it names in a string, such as its word lists."""
+    strings = {node.value for node in ast.walk(tree_of(source)) if isinstance(node, ast.Constant)}
+    return [path for path in source.parent.glob("*.json") if path.name in strings]
+
+
+def write_deps(dvc_file: Path) -> None:
+    """Replaces the code among each stage's `deps`; everything else in the file stays as it is."""
+    text = re.sub(r"\n      - fuselip_core/[^\n{$]*(?=\n)", "", dvc_file.read_text(encoding="utf-8"))
+    for stage in STAGES:
+        lines = "".join(f"\n      - {path}" for path in code_of_stage(stage))
+        text = re.sub(
+            rf"(\n  {stage}:\n.*?\n    deps:(?:\n      - [^\n]*)*)", rf"\g<1>{lines}", text, count=1, flags=re.S
+        )
+    dvc_file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_deps(REPOSITORY / "dvc.yaml")

@@ -1,0 +1,159 @@
+"""The shape of the repository: who may import whom, what DVC watches, what must not be in the tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from imports import (
+    REPOSITORY,
+    STAGES,
+    code_of_stage,
+    imported_names,
+    module_files,
+    project_modules,
+    sections_of_stage,
+    tree_of,
+)
+
+from fuselip_core.config import SECTIONS
+
+MODULES = module_files()
+# A module may import those of its own rank, but for data and model, and of every rank below.
+RANKS = (
+    ("config", "errors", "files", "progress"),
+    ("data", "model"),
+    ("training", "evaluation"),
+    ("run_log", "tracking", "registry", "serving"),
+    ("stages",),
+    ("cli", "__main__"),
+    ("flows",),
+)
+MOST_LINES = 60
+
+
+def rank_of(module: str) -> int:
+    part = "flows" if module.startswith("flows") else module.removeprefix("fuselip_core").lstrip(".").split(".")[0]
+    return next((rank for rank, parts in enumerate(RANKS) if part in parts), 0)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    if module == "fuselip_core":
+        return  # the package's front door: two names, imported on first use
+    wrong = [
+        other
+        for other in project_modules(imported_names(tree_of(MODULES[module])), MODULES)
+        if rank_of(other) > rank_of(module)
+    ]
+    assert not wrong, (
+        f"{module} imports {wrong}: arrows go flows → stages → training, evaluation → model, data → config"
+    )
+
+
+def test_data_and_model_never_meet_below_training() -> None:
+    for here, there in (("data", "model"), ("model", "data")):
+        for module, path in MODULES.items():
+            if module.startswith(f"fuselip_core.{here}"):
+                names = list(imported_names(tree_of(path)))
+                assert not [name for name in names if name.startswith(f"fuselip_core.{there}")], module
+
+
+def test_data_needs_no_torch() -> None:
+    heavy = {"torch", "torchvision", "transformers", "open_clip"}
+    for module, path in MODULES.items():
+        if module.startswith("fuselip_core.data"):
+            roots = {name.split(".")[0] for name in imported_names(tree_of(path))}
+            assert not roots & heavy, f"{module} imports {roots & heavy}"
+
+
+def test_core_knows_no_prefect() -> None:
+    for module, path in MODULES.items():
+        if module.startswith("fuselip_core"):
+            roots = {name.split(".")[0] for name in imported_names(tree_of(path))}
+            assert not roots & {"prefect", "dvc", "flows"}, module
+
+
+def test_trackers_are_imported_in_three_places_and_lazily() -> None:
+    for module, path in MODULES.items():
+        roots = {name.split(".")[0] for name in imported_names(tree_of(path))}
+        if roots & {"mlflow", "wandb"}:
+            assert module in {"fuselip_core.tracking", "fuselip_core.registry", "fuselip_core.serving"}
+    for module in ("fuselip_core.tracking", "fuselip_core.registry"):
+        at_import = [node for node in tree_of(MODULES[module]).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = [name for node in at_import for name in imported_names(ast.Module([node], []))]
+        assert not [name for name in names if name.startswith(("mlflow", "wandb"))], module
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_watches_the_code_that_a_stage_runs(stage: str) -> None:
+    wanted = set(code_of_stage(stage))
+    watched = {dep for dep in stage_of(stage)["deps"] if dep.startswith("fuselip_core/")}
+    assert watched == wanted, "dvc.yaml: `python tests/imports.py` writes the lines that are missing"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_watches_the_settings_that_a_stage_reads(stage: str) -> None:
+    for params in stage_of(stage)["params"]:
+        ((_, watched),) = params.items()
+        read = sections_of_stage(stage) & set(SECTIONS)
+        if stage == "evaluate":
+            read -= {"train"}  # its number of steps, where the curves end
+        assert read <= set(watched), f"dvc.yaml, params of {stage}: add {read - set(watched)}"
+
+
+def stage_of(name: str) -> dict[str, Any]:
+    return yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][name]
+
+
+def test_functions_stay_short() -> None:
+    for module, path in MODULES.items():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= MOST_LINES, f"{module}.{node.name} has {lines} lines"
+
+
+def test_packages_are_all_installed() -> None:
+    """pyproject.toml names the packages one by one: a new folder must be named there."""
+    import tomllib
+
+    named = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {module.rpartition(".")[0] for module in MODULES} | {"fuselip_core"}
+    assert named >= there - {""}, there - named
+
+
+def tracked() -> list[Path]:
+    """Files that git tracks or would track."""
+    command = ["git", "-C", str(REPOSITORY), "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [REPOSITORY / name for name in listed if (REPOSITORY / name).is_file()]
+
+
+def test_folders_named_like_libraries_hold_no_python() -> None:
+    names = {path.relative_to(REPOSITORY) for path in tracked()}
+    assert not [name for name in names if name.parts[0] in {"mlflow", "docker"} and name.suffix == ".py"]
+    assert Path("tests/__init__.py") not in names
+    assert not [name for name in names if name.name == "uv.lock"]
+
+
+def test_no_file_names_a_package_registry() -> None:
+    # Put together here, so that this file is no exception.
+    hosts = re.compile("|".join(("pypi" + r"\.org", "pythonhosted" + r"\.org", "download" + r"\.pytorch\.org")))
+    for path in tracked():
+        if path.suffix not in {".png", ".jpg", ".safetensors"}:
+            assert not hosts.search(path.read_text(encoding="utf-8", errors="replace")), path
+
+
+def test_lock_is_hashed_and_whole() -> None:
+    lock = (REPOSITORY / "requirements.lock").read_text()
+    pins = re.findall(r"^([a-z0-9._-]+)==", lock, flags=re.MULTILINE)
+    assert len(pins) == len(set(pins)) > 100
+    assert "torch" in pins and "dvc" in pins
+    entries = re.split(r"\n(?=[a-z0-9])", lock)
+    assert all("--hash=sha256:" in entry for entry in entries if "==" in entry.splitlines()[0] and entry[0] != "#")
