@@ -50,8 +50,13 @@ class PrepareSettings(Section):
     dev_share: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
     )
-    shared_images: Literal["drop", "keep"] = Field(
-        "drop", description="Training images whose image, case or copy a held-out split has too: left out, or counted."
+    shared_images: Literal["drop", "drop-copies", "keep"] = Field(
+        "drop",
+        description="Training images of which a held-out split has the image, a copy or the case: left out, left out "
+        "but for the same case (as published splits have it), or kept and counted.",
+    )
+    near_duplicates: Literal["drop", "keep"] = Field(
+        "drop", description="Training images that look like a held-out one: left out like copies, or not looked for."
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
 
@@ -76,7 +81,7 @@ class CodebookSettings(Section):
     weight_decay: float = Field(1e-4, ge=0, description="On matrices only.")
     warmup_share: Share = Field(0.05, description="Share of the steps over which the learning rate rises.")
     continuous_share: Share = Field(
-        0.3, description="Share of the steps trained without quantisation before k-means places the codes."
+        0.0, description="Share of the steps trained without quantisation before k-means places the codes."
     )
     commitment_weight: float = Field(0.25, ge=0, description="Pulls latents towards their code.")
     codebook_weight: float = Field(1.0, ge=0, description="Pulls codes towards their latents.")

@@ -45,18 +45,21 @@ _BASE_CODEBOOK = TiTokConfig(
 
 # small is TiTok S-128, base and large take TiTok BL-128-VQ8k (arXiv 2406.07550).
 TOKENIZERS = {
+    # One code a patch, so that training can start from patches (training/patch_start.py).
     "tiny": TiTokConfig(
-        image_size=128,
+        image_size=96,
         patch_size=16,
-        latent_tokens=32,
-        codebook_size=1024,
-        code_size=12,
+        latent_tokens=36,
+        codebook_size=2048,
+        code_size=16,
         width=128,
-        layers=4,
+        layers=2,
         heads=4,
         decoder_width=128,
-        decoder_layers=4,
+        decoder_layers=3,
         decoder_heads=4,
+        smooth=False,
+        normalise_codes=False,
         legacy_layout=False,
     ),
     "small": TiTokConfig(),
@@ -85,7 +88,7 @@ class TowerSize:
 
 
 TOWERS = {
-    "tiny": TowerSize(128, 128, 4, 128, 4, 4, 96),
+    "tiny": TowerSize(96, 128, 4, 128, 4, 4, 96),
     "small": TowerSize(256, 384, 12, 384, 6, 12, 180),
     "base": TowerSize(256, 768, 12, 512, 8, 12, 180),
     "large": TowerSize(256, 1024, 24, 768, 12, 12, 180),

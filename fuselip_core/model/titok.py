@@ -42,6 +42,7 @@ class TiTokConfig:
     decoder_width: int = 512
     decoder_layers: int = 8
     decoder_heads: int = 8
+    smooth: bool = True  # a last convolution over the decoder's pixels, as published; costly on small machines
     normalise_codes: bool = True
     # The first generation reads the (K, W) latents as if they were (W, K): kept, published weights depend on it.
     legacy_layout: bool = True
@@ -79,6 +80,14 @@ class TiTokOutput:
     codebook: Tensor
 
 
+def to_patches(pixels: Tensor, side: int) -> Tensor:
+    """Pixels (B, 3, S, S) → (B, G * G, 3 * P * P), the patches row by row, each in the order colour, row, column."""
+    batch, colours, size, _ = pixels.shape
+    grid = size // side
+    x = pixels.reshape(batch, colours, grid, side, grid, side).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(batch, grid * grid, colours * side * side)
+
+
 def _initial(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * shape[-1] ** -0.5)
 
@@ -102,7 +111,9 @@ class TiTokEncoder(nn.Module):
     def forward(self, pixels: Tensor, latent_tokens: Tensor) -> Tensor:
         """Pixels (B, 3, S, S) in 0..1 and latent tokens (K, W) → latents (B, D, K), before quantisation."""
         batch, kept = pixels.shape[0], self.config.latent_tokens
-        patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)
+        # The convolution's kernel is its stride: as one matrix product its backward pass is several times faster.
+        patches = F.linear(to_patches(pixels, self.config.patch_size), self.patch_embed.weight.flatten(1))
+        patches = patches + self.patch_embed.bias
         begin = self.class_embedding.expand(batch, 1, -1)
         patches = torch.cat([begin, patches], dim=1) + self.positional_embedding
         latents = (latent_tokens + self.latent_token_positional_embedding).expand(batch, -1, -1)
@@ -171,12 +182,13 @@ class TiTokDecoder(nn.Module):
         )
         self.ln_post = nn.LayerNorm(width)
         self.ffn = nn.ModuleList([nn.Conv2d(width, 3 * config.patch_size**2, 1)])
-        self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
-        nn.init.dirac_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = nn.Conv2d(3, 3, 3, padding=1) if config.smooth else None
+        if self.conv_out is not None:
+            nn.init.dirac_(self.conv_out.weight)
+            nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, quantised: Tensor) -> Tensor:
-        """Quantised latents (B, D, K) → pixels (B, 3, S, S), not clamped."""
+    def place_features(self, quantised: Tensor) -> Tensor:
+        """Quantised latents (B, D, K) → features (B, G * G, W) of the patch places, before they become pixels."""
         batch = quantised.shape[0]
         latents = self.decoder_embed(quantised.transpose(1, 2)) + self.latent_token_positional_embedding
         places = self.mask_token.expand(batch, self.grid**2, -1)
@@ -185,12 +197,16 @@ class TiTokDecoder(nn.Module):
         x = self.ln_pre(torch.cat([places, latents], dim=1))
         for block in self.transformer:
             x = block(x)
-        x = self.ln_post(x[:, 1 : 1 + self.grid**2])
-        x = self.ffn[0](x.transpose(1, 2).reshape(batch, -1, self.grid, self.grid))
+        return self.ln_post(x[:, 1 : 1 + self.grid**2])
+
+    def forward(self, quantised: Tensor) -> Tensor:
+        """Quantised latents (B, D, K) → pixels (B, 3, S, S), not clamped."""
+        batch = quantised.shape[0]
+        x = F.linear(self.place_features(quantised), self.ffn[0].weight.flatten(1), self.ffn[0].bias)
         # The published channel order of a patch is (row, column, colour).
-        x = x.reshape(batch, self.patch_size, self.patch_size, 3, self.grid, self.grid)
-        x = x.permute(0, 3, 4, 1, 5, 2).reshape(batch, 3, self.grid * self.patch_size, self.grid * self.patch_size)
-        return self.conv_out(x)
+        x = x.reshape(batch, self.grid, self.grid, self.patch_size, self.patch_size, 3)
+        x = x.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, self.grid * self.patch_size, self.grid * self.patch_size)
+        return self.conv_out(x) if self.conv_out is not None else x
 
 
 class TiTok(nn.Module):
@@ -237,6 +253,7 @@ class TiTok(nn.Module):
         """Writes `config.json` and `model.safetensors` into an existing folder."""
         write_json(folder / "config.json", dataclasses.asdict(self.config))
         safetensors.torch.save_file(self.state_dict(), folder / "model.safetensors")
+        (folder / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read; containers may be others
 
     @classmethod
     def load(cls, folder: Path, decoder: bool = False) -> Self:

@@ -1,8 +1,9 @@
 """The codebook stage: trains the image tokenizer from scratch, or fine-tunes a published one to radiology.
 
 A codebook collapses when codes and latents move at once from a random start. So the tokenizer first learns to
-reconstruct without quantisation, then k-means places the codes where the latents are, then both go on together; codes
-that fall out of use are moved onto current latents (as in Jukebox, arXiv 2005.00341, section 3.1).
+reconstruct without quantisation (or starts from patches, see patch_start.py), then k-means places the codes where the
+latents are, then both go on together; codes that fall out of use are moved onto current latents (as in Jukebox,
+arXiv 2005.00341, section 3.1).
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from fuselip_core.model.titok import TiTok, TiTokOutput
 from fuselip_core.progress import track
 from fuselip_core.training.checkpoint import Checkpoints, random_state, seed_everything, set_random_state
 from fuselip_core.training.optimizer import build_adamw, learning_rate_at, set_learning_rate
+from fuselip_core.training.patch_start import can_start_from_patches, start_from_patches
 from fuselip_core.training.pixels import PixelCache
 
 logger = logging.getLogger("fuselip")
-KMEANS_LATENTS = 50_000
+KMEANS_LATENTS = 40_000
+START_IMAGES = 512
 CHECKPOINT_SECONDS = 300.0
 
 
@@ -84,8 +87,10 @@ class CodebookTrainer:
         last_save = time.monotonic()
         self.tokenizer.train()
         remaining = range(self.step, self.settings.steps)
+        if self.step == 0:
+            self._begin()
         for step in track(remaining, "training the image tokenizer", total=self.settings.steps, start=self.step):
-            if step == self.continuous_steps and self.continuous_steps:
+            if step == self.continuous_steps and not self.settings.init:
                 self._place_codes()
             metrics = self._train_step(step)
             self.step = step + 1
@@ -94,6 +99,13 @@ class CodebookTrainer:
             if time.monotonic() - last_save > CHECKPOINT_SECONDS:
                 self.checkpoints.save(self.step, self._state())
                 last_save = time.monotonic()
+
+    def _begin(self) -> None:
+        """Gives a tokenizer without a past the best start there is for its shape."""
+        if self.settings.init or not can_start_from_patches(self.tokenizer):
+            return
+        rows = np.linspace(0, len(self.images) - 1, min(START_IMAGES, len(self.images))).astype(int)
+        start_from_patches(self.tokenizer, self.images.rows(rows, self.device))
 
     def _train_step(self, step: int) -> dict[str, float]:
         settings = self.settings

@@ -51,7 +51,7 @@ def views_of(size: int, settings: TokenizeSettings) -> Draw:
         views = [to_pixels(image, size)]
         for view in range(1, settings.views):
             rng = np.random.default_rng([settings.seed, row, view])
-            views.append(to_pixels(random_crop(image, settings.crop_scale, rng), size))
+            views.append(random_crop(image, size, settings.crop_scale, rng))
         return np.stack(views)
 
     return draw

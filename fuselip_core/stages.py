@@ -1,0 +1,255 @@
+"""One short function a stage: the table of contents of the project.
+
+prepare → codebook → tokenize → train → evaluate → register. Each reads what the stage before it wrote below
+`settings.artifacts`, writes its own folder there, and returns a summary of plain values.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fuselip_core.config import Settings
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import atomic_folder, replace_folder, sha256_of, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from fuselip_core.data.token_store import TokenStore
+    from fuselip_core.model.fuselip import FuseLIPModel
+    from fuselip_core.training.loop import Validate
+
+logger = logging.getLogger("fuselip")
+CODEBOOK_IMAGES = 20_000  # enough to train a codebook on, and 4 GB as pixels of 256 x 256
+VALIDATION_PAIRS = 512
+
+
+def prepare(settings: Settings) -> dict[str, Any]:
+    """Raw data set → Parquet shards and manifest in prepared/."""
+    from fuselip_core.data.prepare import prepare_data
+
+    manifest = prepare_data(settings.prepare, settings.artifacts / "prepared", settings.artifacts / "work" / "prepared")
+    return {"counts": manifest["counts"], "quarantine": manifest["quarantine"]}
+
+
+def codebook(settings: Settings) -> dict[str, Any]:
+    """Prepared images → an image tokenizer in codebook/, with its reconstruction error and use of codes."""
+    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.model.titok import TiTok
+    from fuselip_core.tracking import open_run
+    from fuselip_core.training.checkpoint import Checkpoints
+    from fuselip_core.training.codebook import CodebookTrainer, measure_codebook, save_reconstructions
+    from fuselip_core.training.pixels import PixelCache
+
+    prepared = PreparedData(settings.artifacts / "prepared")
+    scratch = settings.artifacts / "work" / "codebook"
+    checkpoints = Checkpoints(scratch / "checkpoints")
+    tokenizer: TiTok = _new_tokenizer(settings).to(_device())
+    size = tokenizer.config.image_size
+    train = PixelCache(scratch / "train.npy", prepared, "train", size, CODEBOOK_IMAGES)
+    held_out = PixelCache(scratch / "held_out.npy", prepared, _validation_split(prepared.splits), size, 1000)
+    with open_run(settings, "codebook", resume=checkpoints.latest() is not None) as run:
+        CodebookTrainer(tokenizer, train, settings.codebook, checkpoints, lambda step, m: run.metrics(m, step)).run()
+        measured = measure_codebook(tokenizer, held_out)
+        with atomic_folder(settings.artifacts / "codebook") as folder:
+            tokenizer.save(folder)
+            write_json(folder / "codebook.json", measured)
+            save_reconstructions(tokenizer, held_out, folder / "reconstructions.png")
+        run.metrics(measured, settings.codebook.steps)
+        run.artifact(settings.artifacts / "codebook" / "reconstructions.png")
+    shutil.rmtree(scratch, ignore_errors=True)
+    return measured
+
+
+def tokenize(settings: Settings) -> dict[str, Any]:
+    """Prepared images and texts → codes and ids in tokens/."""
+    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.model.processing import TextTokenizer
+    from fuselip_core.model.titok import TiTok
+    from fuselip_core.training.tokenize import Tokenizing, store_identity
+
+    prepared = PreparedData(settings.artifacts / "prepared")
+    source = settings.artifacts / "codebook"
+    tokenizer = TiTok.load(source).to(_device())
+    identity = store_identity(prepared, _codebook_id(source), tokenizer, settings.tokenize)
+    encode_text = TextTokenizer(context_length=77).encode
+    # DVC empties a stage's output before it starts; what a killed run left must survive that.
+    work = settings.artifacts / "work" / "tokens"
+    counts = Tokenizing(prepared, tokenizer, encode_text, settings.tokenize, identity, work).run()
+    replace_folder(work, settings.artifacts / "tokens")
+    return counts
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Stored tokens → a trained encoder in model/ and its curves in history.jsonl; resumes from checkpoints/."""
+    from fuselip_core.data.token_store import TokenStore
+    from fuselip_core.model.hub import save_model
+    from fuselip_core.model.titok import TiTok
+    from fuselip_core.tracking import open_run
+    from fuselip_core.training.checkpoint import Checkpoints, seed_everything
+    from fuselip_core.training.loop import Trainer, run_folder
+
+    store = TokenStore(settings.artifacts / "tokens", "train")
+    tokenizer = TiTok.load(settings.artifacts / "codebook")
+    _same_codebook(store, settings.artifacts / "codebook")
+    seed_everything(settings.train.seed)
+    model = _new_encoder(settings, tokenizer).to(_device())
+    all_checkpoints = settings.artifacts / "checkpoints"
+    checkpoints = Checkpoints(run_folder(all_checkpoints, settings.train, store), settings.train.keep_checkpoints)
+    history = History(settings.artifacts / "checkpoints" / "history.jsonl", checkpoints)
+    with open_run(settings, "train", resume=history.resumed_step > 0) as run:
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            history.add(step, metrics)
+            run.metrics(metrics, step)
+
+        trainer = Trainer(model, store, settings.train, checkpoints, log, _validation(settings))
+        summary = trainer.run().metrics() | {"model/parameters": float(sum(p.numel() for p in model.parameters()))}
+        model.attach_image_tokenizer(tokenizer)
+        save_model(model, settings.artifacts / "model")
+        write_json(settings.artifacts / "model" / "training.json", summary)
+        history.publish(settings.artifacts / "history.jsonl")
+        run.metrics(summary, settings.train.steps)
+    shutil.rmtree(all_checkpoints, ignore_errors=True)
+    return summary
+
+
+def evaluate(settings: Settings) -> dict[str, Any]:
+    """Trained encoder → measures beside chance and controls in metrics.json, and a page to read in report/."""
+    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.data.token_store import TokenStore
+    from fuselip_core.evaluation.report import write_report
+    from fuselip_core.evaluation.tasks import evaluate as measure
+    from fuselip_core.model.hub import load_pretrained
+    from fuselip_core.tracking import open_run
+    from fuselip_core.training.batch import TokenEncoder
+
+    artifacts = settings.artifacts
+    model, _ = load_pretrained(artifacts / "model", _device())
+    store = TokenStore(artifacts / "tokens", settings.evaluate.split)
+    prepared = PreparedData(artifacts / "prepared")
+    result = measure(TokenEncoder(model, _device()), store, prepared, settings.evaluate)
+    metrics = {**result.metrics, **_read_json(artifacts / "codebook" / "codebook.json")}
+    metrics.update(_read_json(artifacts / "model" / "training.json"))
+    with open_run(settings, "evaluate") as run:
+        write_report(artifacts, result, metrics, settings)
+        write_json(artifacts / "metrics.json", dict(sorted(metrics.items())))
+        run.metrics(metrics, settings.train.steps)
+        run.artifact(artifacts / "report", "report")
+    return metrics
+
+
+def register(settings: Settings) -> dict[str, Any]:
+    """Trained and measured encoder → a version in MLflow's registry; the alias moves only if every gate passes."""
+    from fuselip_core.model.embedder import Embedder
+    from fuselip_core.registry import register_model
+
+    model = settings.artifacts / "model"
+    width = Embedder.from_pretrained(model, "cpu").width
+    registered = register_model(settings, model, _read_json(settings.artifacts / "metrics.json"), width)
+    write_json(settings.artifacts / "registered.json", registered)
+    return registered
+
+
+class History:
+    """The curves of a run as JSON lines; a resumed run drops what it logged after its checkpoint."""
+
+    def __init__(self, path: Path, checkpoints: Any) -> None:
+        self._path = path
+        found = checkpoints.latest()
+        self.resumed_step = found[0] if found else 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if self.resumed_step and path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= self.resumed_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def publish(self, target: Path) -> None:
+        """Moves the finished curves to `target`."""
+        self._path.replace(target)
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _new_tokenizer(settings: Settings) -> Any:
+    """The tokenizer to start from: random, one of this project's folders, or a published one with a new decoder."""
+    from fuselip_core.model.hub import load_tokenizer
+    from fuselip_core.model.presets import tokenizer_config
+    from fuselip_core.model.titok import TiTok
+    from fuselip_core.training.checkpoint import seed_everything
+
+    seed_everything(settings.codebook.seed)
+    if settings.codebook.init is None:
+        if settings.codebook.steps == 0:
+            raise FuselipError("codebook.steps is 0 and codebook.init is empty: there is no image tokenizer; set one")
+        return TiTok(tokenizer_config(settings.model.size), decoder=True)
+    return load_tokenizer(settings.codebook.init, decoder=True)
+
+
+def _new_encoder(settings: Settings, tokenizer: Any) -> FuseLIPModel:
+    from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
+    from fuselip_core.model.hub import load_pretrained
+
+    if settings.model.family != "fuselip":
+        raise FuselipError(f"family '{settings.model.family}' does not train from tokens; use model.family=fuselip")
+    if settings.train.init is not None:
+        model, _ = load_pretrained(settings.train.init)
+        if not isinstance(model, FuseLIPModel):
+            raise FuselipError(f"train.init {settings.train.init} is no FuseLIP model")
+        return model
+    options = settings.model
+    config = FuseLIPConfig.of_size(
+        options.size, tokenizer.config, options.context_length, options.mask_token, options.end_of_image
+    )
+    return FuseLIPModel(config)
+
+
+def _validation_split(splits: Any) -> str:
+    """The split that training may look at: dev where the published splits are all for evaluation, else valid."""
+    for split in ("dev", "valid"):
+        if split in splits:
+            return split
+    raise FuselipError("the prepared data has no dev or valid split; set prepare.dev_share above 0")
+
+
+def _validation(settings: Settings) -> Validate:
+    from fuselip_core.data.token_store import TokenStore, read_manifest
+    from fuselip_core.evaluation.tasks import quick_look
+    from fuselip_core.training.batch import TokenEncoder
+
+    folder = settings.artifacts / "tokens"
+    store = TokenStore(folder, _validation_split(read_manifest(folder)["splits"]))
+
+    def validate(model: FuseLIPModel) -> dict[str, float]:
+        return quick_look(TokenEncoder(model, _device()), store, VALIDATION_PAIRS)
+
+    return validate
+
+
+def _codebook_id(folder: Path) -> str:
+    return sha256_of(folder / "model.safetensors")[:16]
+
+
+def _same_codebook(store: TokenStore, folder: Path) -> None:
+    """Codes of another tokenizer mean other things: training on them would end in a model that cannot read images."""
+    if store.manifest["codebook"] != _codebook_id(folder):
+        raise FuselipError(f"{store.folder} was made with another tokenizer than {folder}; run the tokenize stage again")
+
+
+def _read_json(path: Path) -> dict[str, float]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise FuselipError(f"{path} is missing; run the stage that writes it first") from error
