@@ -1,0 +1,225 @@
+"""Tracking: everything on disk, MLflow behind it, and a server that may vanish and come back."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from fuselip_core import run_log, tracking
+from fuselip_core.config import Settings, load_settings
+from fuselip_core.errors import FuselipError
+from fuselip_core.run_log import Event, EventLog, read_events
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow store on SQLite, made once."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    tracking.mlflow_client(uri).search_experiments()
+    return uri
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> Settings:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("FUSELIP_TRACKERS", "mlflow")
+    monkeypatch.setenv("FUSELIP_FLOW_RUN", "flow-7")
+    (tmp_path / "artifacts" / "prepared").mkdir(parents=True)
+    (tmp_path / "artifacts" / "prepared" / "manifest.json").write_text('{"data_version": "abcdef0123456789"}')
+    return load_settings(recipe="sample", artifacts=tmp_path / "artifacts")
+
+
+class Server:
+    """A tracking service that can be switched off."""
+
+    name = "server"
+
+    def __init__(self) -> None:
+        self.up, self.calls, self.got = True, 0, list[Event]()
+
+    def send(self, run: dict[str, Any], events: list[Event]) -> None:
+        self.calls += 1
+        if not self.up:
+            raise ConnectionError("connection refused")
+        self.got += events
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    server = Server()
+    monkeypatch.setattr(tracking, "services_from_environment", lambda: [server])
+    return server
+
+
+def test_run_reaches_mlflow_with_tags_params_metrics_and_files(settings: Settings, store: str, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"png")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").write_text("hi")
+    with tracking.open_run(settings, "train") as run:
+        for step in range(0, 300, 100):
+            run.metrics({"loss/total": 3.0 - step / 100, "rate": 2}, step)
+        run.artifact(picture)
+        run.artifact(tmp_path / "report", "report")
+    client = MlflowClient(store)
+    known = tracking.run_of(settings.artifacts)
+    found = client.get_run(known["mlflow_run_id"])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["train.steps"] == str(settings.train.steps)
+    assert found.data.tags["recipe"] == "sample" and found.data.tags["size"] == "tiny"
+    assert found.data.tags["data_version"] == "abcdef0123456789"
+    assert found.data.tags["prefect_flow_run"] == "flow-7"
+    assert len(found.data.tags["git_commit"]) == 40 and found.data.tags["git_dirty"] in ("true", "false")
+    history = client.get_metric_history(known["mlflow_run_id"], "loss/total")
+    assert [(each.step, each.value) for each in history] == [(0, 3.0), (100, 2.0), (200, 1.0)]
+    assert {each.path for each in client.list_artifacts(known["mlflow_run_id"])} == {"picture.png", "report"}
+    experiment = client.get_experiment(found.info.experiment_id)
+    assert experiment.name == "fuselip-sample"
+    assert experiment.artifact_location.endswith("/artifacts")
+
+
+def test_evaluation_adds_to_the_training_run(settings: Settings, store: str) -> None:
+    with tracking.open_run(settings, "train") as run:
+        run.metrics({"loss": 1.0}, 5)
+    trained = tracking.run_of(settings.artifacts)["mlflow_run_id"]
+    with tracking.open_run(settings, "evaluate") as run:
+        run.metrics({"recall": 0.5}, 5)
+    assert tracking.run_of(settings.artifacts, "evaluate")["mlflow_run_id"] == trained
+    data = MlflowClient(store).get_run(trained).data
+    assert data.metrics == {"loss": 1.0, "recall": 0.5}
+
+
+def test_resumed_run_goes_on_in_mlflow_and_a_new_one_does_not(settings: Settings) -> None:
+    with tracking.open_run(settings, "train") as run:
+        run.metrics({"loss": 1.0}, 1)
+    first = tracking.run_of(settings.artifacts)["mlflow_run_id"]
+    changed = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": 9})})
+    with tracking.open_run(changed, "train", resume=True) as run:
+        run.metrics({"loss": 0.5}, 2)
+    assert tracking.run_of(settings.artifacts)["mlflow_run_id"] == first
+    with tracking.open_run(settings, "train") as run:
+        run.metrics({"loss": 0.1}, 1)
+    assert tracking.run_of(settings.artifacts)["mlflow_run_id"] != first
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("bad"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_failed_run_is_marked_and_the_error_goes_on(settings: Settings, store: str, error: Any, status: str) -> None:
+    with pytest.raises(type(error)), tracking.open_run(settings, "train"):
+        raise error
+    run_id = tracking.run_of(settings.artifacts)["mlflow_run_id"]
+    assert MlflowClient(store).get_run(run_id).info.status == status
+
+
+def test_lost_server_warns_once_and_is_caught_up_with(
+    settings: Settings, server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_log, "SEND_EVERY_EVENTS", 2)
+    monkeypatch.setattr(run_log, "RETRY_AFTER_SECONDS", 0.0)
+    server.up = False
+    with caplog.at_level(logging.WARNING, logger="fuselip"), tracking.open_run(settings, "train") as run:
+        for step in range(10):
+            run.metrics({"loss": float(step)}, step)
+        assert server.calls > 1 and server.got == []
+        server.up = True
+        run.metrics({"loss": 10.0}, 10)
+        run.metrics({"loss": 11.0}, 11)
+    assert len(caplog.records) == 1 and "connection refused" in caplog.records[0].message
+    assert [event["step"] for event in server.got if event["type"] == "metrics"] == list(range(12))
+    assert [event["type"] for event in server.got][-1] == "end"
+
+
+def test_silent_server_is_left_alone_for_a_while(
+    settings: Settings, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_log, "SEND_EVERY_EVENTS", 1)
+    server.up = False
+    with tracking.open_run(settings, "train") as run:
+        for step in range(20):
+            run.metrics({"loss": 1.0}, step)
+        assert server.calls == 1
+
+
+def test_sync_sends_what_a_finished_run_could_not(settings: Settings, server: Server) -> None:
+    server.up = False
+    with tracking.open_run(settings, "train") as run:
+        run.metrics({"loss": 1.0}, 1)
+    assert tracking.sync(settings.artifacts) == 1
+    server.up = True
+    assert tracking.sync(settings.artifacts) == 0
+    assert [event["type"] for event in server.got] == ["params", "metrics", "end"]
+    server.got.clear()
+    assert tracking.sync(settings.artifacts) == 0
+    assert server.got == [], "nothing is sent twice"
+
+
+def test_emptied_store_gets_the_whole_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    with tracking.open_run(settings, "train") as run:
+        run.metrics({"loss": 1.0}, 1)
+    path = settings.artifacts / "tracking" / "train" / "run.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({**known, "mlflow_run_id": "0" * 32}))
+    with tracking.open_run(settings, "evaluate") as run:
+        run.metrics({"recall": 0.5}, 1)
+    data = MlflowClient(store).get_run(tracking.run_of(settings.artifacts)["mlflow_run_id"]).data
+    assert data.metrics == {"loss": 1.0, "recall": 0.5}
+    assert data.params["recipe"] == "sample"
+
+
+def test_unreachable_mlflow_does_not_stop_a_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with caplog.at_level(logging.WARNING, logger="fuselip"), tracking.open_run(settings, "train") as run:
+        run.metrics({"loss": 1.0}, 1)
+    assert "mlflow does not answer" in caplog.text
+    events, _ = read_events(settings.artifacts / "tracking" / "train" / "events.jsonl", 0)
+    assert [event["type"] for event in events] == ["params", "metrics", "end"]
+
+
+def test_half_a_line_is_not_read_yet(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"b": ')
+    assert read_events(path, 0) == ([{"a": 1}], 9)
+    path.write_bytes(b'{"a": 1}\n{"b": 2}\n')
+    assert read_events(path, 9) == ([{"b": 2}], 18)
+
+
+def test_disk_alone_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSELIP_TRACKERS", "")
+    assert tracking.services_from_environment() == []
+    with EventLog(tmp_path, {"name": "x"}, []) as log:
+        log.metrics({"a": 1})
+        assert log.flush(force=True)
+
+
+def test_unknown_tracker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSELIP_TRACKERS", "mlflow,comet")
+    with pytest.raises(FuselipError, match="comet"):
+        tracking.services_from_environment()
+
+
+def test_default_store_lies_in_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "er")
+    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+
+
+def test_wandb_offline_keeps_the_run_on_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSELIP_TRACKERS", "wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with tracking.open_run(settings, "train") as run:
+        run.metrics({"loss": 1.0}, 1)
+    folder = settings.artifacts / "tracking" / "train"
+    assert list(folder.rglob("*.wandb")), sorted(folder.rglob("*"))
+    known = tracking.run_of(settings.artifacts)
+    assert known["sent"]["wandb"] == (folder / "events.jsonl").stat().st_size
