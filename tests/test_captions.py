@@ -13,7 +13,7 @@ import pytest
 from fuselip_core.data.captions import list_rocov2
 from fuselip_core.data.pair import DataError, Listing, fault_of_caption
 from fuselip_core.data.phantom import draw_data_set
-from fuselip_core.data.shards import ImageReader
+from fuselip_core.data.places import ImageReader
 
 COUNTS = {"train": 7, "valid": 3, "test": 4}
 PUBLISHED_NAMES = {"train": "train", "valid": "validation", "test": "test"}

@@ -1,7 +1,8 @@
 """What every data set is brought to: images, and pairs of sides that belong together.
 
 An adapter reads the tables of a data set and returns a `Listing`; it opens no image. `prepare.py` then checks the
-images, shard by shard, where `Place` says they are.
+images, shard by shard, where `Place` says they are. A picture that is made from another (a crop, an edit) is an image
+of its own, whose `Place` says how (places.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fuselip_core.data.spool import Spool
 from fuselip_core.errors import FuselipError
 
 SPLITS = ("train", "dev", "valid", "test")  # dev: held out of train for model selection, where a data set has no third
@@ -31,11 +33,16 @@ class DataError(FuselipError):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the bytes of an image are: a file, a member of a zip archive, or a row of a Parquet file."""
+    """Where the bytes of an image are: a file, a part of it (a tar member), a zip member, or a row of a Parquet file.
+
+    span: offset and length in bytes. column: the Parquet column, a struct with the field `bytes`.
+    """
 
     file: Path
     member: str | None = None
     row: int | None = None
+    span: tuple[int, int] | None = None
+    column: str = "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,25 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidates:
+    """A question of an evaluation: which of `options` belongs to `query`? `answer` is the place of the right one.
+
+    `task` names the benchmark and its part, for example "sugarcrepe/add_att".
+    """
+
+    candidates_id: str
+    split: str
+    task: str
+    query: Side
+    options: tuple[Side, ...]
+    answer: int
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return tuple(side.image for side in (self.query, *self.options) if side.image is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class SetAside:
     """A sample that is not used, and why: `reason` is one word with underscores, counted in the manifest."""
 
@@ -90,11 +116,12 @@ class SetAside:
 
 @dataclass
 class Listing:
-    """All of a data set but the images' bytes, in a stable order."""
+    """All of a data set but the images' bytes, in a stable order; pairs and candidates name only listed images."""
 
-    images: list[ImageEntry] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
-    set_aside: list[SetAside] = field(default_factory=list)
+    images: Spool[ImageEntry] = field(default_factory=Spool)
+    pairs: Spool[Pair] = field(default_factory=Spool)
+    candidates: Spool[Candidates] = field(default_factory=Spool)
+    set_aside: Spool[SetAside] = field(default_factory=Spool)
     notes: list[str] = field(default_factory=list)
 
 

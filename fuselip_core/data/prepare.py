@@ -2,10 +2,12 @@
 
     images-<split>-00000-of-00002.parquet   one row an image, bytes as published (shards.IMAGE_SCHEMA)
     pairs-<split>-00000-of-00001.parquet    one row a pair (shards.PAIR_SCHEMA)
+    candidates-<split>-..., options-...     questions of evaluation sets (candidates.py), where there are any
     quarantine.jsonl                        {"id", "split", "reason", "detail"} of everything that is not used
     manifest.json                           counts, hashes, reasons, notes
 
-The same data and settings give the same bytes, with any number of workers.
+The same data and settings give the same bytes, with any number of workers. Rows wait in spools on disk and results in
+the shards' sidecars, so that memory does not grow with the data set.
 """
 
 from __future__ import annotations
@@ -15,26 +17,41 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import as_completed
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.pair import DataError, ImageEntry, Pair, SetAside
-from fuselip_core.data.shards import ShardResult, ShardTask, write_image_shard, write_pair_shard
+from fuselip_core.data.candidates import write_candidates
+from fuselip_core.data.pair import DataError, Pair, Place, SetAside
+from fuselip_core.data.perceptual import HeldOutIndex
+from fuselip_core.data.shards import (
+    ShardResult,
+    ShardTask,
+    sidecar_digests,
+    sidecar_fingerprints,
+    write_image_shard,
+    write_pair_shard,
+)
 from fuselip_core.data.sources import list_source
 from fuselip_core.data.splits import Plan, plan_splits
+from fuselip_core.data.spool import Spool
+from fuselip_core.data.tally import Tally
 from fuselip_core.data.workers import process_pool
 from fuselip_core.files import atomic_write, replace_folder, sha256_of, write_json
 from fuselip_core.progress import track
 
 MANIFEST, QUARANTINE, KEY = "manifest.json", "quarantine.jsonl", "key.json"
-PAIRS_A_SHARD = 1 << 16
+PAIRS_A_SHARD = 1 << 20
 # Held-out splits first: their hashes keep copies out of the splits behind them.
 ROUNDS = (("test", "valid"), ("dev",), ("train",))
+TASKS_AHEAD = 2  # shards that wait for each worker
 
 Results = dict[str, list[ShardResult]]
 
@@ -48,7 +65,7 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     """
     work = work or target.with_name(f"{target.name}.partial")
     try:
-        plan = plan_splits(list_source(settings.source, settings.root), settings)
+        plan = plan_splits(list_source(settings.source, settings.root, settings), settings)
         _open_work(work, plan, settings)
         results = _write_images(plan, settings, work)
         manifest = _finish(plan, results, settings, work)
@@ -75,17 +92,25 @@ def _open_work(work: Path, plan: Plan, settings: PrepareSettings) -> None:
 def _key(plan: Plan, settings: PrepareSettings) -> str:
     """Changes with the tool, the settings, the tables, and the size or time of any file that holds images."""
     digest = hashlib.sha256(f"{tool_version()} {settings.model_dump_json(exclude={'workers'})}".encode())
-    files: set[Path] = set()
+    last: Path | None = None
     for split in plan.splits:
         for image in plan.images[split]:
             digest.update(repr(image).encode())
-            files.add(image.place.file)
-        for pair in plan.pairs.get(split, ()):
-            digest.update(repr(pair).encode())
-    for path in sorted(files):
-        if path.exists():
-            digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+            if image.place.file != last:
+                last = image.place.file
+                digest.update(_state_of(image.place).encode())
+        for table in (plan.pairs, plan.candidates):
+            for item in table.get(split, ()):
+                digest.update(repr(item).encode())
     return digest.hexdigest()
+
+
+def _state_of(place: Place) -> str:
+    try:
+        state = place.file.stat()
+    except OSError:
+        return "missing"
+    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def tool_version() -> str:
@@ -99,33 +124,48 @@ def tool_version() -> str:
 def _write_images(plan: Plan, settings: PrepareSettings, work: Path) -> Results:
     """Image shards of every split; copies of held-out images stay out of dev and train unless they are to be kept."""
     results: Results = {}
-    held_out: set[str] = set()
     for number, splits in enumerate(ROUNDS):
-        listed = None
-        if held_out and settings.shared_images == "drop":
-            listed = work / f"held_out-{number}.txt"
-            with atomic_write(listed) as partial:
-                partial.write_text("\n".join(sorted(held_out)))
-        tasks = {split: _tasks(plan, split, settings, work, listed) for split in splits if split in plan.splits}
-        done = iter(_run([task for part in tasks.values() for task in part], settings.workers))
-        for split, part in tasks.items():
-            results[split] = [next(done) for _ in part]
-            held_out.update(digest for result in results[split] for _, digest in result.images)
+        here = [split for split in splits if split in plan.splits]
+        index = _index_held_out(work, number, results) if here and settings.shared_images != "keep" else None
+        count = sum(_shard_count(plan, split, settings) for split in here)
+        tasks = (task for split in here for task in _tasks(plan, split, settings, work, index))
+        done = _run(tasks, count, settings.workers)
+        for split in here:
+            results[split] = list(islice(done, _shard_count(plan, split, settings)))
+        assert next(done, None) is None, "more results than shards"
     return results
 
 
-def _tasks(plan: Plan, split: str, settings: PrepareSettings, work: Path, held_out: Path | None) -> list[ShardTask]:
-    parts = _cut(plan.images[split], settings.rows_per_shard)
-    return [
-        ShardTask(
-            path=work / shard_name("images", split, number, len(parts)),
+def _index_held_out(work: Path, number: int, results: Results) -> Path | None:
+    """The index of all images written so far, none of which may come again; None if there are none."""
+    paths = [work / result.path for parts in results.values() for result in parts]
+    if not paths:
+        return None
+    digests = [digest.hex() for path in paths for digest in Tally.digests_in(sidecar_digests(path))]
+    prints = [np.load(sidecar_fingerprints(path)) for path in paths]
+    bits = np.concatenate([item["bits"] for item in prints])
+    thumbnails = np.concatenate([item["thumbnails"] for item in prints])
+    folder = work / f"held_out-{number}"
+    HeldOutIndex.build(folder, digests, bits, thumbnails)
+    return folder if digests else None
+
+
+def _shard_count(plan: Plan, split: str, settings: PrepareSettings) -> int:
+    return -(-len(plan.images[split]) // settings.rows_per_shard)
+
+
+def _tasks(plan: Plan, split: str, settings: PrepareSettings, work: Path, index: Path | None) -> Iterator[ShardTask]:
+    count = _shard_count(plan, split, settings)
+    for number, part in enumerate(plan.images[split].parts(settings.rows_per_shard)):
+        yield ShardTask(
+            path=work / shard_name("images", split, number, count),
             source=settings.source,
-            entries=tuple(part),
+            entries=part,
             max_megapixels=settings.max_megapixels,
-            held_out=held_out,
+            held_out=index,
+            near=settings.near_duplicates == "drop",
+            fingerprints=split != "train",
         )
-        for number, part in enumerate(parts)
-    ]
 
 
 def shard_name(table: str, split: str, number: int, count: int) -> str:
@@ -133,99 +173,97 @@ def shard_name(table: str, split: str, number: int, count: int) -> str:
     return f"{table}-{split}-{number:05d}-of-{count:05d}.parquet"
 
 
-def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _run(tasks: Sequence[ShardTask], workers: int) -> list[ShardResult]:
-    """Results in the order of the tasks."""
+def _run(tasks: Iterator[ShardTask], count: int, workers: int) -> Iterator[ShardResult]:
+    """Results in the order of the tasks, of which only a few exist at a time."""
     # A process takes a second or two to start; fewer than two shards each would not pay for it.
-    workers = min(workers, len(tasks) // 2)
+    workers = min(workers, count // 2)
     if workers <= 1:
-        return [write_image_shard(task, show=True) for task in tasks]
+        yield from (write_image_shard(task, show=True) for task in tasks)
+        return
     with process_pool(workers) as pool:
         assert pool is not None
-        futures = [pool.submit(write_image_shard, task) for task in tasks]
-        for future in track(as_completed(futures), "image shards", total=len(futures)):
-            future.result()
-        return [future.result() for future in futures]
+        waiting: deque[Future[ShardResult]] = deque()
+        for task in track(tasks, "image shards", total=count):
+            waiting.append(pool.submit(write_image_shard, task))
+            if len(waiting) > TASKS_AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path) -> dict[str, Any]:
     """Writes pairs, quarantine and manifest beside the image shards, and takes away what only a resumed run needs."""
-    shards = [
-        {"path": result.path, "rows": len(result.images), "sha256": result.sha256}
-        for split in plan.splits
-        for result in results[split]
-    ]
-    counts = {}
+    tally = Tally(work, plan, results)
+    shards = [_named(result) for split in plan.splits for result in results[split]]
+    late: list[SetAside] = []
     for split in plan.splits:
-        kept = {name for result in results[split] for name, _ in result.images}
-        pairs = [pair for pair in plan.pairs.get(split, ()) if kept.issuperset(pair.images)]
-        shards += _write_pairs(split, pairs, work)
-        counts[split] = _counts([image for image in plan.images[split] if image.image_id in kept], pairs)
-    if not any(part["pairs"] for part in counts.values()):
+        shards += _write_pairs(split, plan, tally, work)
+        shards += _write_candidates(split, plan, tally, work, late)
+    if not tally.usable:
         raise DataError(f"no usable pair is left of {settings.root}; {work / QUARANTINE} would hold all of it")
-    set_aside = plan.set_aside + [item for split in plan.splits for part in results[split] for item in part.set_aside]
-    _write_quarantine(work / QUARANTINE, set_aside)
+    from_shards = (item for split in plan.splits for part in results[split] for item in part.set_aside)
+    reasons = _write_quarantine(work / QUARANTINE, chain(plan.set_aside, from_shards, late))
     manifest = {
         "tool_version": tool_version(),
         "source": settings.source,
         "settings": settings.model_dump(mode="json"),
         "data_version": _data_version(shards),
-        "counts": counts,
+        "counts": tally.counts,
         "shards": shards,
-        "quarantine": dict(sorted(Counter(item.reason for item in set_aside).items())),
-        "duplicates": _duplicates(results),
+        "quarantine": reasons,
+        "duplicates": tally.duplicates(),
         "notes": plan.notes,
     }
-    for path in [*work.glob("*.parquet.json"), *work.glob("held_out-*.txt"), *work.glob(".*.partial")]:
-        path.unlink()
+    for pattern in ("*.parquet.*", ".*.partial", "held_out-*"):
+        for path in work.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     (work / KEY).unlink()
     write_json(work / MANIFEST, manifest)
     return manifest
 
 
-def _write_pairs(split: str, pairs: Sequence[Pair], work: Path) -> list[dict[str, Any]]:
-    parts = _cut(pairs, PAIRS_A_SHARD)
+def _named(result: ShardResult) -> dict[str, Any]:
+    """A shard as the manifest names it."""
+    return {"path": result.path, "rows": result.rows, "sha256": result.sha256}
+
+
+def _write_pairs(split: str, plan: Plan, tally: Tally, work: Path) -> list[dict[str, Any]]:
+    """Shards of the pairs of a split whose images are all there."""
     shards = []
-    for number, part in enumerate(parts):
-        path = work / shard_name("pairs", split, number, len(parts))
-        write_pair_shard(path, part)
-        shards.append({"path": path.name, "rows": len(part), "sha256": sha256_of(path)})
+    usable = Spool(tally.counted(plan.pairs.get(split, ()), split))
+    count = -(-len(usable) // PAIRS_A_SHARD)
+    rest: Iterator[Pair] = iter(usable)
+    for number in range(count):
+        path = work / shard_name("pairs", split, number, count)
+        rows = write_pair_shard(path, islice(rest, PAIRS_A_SHARD))
+        shards.append({"path": path.name, "rows": rows, "sha256": sha256_of(path)})
     return shards
 
 
-def _counts(images: Sequence[ImageEntry], pairs: Sequence[Pair]) -> dict[str, Any]:
-    return {
-        "images": len(images),
-        "cases": len({image.case for image in images}),
-        "pairs": dict(sorted(Counter(pair.kind for pair in pairs).items())),
-    }
+def _write_candidates(
+    split: str, plan: Plan, tally: Tally, work: Path, set_aside: list[SetAside]
+) -> list[dict[str, Any]]:
+    candidates = plan.candidates.get(split)
+    if not candidates:
+        return []
+    paths = [work / shard_name(table, split, 0, 1) for table in ("candidates", "options")]
+    rows, tasks, missing = write_candidates(paths[0], paths[1], candidates, tally.missing[split])
+    tally.counts[split]["candidates"] = dict(sorted(tasks.items()))
+    set_aside += missing
+    return [{"path": path.name, "rows": rows[path.name], "sha256": sha256_of(path)} for path in paths]
 
 
-def _write_quarantine(path: Path, set_aside: Iterable[SetAside]) -> None:
+def _write_quarantine(path: Path, set_aside: Iterable[SetAside]) -> dict[str, int]:
+    """Writes the quarantine; returns counts by reason."""
+    reasons: Counter[str] = Counter()
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as stream:
         for item in set_aside:
+            reasons[item.reason] += 1
             stream.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+    return dict(sorted(reasons.items()))
 
 
 def _data_version(shards: Sequence[dict[str, Any]]) -> str:
     """One hash for the content of all shards."""
     lines = sorted(f"{shard['path']} {shard['sha256']}" for shard in shards)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _duplicates(results: Results) -> dict[str, int]:
-    """Images with the same bytes as an earlier one: of the same split, or of another (left out, or kept on demand)."""
-    within, splits = 0, defaultdict(set)
-    for split, parts in results.items():
-        digests = [digest for part in parts for _, digest in part.images]
-        within += len(digests) - len(set(digests))
-        for digest in digests:
-            splits[digest].add(split)
-    left_out = sum(
-        item.reason == "copy_in_held_out" for parts in results.values() for p in parts for item in p.set_aside
-    )
-    kept = sum(len(names) - 1 for names in splits.values())
-    return {"within_splits": within, "across_splits_left_out": left_out, "across_splits_kept": kept}

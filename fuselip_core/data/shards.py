@@ -1,6 +1,6 @@
 """One Parquet shard of checked images at a time, in any process: bytes stay as published, memory stays flat.
 
-A finished shard has a sidecar `<shard>.json` that says what is in it; a shard without one is written again.
+A finished shard has a sidecar `<shard>.json` (and the hashes of its images beside it); one without it is written again.
 """
 
 from __future__ import annotations
@@ -8,20 +8,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuselip_core.data.columns import table_of
 from fuselip_core.data.images import UnreadableImage, decode
 from fuselip_core.data.pair import ImageEntry, Pair, Place, SetAside
+from fuselip_core.data.perceptual import THUMBNAIL, Fingerprint, HeldOutIndex, fingerprint
+from fuselip_core.data.places import Derived, ImageReader
 from fuselip_core.files import atomic_write, sha256_of, write_json
 from fuselip_core.progress import track
 
@@ -39,6 +40,7 @@ IMAGE_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("licence", pa.string()),
         ("attribution", pa.string()),
+        ("row_hash", pa.string()),
     ]
 )
 PAIR_SCHEMA = pa.schema(
@@ -55,156 +57,151 @@ PAIR_SCHEMA = pa.schema(
             "target_image",
             "target_text",
             "answer_type",
+            "row_hash",
         )
     ]
 )
 # A row group is what a reader holds at once.
 GROUP_ROWS, GROUP_BYTES = 256, 32 << 20
-# Nothing that is stored in fewer pixels than allowed needs more bytes than this: 8 a pixel, and metadata.
-BYTES_A_PIXEL, METADATA_BYTES = 8, 64 << 20
-ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, NotImplementedError)
+PAIR_GROUP_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What one worker writes: `entries` into `path`. Images whose hash is listed in `held_out` are left out."""
+    """What one worker writes: `entries` into `path`.
+
+    held_out: folder of a HeldOutIndex, whose images are left out. near: their near duplicates too. fingerprints: leave
+    what such an index is built of beside the shard.
+    """
 
     path: Path
     source: str
     entries: tuple[ImageEntry, ...]
     max_megapixels: float
     held_out: Path | None = None
+    near: bool = False
+    fingerprints: bool = False
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a shard holds: image ids with the hashes of their bytes, and what was set aside."""
+    """What a shard holds; ids and hashes of its images stay on disk, in the sidecar."""
 
     path: str
     sha256: str
-    images: tuple[tuple[str, str], ...]
+    rows: int
     set_aside: tuple[SetAside, ...]
 
 
-class ImageReader:
-    """Reads images where their places say; keeps one archive or Parquet file open."""
+@dataclass
+class _Work:
+    """What is known of a shard while it is written."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._archive: tuple[Path, zipfile.ZipFile] | None = None
-        self._rows: tuple[Path, int, Iterator[bytes]] | None = None
-
-    def __enter__(self) -> ImageReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._archive:
-            self._archive[1].close()
-
-    def read(self, place: Place) -> bytes:
-        """The bytes of an image; raises UnreadableImage (missing_image, too_large, damaged_archive)."""
-        try:
-            if place.member is not None:
-                return self._member(place.file, place.member)
-            if place.row is not None:
-                return self._row(place.file, place.row)
-            self._refuse_if_large(place.file.stat().st_size)
-            return place.file.read_bytes()
-        except FileNotFoundError as error:
-            raise UnreadableImage("missing_image", f"no file {place.file.name}") from error
-        except ARCHIVE_ERRORS as error:
-            raise UnreadableImage("damaged_archive", f"{place.file.name}: {' '.join(str(error).split())}") from error
-
-    def _refuse_if_large(self, size: int) -> None:
-        if size > self._max_bytes:
-            raise UnreadableImage("too_large", f"{size} bytes")
-
-    def _member(self, path: Path, member: str) -> bytes:
-        if self._archive is None or self._archive[0] != path:
-            if self._archive:
-                self._archive[1].close()
-            self._archive = path, zipfile.ZipFile(path)
-        archive = self._archive[1]
-        self._refuse_if_large(archive.getinfo(member).file_size)
-        return archive.read(member)
-
-    def _row(self, path: Path, row: int) -> bytes:
-        """Rows of a Parquet file are asked for in rising order, so one pass over its row groups serves a shard."""
-        if self._rows is None or self._rows[0] != path or self._rows[1] > row:
-            self._rows = path, *_rows_from(path, row)
-        _, at, rows = self._rows
-        for _ in range(row - at):
-            next(rows)
-        self._rows = path, row + 1, rows
-        data = next(rows)
-        self._refuse_if_large(len(data))
-        return data
-
-
-def _rows_from(path: Path, row: int) -> tuple[int, Iterator[bytes]]:
-    """Index of the first row of the row group that has `row`, and the image bytes from there on."""
-    file = pq.ParquetFile(path)
-    first = group = 0
-    while first + file.metadata.row_group(group).num_rows <= row:
-        first += file.metadata.row_group(group).num_rows
-        group += 1
-    groups = list(range(group, file.metadata.num_row_groups))
-    batches = file.iter_batches(batch_size=32, row_groups=groups, columns=["image.bytes"])
-    return first, (value["bytes"] or b"" for batch in batches for value in batch.column("image").to_pylist())
+    task: ShardTask
+    index: HeldOutIndex | None
+    digests: list[str] = field(default_factory=list)
+    fingerprints: list[Fingerprint] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)
+    # Originals that were left out as copies: what is cut from them is no better.
+    copies: set[Place] = field(default_factory=set)
 
 
 def write_image_shard(task: ShardTask, show: bool = False) -> ShardResult:
     """Checks and writes the images of a task, unless an earlier run finished it; `show` shows its progress."""
-    sidecar = task.path.with_name(f"{task.path.name}.json")
+    sidecar = sidecar_of(task.path)
     if sidecar.exists() and task.path.exists():
         return _read_result(sidecar)
-    held_out = set(task.held_out.read_text().split()) if task.held_out else set()
-    images: list[tuple[str, str]] = []
-    set_aside: list[SetAside] = []
-    max_bytes = int(min(task.max_megapixels * 1e6 * BYTES_A_PIXEL, 1 << 40)) + METADATA_BYTES
-    with atomic_write(task.path) as partial, _group_writer(partial) as write, ImageReader(max_bytes) as reader:
+    work = _Work(task, HeldOutIndex(task.held_out) if task.held_out else None)
+    reader = ImageReader.within(task.max_megapixels)
+    with atomic_write(task.path) as partial, _group_writer(partial) as write, reader:
         for entry in track(task.entries, task.path.stem) if show else task.entries:
             try:
-                row = _checked_row(entry, reader.read(entry.place), task)
+                write(_checked_row(entry, reader.read(entry.place), work))
             except UnreadableImage as error:
-                set_aside.append(SetAside(entry.image_id, entry.split, error.reason, error.detail))
-                continue
-            if row["sha256"] in held_out:
-                set_aside.append(SetAside(entry.image_id, entry.split, "copy_in_held_out", "same bytes"))
-                continue
-            images.append((entry.image_id, row["sha256"]))
-            write(row)
-    result = ShardResult(task.path.name, sha256_of(task.path), tuple(images), tuple(set_aside))
+                work.set_aside.append(SetAside(entry.image_id, entry.split, error.reason, error.detail))
+    result = ShardResult(task.path.name, sha256_of(task.path), len(work.digests), tuple(work.set_aside))
+    if task.fingerprints:
+        _save_fingerprints(task.path, work.fingerprints)
+    with sidecar_digests(task.path).open("wb") as stream:
+        stream.write(b"".join(bytes.fromhex(digest) for digest in work.digests))
     write_json(sidecar, asdict(result))
     return result
 
 
+def sidecar_of(path: Path) -> Path:
+    """The file that says that a shard is finished, and what was set aside."""
+    return path.with_name(f"{path.name}.json")
+
+
+def sidecar_digests(path: Path) -> Path:
+    """The file with the SHA-256 of each image of a shard, 32 bytes each."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def sidecar_fingerprints(path: Path) -> Path:
+    """The file with the fingerprints of a held-out shard."""
+    return path.with_name(f"{path.name}.npz")
+
+
+def _save_fingerprints(path: Path, prints: list[Fingerprint]) -> None:
+    bits = np.array([item.bits for item in prints], dtype=np.uint64)
+    thumbnails = np.array([item.thumbnail for item in prints], dtype=np.uint8).reshape(len(prints), THUMBNAIL**2)
+    with sidecar_fingerprints(path).open("wb") as stream:
+        np.savez(stream, bits=bits, thumbnails=thumbnails)
+
+
 def _read_result(sidecar: Path) -> ShardResult:
     content = json.loads(sidecar.read_text(encoding="utf-8"))
-    images = tuple((name, digest) for name, digest in content["images"])
-    return ShardResult(
-        content["path"], content["sha256"], images, tuple(SetAside(**item) for item in content["set_aside"])
-    )
+    set_aside = tuple(SetAside(**item) for item in content.pop("set_aside"))
+    return ShardResult(**content, set_aside=set_aside)
 
 
-def _checked_row(entry: ImageEntry, data: bytes, task: ShardTask) -> dict[str, Any]:
-    image = decode(data, task.max_megapixels)
-    return {
+def _checked_row(entry: ImageEntry, data: bytes, work: _Work) -> dict[str, Any]:
+    """The row of an image; raises UnreadableImage also for copies of what is held out."""
+    image = decode(data, work.task.max_megapixels)
+    digest = hashlib.sha256(data).hexdigest()
+    mark = fingerprint(image) if work.task.fingerprints or (work.index and work.task.near) else None
+    if work.index:
+        _refuse_copies(entry, digest, mark, work.index, work)
+    work.digests.append(digest)
+    if mark and work.task.fingerprints:
+        work.fingerprints.append(mark)
+    row = {
         "image_id": entry.image_id,
         "split": entry.split,
-        "bytes": data,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": digest,
         "width": image.width,
         "height": image.height,
         "modality": entry.modality,
         "concepts": list(entry.concepts),
         "case": entry.case,
-        "source": task.source,
+        "source": work.task.source,
         "licence": entry.licence,
         "attribution": entry.attribution,
     }
+    return {**row, "row_hash": row_hash(row), "bytes": data}
+
+
+def _refuse_copies(entry: ImageEntry, digest: str, mark: Fingerprint | None, index: HeldOutIndex, work: _Work) -> None:
+    """Raises UnreadableImage for what looks like an image that is held out.
+
+    A crop or an edit is judged by its original: many a small crop of a sky looks like another.
+    """
+    place = entry.place
+    source = Place(place.file, place.member, place.row, place.span, place.column)
+    if isinstance(place, Derived):
+        if source in work.copies:
+            raise UnreadableImage("copy_in_held_out", "made from a copy")
+        return
+    same = index.has(digest)
+    if same or (mark and work.task.near and index.has_near(mark)):
+        work.copies.add(source)
+        raise UnreadableImage(*(("copy_in_held_out", "same bytes") if same else ("near_copy_in_held_out", "same look")))
+
+
+def row_hash(row: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a row: of its columns but the image bytes, for which their own hash stands."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -237,22 +234,33 @@ def _group_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
             flush()
 
 
-def write_pair_shard(path: Path, pairs: Iterable[Pair]) -> None:
-    """Writes pairs in their order, atomically."""
-    rows = [
-        {
-            "pair_id": pair.pair_id,
-            "split": pair.split,
-            "kind": pair.kind,
-            "group": pair.group,
-            "case": pair.case,
-            "query_image": pair.query.image,
-            "query_text": pair.query.text,
-            "target_image": pair.target.image,
-            "target_text": pair.target.text,
-            "answer_type": pair.answer_type,
-        }
-        for pair in pairs
-    ]
-    with atomic_write(path) as partial:
-        pq.write_table(table_of(rows, PAIR_SCHEMA), partial, compression="zstd")
+def write_pair_shard(path: Path, pairs: Iterable[Pair]) -> int:
+    """Writes pairs in their order, atomically, holding one row group at a time; returns their number."""
+    with atomic_write(path) as partial, pq.ParquetWriter(partial, PAIR_SCHEMA, compression="zstd") as writer:
+        total = 0
+        for part in _parts(map(_pair_row, pairs), PAIR_GROUP_ROWS):
+            writer.write_table(table_of(part, PAIR_SCHEMA))
+            total += len(part)
+    return total
+
+
+def _parts(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    remaining = iter(rows)
+    while part := list(islice(remaining, size)):
+        yield part
+
+
+def _pair_row(pair: Pair) -> dict[str, Any]:
+    row = {
+        "pair_id": pair.pair_id,
+        "split": pair.split,
+        "kind": pair.kind,
+        "group": pair.group,
+        "case": pair.case,
+        "query_image": pair.query.image,
+        "query_text": pair.query.text,
+        "target_image": pair.target.image,
+        "target_text": pair.target.text,
+        "answer_type": pair.answer_type,
+    }
+    return {**row, "row_hash": row_hash(row)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fuselip_core.config import PrepareSettings
 from fuselip_core.data.captions import list_rocov2
 from fuselip_core.data.pair import DataError, Listing
 from fuselip_core.data.vqa import add_questions, list_vqa_rad
@@ -26,7 +27,7 @@ SOURCES: Mapping[str, Callable[[Path], Listing]] = {
 }
 
 
-def list_source(name: str, root: Path) -> Listing:
+def list_source(name: str, root: Path, settings: PrepareSettings | None = None) -> Listing:
     """All of a data set but its pixels; raises DataError for an unknown name or a folder that is not that data set."""
     if name not in SOURCES:
         raise DataError(f"unknown source '{name}'; there are: {', '.join(SOURCES)}")

@@ -1,27 +1,42 @@
-"""Who is on which side: faulty captions out, nothing shared between training and what is held out, cases kept whole."""
+"""Who is on which side: faulty captions out, nothing shared between training and what is held out, cases kept whole.
+
+A listing is gone through several times, row by row. What is remembered grows with what is held out and with what is
+taken out of training, not with the size of the training set (but for `dev_share`, which counts the cases).
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.pair import SPLITS, DataError, ImageEntry, Listing, Pair, SetAside, fault_of_caption
+from fuselip_core.data.pair import (
+    SPLITS,
+    Candidates,
+    DataError,
+    ImageEntry,
+    Listing,
+    Pair,
+    SetAside,
+    fault_of_caption,
+)
+from fuselip_core.data.spool import Spool
 
 HELD_OUT = ("test", "valid")
-Entry = TypeVar("Entry", ImageEntry, Pair)
+Entry = TypeVar("Entry", ImageEntry, Pair, Candidates)
 
 
 @dataclass
 class Plan:
-    """Images and pairs of every split in their final order, before any image was opened."""
+    """Images, pairs and candidates of every split in their final order, before any image was opened."""
 
-    images: dict[str, list[ImageEntry]]
-    pairs: dict[str, list[Pair]]
-    set_aside: list[SetAside] = field(default_factory=list)
+    images: dict[str, Spool[ImageEntry]] = field(default_factory=lambda: defaultdict(Spool))
+    pairs: dict[str, Spool[Pair]] = field(default_factory=lambda: defaultdict(Spool))
+    candidates: dict[str, Spool[Candidates]] = field(default_factory=lambda: defaultdict(Spool))
+    set_aside: Spool[SetAside] = field(default_factory=Spool)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -31,94 +46,101 @@ class Plan:
 
 def plan_splits(listing: Listing, settings: PrepareSettings) -> Plan:
     """Final splits of a listing; raises DataError if nothing would be left to train on."""
-    plan = Plan(
-        images=_by_split(listing.images),
-        pairs=_by_split(_without_faults(listing.pairs, settings.min_caption_words, listing.set_aside)),
-        set_aside=listing.set_aside,
-        notes=list(listing.notes),
-    )
-    if plan.images and all(image.case == image.image_id for images in plan.images.values() for image in images):
+    plan = Plan(set_aside=listing.set_aside, notes=list(listing.notes))
+    if len(listing.images) and all(image.case == image.image_id for image in listing.images):
         plan.notes.append("the data set names no patient, study or article: every image counts as a case of its own")
-    _part_from_held_out(plan, keep=settings.shared_images == "keep")
-    _carve_dev(plan, settings.dev_share, settings.seed)
+    pairs = Spool(_without_faults(listing.pairs, settings.min_caption_words, plan.set_aside))
+    gone = _shared_with_held_out(listing.images, pairs, settings.shared_images, plan)
+    train = Spool(image for image in listing.images if image.split == "train" and image.image_id not in gone)
+    dev = _cases_of_dev(train, settings, plan)
+    _deal_images(listing.images, gone, dev, settings.limit, plan)
+    kept = None
     if settings.limit is not None:
-        plan.images = {split: images[: settings.limit] for split, images in plan.images.items()}
+        kept = {(split, image.image_id) for split in plan.splits for image in plan.images[split]}
         plan.notes.append(f"only the first {settings.limit} images of a split were taken (prepare.limit)")
-    for split, pairs in plan.pairs.items():
-        kept = {image.image_id for image in plan.images.get(split, ())}
-        plan.pairs[split] = [pair for pair in pairs if kept.issuperset(pair.images)]
+    for pair in pairs:
+        if pair.split != "train" or gone.isdisjoint(pair.images):
+            _put(plan.pairs, _moved(pair, dev), kept)
+    for candidates in listing.candidates:
+        _put(plan.candidates, candidates, kept)
     return plan
 
 
-def _by_split(items: Iterable[Entry]) -> dict[str, list[Entry]]:
-    parts: dict[str, list[Entry]] = defaultdict(list)
-    for item in items:
+def _put(parts: dict[str, Spool[Entry]], item: Entry, kept: set[tuple[str, str]] | None) -> None:
+    """Puts a pair or candidates into their split, unless one of their images is beyond the limit."""
+    assert not isinstance(item, ImageEntry)
+    if kept is None or all((item.split, name) in kept for name in item.images):
         parts[item.split].append(item)
-    return dict(parts)
 
 
-def _without_faults(pairs: Iterable[Pair], min_words: int, set_aside: list[SetAside]) -> list[Pair]:
+def _moved(item: Entry, dev: Collection[str]) -> Entry:
+    assert not isinstance(item, Candidates)
+    return replace(item, split="dev") if item.split == "train" and item.case in dev else item
+
+
+def _deal_images(
+    images: Iterable[ImageEntry], gone: Collection[str], dev: Collection[str], limit: int | None, plan: Plan
+) -> None:
+    for image in images:
+        if image.split == "train" and image.image_id in gone:
+            continue
+        image = _moved(image, dev)
+        if limit is None or len(plan.images[image.split]) < limit:
+            plan.images[image.split].append(image)
+
+
+def _without_faults(pairs: Iterable[Pair], min_words: int, set_aside: Spool[SetAside]) -> Iterator[Pair]:
     """Pairs without unusable captions; an image whose caption is unusable stays, as an image."""
-    kept = []
     for pair in pairs:
         fault = fault_of_caption(pair.target.text or "", min_words) if pair.kind == "caption" else None
         if fault is None:
-            kept.append(pair)
+            yield pair
         else:
             set_aside.append(SetAside(pair.group, pair.split, fault, (pair.target.text or "")[:80]))
-    return kept
 
 
-def _part_from_held_out(plan: Plan, keep: bool) -> None:
-    """Takes out of training what a held-out split has too: the same image, or another of the same case."""
-    held = [image for split in HELD_OUT for image in plan.images.get(split, ())]
-    train = plan.images.get("train", [])
-    ids, cases = {image.image_id for image in held}, {image.case for image in held}
-    shared = {
-        image.image_id: "image_in_held_out" if image.image_id in ids else "case_in_held_out"
-        for image in train
-        if image.image_id in ids or image.case in cases
-    }
+def _shared_with_held_out(images: Spool[ImageEntry], pairs: Spool[Pair], choice: str, plan: Plan) -> set[str]:
+    """Ids of training images that go because a held-out split has them too, or another of their case; and a note."""
+    held = [(image.image_id, image.case) for image in images if image.split in HELD_OUT]
+    ids, cases = {name for name, _ in held}, {case for _, case in held}
+    shared, train = {}, 0
+    for image in images:
+        if image.split == "train":
+            train += 1
+            if image.image_id in ids or image.case in cases:
+                shared[image.image_id] = "image_in_held_out" if image.image_id in ids else "case_in_held_out"
     if not shared:
-        return
-    pairs = plan.pairs.get("train", [])
-    touched = [pair for pair in pairs if not shared.keys().isdisjoint(pair.images)]
+        return set()
+    all_pairs = sum(pair.split == "train" for pair in pairs)
+    touched = sum(pair.split == "train" and not shared.keys().isdisjoint(pair.images) for pair in pairs)
     counts = Counter(shared.values())
-    said = (
-        f"{counts['image_in_held_out']} of {len(train)} training images are in a held-out split too and "
-        f"{counts['case_in_held_out']} more share a case with one; their {len(touched)} of {len(pairs)} training pairs"
-    )
-    plan.notes.append(f"{said} were {'kept (prepare.shared_images)' if keep else 'left out'}")
-    if keep:
-        return
-    if len(shared) == len(train):
-        raise DataError("every training image is also held out, so none is left; set prepare.shared_images=keep")
-    plan.set_aside += [SetAside(name, "train", reason) for name, reason in shared.items()]
-    plan.images["train"] = [image for image in train if image.image_id not in shared]
-    gone = {pair.pair_id for pair in touched}
-    plan.pairs["train"] = [pair for pair in pairs if pair.pair_id not in gone]
-
-
-def _carve_dev(plan: Plan, share: float, seed: int) -> None:
-    """Moves whole cases from train to dev until dev has about `share` of the images (one case at least, never all)."""
-    train = plan.images.get("train", [])
-    if not share or not train:
-        return
-    cases = choose_cases(train, share, seed)
-    chosen = {image.image_id for image in train if image.case in cases}
-    plan.images["dev"] = [replace(image, split="dev") for image in train if image.image_id in chosen]
-    plan.images["train"] = [image for image in train if image.image_id not in chosen]
-    pairs = plan.pairs.get("train", [])
-    plan.pairs["dev"] = [replace(pair, split="dev") for pair in pairs if not chosen.isdisjoint(pair.images)]
-    plan.pairs["train"] = [pair for pair in pairs if chosen.isdisjoint(pair.images)]
-    if not plan.images["train"]:
-        raise DataError("all training images are of one case, so none can be held out; set prepare.dev_share=0")
+    leaves = {"drop": "left out", "drop-copies": "kept but for the same images", "keep": "kept"}[choice]
     plan.notes.append(
-        f"{len(plan.images['dev'])} training images of {len(cases)} whole cases are held out as dev (prepare.dev_share)"
+        f"{counts['image_in_held_out']} of {train} training images are in a held-out split too and "
+        f"{counts['case_in_held_out']} more share a case with one; their {touched} of {all_pairs} training pairs"
+        f" were {leaves}{'' if choice == 'drop' else ' (prepare.shared_images)'}"
     )
+    going = {"drop": ("image_in_held_out", "case_in_held_out"), "drop-copies": ("image_in_held_out",), "keep": ()}
+    gone = {name for name, reason in shared.items() if reason in going[choice]}
+    if len(gone) == train:
+        raise DataError("every training image is also held out, so none is left; set prepare.shared_images=keep")
+    plan.set_aside.extend(SetAside(name, "train", shared[name]) for name in shared if name in gone)
+    return gone
 
 
-def choose_cases(images: Sequence[ImageEntry], share: float, seed: int) -> Collection[str]:
+def _cases_of_dev(train: Spool[ImageEntry], settings: PrepareSettings, plan: Plan) -> Collection[str]:
+    """Whole cases with about `dev_share` of the training images (one case at least, never all)."""
+    if not settings.dev_share or not len(train):
+        return ()
+    cases = choose_cases(train, settings.dev_share, settings.seed)
+    count = sum(image.case in cases for image in train)
+    if count == len(train):
+        raise DataError("all training images are of one case, so none can be held out; set prepare.dev_share=0")
+    plan.notes.append(f"{count} training images of {len(cases)} whole cases are held out as dev (prepare.dev_share)")
+    return cases
+
+
+def choose_cases(images: Spool[ImageEntry], share: float, seed: int) -> Collection[str]:
     """Cases with together about `share` of the images, in an order that depends on nothing but seed and names."""
     sizes = Counter(image.case for image in images)
     order = sorted(sizes, key=lambda case: hashlib.sha256(f"{seed}:{case}".encode()).digest())

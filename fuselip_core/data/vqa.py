@@ -51,7 +51,7 @@ def list_vqa_rad(root: Path) -> Listing:
         image = images.setdefault((split, name), ImageEntry(Path(name).stem, split, cases[name], places[name]))
         kind = str(row["answer_type"]).strip().lower()
         listing.pairs.append(question_pair(image, f"vqa-rad/{qid}", question, answer, kind))
-    listing.images = sorted(images.values(), key=lambda image: (image.split, image.image_id))
+    listing.images.extend(sorted(images.values(), key=lambda image: (image.split, image.image_id)))
     unused = len(set(places) - {str(row["image_name"]) for row in rows})
     if unused:
         listing.notes.append(f"{unused} of {len(places)} image files are not asked about and were not read")

@@ -1,0 +1,104 @@
+"""Near duplicates: pictures that are the same to the eye though not byte for byte, found among many without a scan.
+
+A picture's fingerprint is a difference hash of 64 bits (is each cell of a 9 x 8 grey thumbnail darker than its right
+neighbour?) and a grey thumbnail of 16 x 16. Two pictures that were scaled or compressed anew differ in a few bits. Two
+hashes that differ in at most 7 bits agree in one of 8 bytes at least, so that only the pictures that share a byte are
+compared; of those with few different bits the thumbnails decide, since radiographs of one region look alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+BANDS = 8
+MOST_BITS = 7  # pigeonhole: at most BANDS - 1
+THUMBNAIL = 16
+# Cells of one grey value, such as an empty frame, say nothing: pictures flatter than this are compared byte by byte.
+LEAST_SPREAD = 4.0
+LEAST_CORRELATION = 0.995
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """`bits`: the difference hash; `thumbnail`: uint8 (THUMBNAIL * THUMBNAIL)."""
+
+    bits: int
+    thumbnail: NDArray[np.uint8]
+
+
+def fingerprint(image: Image.Image) -> Fingerprint:
+    """The fingerprint of a decoded picture."""
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    grid = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=np.int16)
+    bits = int.from_bytes(np.packbits(grid[:, :-1] < grid[:, 1:]).tobytes(), "little")
+    thumbnail = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).convert("L")
+    return Fingerprint(bits, np.asarray(thumbnail, dtype=np.uint8).reshape(-1))
+
+
+class HeldOutIndex:
+    """Exact and perceptual hashes of held-out images in memory-mapped files: `build` once, look up in any process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._digests, self._bits, self._thumbnails, self._order = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("digests", "bits", "thumbnails", "order")
+        )
+        self._bytes = self._bits.view(np.uint8).reshape(-1, BANDS)
+
+    @staticmethod
+    def build(folder: Path, digests: Sequence[str], bits: NDArray[np.uint64], thumbnails: NDArray[np.uint8]) -> None:
+        """Writes the index of N images: hex digests, hashes (N), thumbnails (N, THUMBNAIL * THUMBNAIL)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        by_band = bits.view(np.uint8).reshape(-1, BANDS)
+        np.save(folder / "digests.npy", np.sort(np.array([digest.encode() for digest in digests], dtype="S64")))
+        np.save(folder / "bits.npy", bits)
+        np.save(folder / "thumbnails.npy", thumbnails)
+        np.save(folder / "order.npy", np.argsort(by_band, axis=0, kind="stable").T.astype(np.int32))
+
+    def has(self, digest: str) -> bool:
+        """True if an image with these very bytes is held out."""
+        place = int(np.searchsorted(self._digests, digest.encode()))
+        return place < len(self._digests) and bool(self._digests[place] == digest.encode())
+
+    def nearest(self, image: Fingerprint) -> float:
+        """Correlation of the thumbnail with that of the most similar held-out image whose hash is near; else 0."""
+        wanted = np.array([image.bits], dtype=np.uint64)
+        rows = np.unique(
+            np.concatenate([self._sharing(band, int(wanted.view(np.uint8)[band])) for band in range(BANDS)])
+        )
+        rows = rows[np.bitwise_count(self._bits[rows] ^ wanted[0]) <= MOST_BITS]
+        mine = image.thumbnail.astype(np.float64)
+        if not len(rows) or mine.std() < LEAST_SPREAD:
+            return 0.0
+        theirs = self._thumbnails[rows].astype(np.float64)
+        mine, theirs = mine - mine.mean(), theirs - theirs.mean(1, keepdims=True)
+        norms = np.linalg.norm(theirs, axis=1) * np.linalg.norm(mine)
+        return float(np.max(theirs @ mine / np.maximum(norms, 1e-9)))
+
+    def has_near(self, image: Fingerprint) -> bool:
+        """True if a held-out image looks the same."""
+        return self.nearest(image) >= LEAST_CORRELATION
+
+    def _sharing(self, band: int, value: int) -> NDArray[np.int32]:
+        """Rows whose hash has `value` as its byte number `band`."""
+        order = self._order[band]
+        column = self._bytes[:, band]
+        return np.asarray(order[_first(column, order, value) : _first(column, order, value + 1)])
+
+
+def _first(column: NDArray[np.uint8], order: NDArray[np.int32], value: int) -> int:
+    """The first place of `order`, which sorts `column`, whose entry is at least `value`."""
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if column[order[middle]] < value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
