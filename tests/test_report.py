@@ -1,0 +1,259 @@
+"""The report: complete, self-contained, escaped, and readable by a browser and by a screen reader."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fuselip_core.config import Settings
+from fuselip_core.data.shards import IMAGE_SCHEMA
+from fuselip_core.errors import FuselipError
+from fuselip_core.evaluation.charts import draw_training
+from fuselip_core.evaluation.page import Html, join, tag
+from fuselip_core.evaluation.report import write_report
+from fuselip_core.evaluation.result import AnswerExample, Candidate, EvaluationResult, RetrievalExample
+from fuselip_core.evaluation.sections import percent
+
+NASTY = "<script>alert('x')</script> & \"quoted\""
+VOID = {"img", "meta", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order; collects texts, attributes and pictures."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((name, dict(attributes)))
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag_name, attributes in self.tags if tag_name == name]
+
+
+def prepare(artifacts: Path, notes: tuple[str, ...] = ()) -> None:
+    """Prepared data of three images, the last of them damaged."""
+    folder = artifacts / "prepared"
+    folder.mkdir(parents=True)
+    stream = io.BytesIO()
+    Image.new("L", (64, 48), 120).save(stream, "PNG")
+    rows = [{"image_id": f"image-{row}", "bytes": stream.getvalue(), "attribution": NASTY} for row in range(3)]
+    rows[2]["bytes"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA), folder / "images-test-00000-of-00001.parquet")
+    counts = {"test": {"images": 3, "cases": 2, "pairs": {"caption": 3, "vqa": 2}}, "train": {"images": 9, "pairs": {}}}
+    manifest = {
+        "source": "phantom",
+        "data_version": "0123456789abcdef",
+        "counts": counts,
+        "shards": [{"path": "images-test-00000-of-00001.parquet", "rows": 3, "sha256": ""}],
+        "quarantine": {"placeholder_caption": 1234},
+        "duplicates": {"within_splits": 5},
+        "notes": list(notes),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def retrieval_metrics() -> dict[str, float]:
+    metrics = {"retrieval/pool": 3.0}
+    for direction in ("image_to_text", "text_to_image"):
+        for k, chance in ((1, 0.01), (5, 0.05), (10, 0.1)):
+            metrics[f"retrieval/{direction}/recall_at_{k}"] = 0.25
+            metrics[f"retrieval/{direction}/chance_at_{k}"] = chance
+        metrics[f"retrieval/{direction}/median_rank"] = 2.5
+        metrics[f"retrieval_shuffled/{direction}/recall_at_1"] = 0.02
+    return metrics
+
+
+def answer_metrics(fused: float = 0.6) -> dict[str, float]:
+    metrics = {"answers/chance": 0.1, "answers/pool": 10.0, "answers/fused/over_best_control": fused / 0.3}
+    metrics |= {"answers/questions": 2.0, "answers/questions_closed": 1.0, "answers/questions_open": 1.0}
+    shares = {"fused": fused, "question_only": 0.3, "image_only": 0.1, "blank_image": 0.2, "shuffled_image": 0.2}
+    for query, share in (shares | {"majority": 0.35}).items():
+        for part in ("accuracy", "accuracy_closed", "accuracy_open"):
+            metrics[f"answers/{query}/{part}"] = share
+    return metrics
+
+
+def result_of(metrics: dict[str, float]) -> EvaluationResult:
+    intervals = {
+        name: (max(0.0, value - 0.1), min(1.0, value + 0.1))
+        for name, value in metrics.items()
+        if "recall_at" in name or "accuracy" in name
+    }
+    top = (Candidate("a wrong caption", 0.5, False), Candidate(NASTY, 0.25, True))
+    result = EvaluationResult("test", metrics, intervals)
+    if "retrieval/pool" in metrics:
+        result.retrieval = [RetrievalExample(0, (NASTY,), 2, top), RetrievalExample(2, ("other",), 1, top[1:])]
+    if "answers/pool" in metrics:
+        result.answers = [AnswerExample(1, NASTY, "left lung", "open", 4321, top)]
+    return result
+
+
+def write(artifacts: Path, metrics: dict[str, float]) -> Page:
+    path = write_report(artifacts, result_of(metrics), metrics | {"model/parameters": 3.2e6}, Settings())
+    assert path == artifacts / "report" / "index.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that a run leaves behind, and the report on it."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    prepare(folder, notes=(f"2 shared images {NASTY}",))
+    lines = [{"step": step, "contrastive": 1 / step, "lr": 1e-3, "pairs_per_second": 50} for step in range(1, 50)]
+    history = [*lines, {"step": 49, "valid/retrieval/image_to_text/recall_at_1": 0.5}]
+    (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    (folder / "codebook").mkdir()
+    Image.new("RGB", (80, 20)).save(folder / "codebook" / "reconstructions.png")
+    write(folder, retrieval_metrics() | answer_metrics())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(artifacts: Path) -> Page:
+    return Page((artifacts / "report" / "index.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_needs_no_other_file(page: Page) -> None:
+    for name, attributes in page.tags:
+        assert not attributes.get("src") or attributes["src"].startswith("data:image/")
+        assert not attributes.get("href") or attributes["href"].startswith("#")
+        assert name not in ("script", "link", "iframe", "object")
+    anchors = {attributes["href"] for attributes in page.all("a")}
+    assert anchors == {f"#{attributes['id']}" for attributes in page.all("section")}
+
+
+def test_every_picture_has_an_alternative_text(page: Page) -> None:
+    pictures = page.all("img")
+    # Three charts, the reconstructions, and the two examples that can be read.
+    assert len(pictures) == 6
+    assert all(attributes["alt"] for attributes in pictures)
+
+
+def test_strings_are_escaped_and_shown(page: Page, artifacts: Path) -> None:
+    source = (artifacts / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<script" not in source
+    # Caption, candidates, question, attribution and note.
+    assert page.text.count(NASTY) >= 6
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "25.0 %",
+        "15.0 to 35.0 %",
+        "25.0 times that",
+        "2.0 times the better",
+        "60.0 %",
+        "place 4,321",
+        "3,200,000",
+        "placeholder caption",
+        "1,234",
+        "2.5",
+        "clearly above chance",
+        "clearly above every control",
+        "most frequent answer, 35.0 %",
+        "not shown: not an image",
+        "batch_size: 128",
+    ],
+)
+def test_what_was_measured_is_on_the_page(page: Page, shown: str) -> None:
+    assert shown in page.text
+
+
+def test_right_candidates_are_marked(page: Page) -> None:
+    assert [attributes["class"] for attributes in page.all("li") if "class" in attributes].count("right") == 3
+    assert page.text.count("✓") == 3
+
+
+def test_charts_and_numbers_lie_beside_the_page(artifacts: Path) -> None:
+    folder = artifacts / "report"
+    names = {path.name for path in folder.iterdir()}
+    charts = {"retrieval.png", "answers.png", "training.png", "reconstructions.png"}
+    assert names == charts | {"index.html", "results.json"}
+    for name in charts:
+        with Image.open(folder / name) as image:
+            image.load()
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["metrics"]["answers/fused/accuracy"] == 0.6
+    assert results["intervals"]["answers/fused/accuracy"] == pytest.approx([0.5, 0.7])
+    assert results["answers"][0]["question"] == NASTY
+
+
+@pytest.mark.parametrize(
+    ("metrics", "there", "missing"),
+    [(retrieval_metrics, "Image → caption", "Answers"), (answer_metrics, "Question alone", "Retrieval")],
+)
+def test_a_split_with_one_kind_of_pairs_gets_one_section(
+    tmp_path: Path, metrics: Callable[[], dict[str, float]], there: str, missing: str
+) -> None:
+    prepare(tmp_path)
+    page = write(tmp_path, metrics())
+    assert there in page.text and missing not in page.text
+    assert "No curves were logged" in page.text
+
+
+def test_what_is_not_better_than_its_controls_is_said_so(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    text = write(tmp_path, answer_metrics(fused=0.4)).text
+    assert "not clearly above every control" in text
+
+
+def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    write(tmp_path, answer_metrics())
+    (tmp_path / "report" / "left over").touch()
+    write(tmp_path, answer_metrics())
+    assert not (tmp_path / "report" / "left over").exists()
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_a_damaged_history_is_named(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(FuselipError, match=r"history\.jsonl holds a line that is no JSON"):
+        write(tmp_path, answer_metrics())
+    assert not (tmp_path / "report").exists()
+
+
+def test_equal_charts_are_equal_files(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        draw_training(tmp_path / name, [{"step": 1, "lr": 1.0}])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_only_html_made_here_is_not_escaped() -> None:
+    assert join(["<b>", tag("i", "1 < 2", title='"')]) == '&lt;b&gt;<i title="&quot;">1 &lt; 2</i>'
+    assert tag("p", Html("<br>")) == "<p><br></p>"
+
+
+@pytest.mark.parametrize(("share", "shown"), [(0, "0.0 %"), (0.0004, "0.04 %"), (0.005, "0.5 %"), (1, "100.0 %")])
+def test_small_shares_keep_a_digit(share: float, shown: str) -> None:
+    assert percent(share) == shown
+
+
+def test_no_style_asks_for_anything_outside(artifacts: Path) -> None:
+    source = (artifacts / "report" / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\(|@import|https?://", source)
