@@ -86,9 +86,18 @@ class CodebookSettings(Section):
     commitment_weight: float = Field(0.25, ge=0, description="Pulls latents towards their code.")
     codebook_weight: float = Field(1.0, ge=0, description="Pulls codes towards their latents.")
     gradient_weight: float = Field(0.5, ge=0, description="L1 on image gradients, keeps edges sharp; 0 turns it off.")
-    perceptual_weight: float = Field(0.0, ge=0, description="Distance of features of the late-fusion image tower.")
+    perceptual_weight: float = Field(0.0, ge=0, description="Weight of the perceptual term; 0 turns it off.")
+    perceptual_model: str | None = Field(
+        None, description="Folder or hub id of a SigLIP baseline whose image features the perceptual term compares."
+    )
     revive_every: int = Field(50, ge=0, description="Steps between replacements of unused codes; 0 never.")
     seed: int = Field(0, ge=0, description="Seed of weights, order and crops.")
+
+    @model_validator(mode="after")
+    def _perceptual_term_has_a_model(self) -> CodebookSettings:
+        if self.perceptual_weight and not self.perceptual_model:
+            raise ValueError("perceptual_weight is above 0, so perceptual_model must name a SigLIP checkpoint")
+        return self
 
 
 class TokenizeSettings(Section):

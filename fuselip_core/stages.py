@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from fuselip_core.data.token_store import TokenStore
     from fuselip_core.model.fuselip import FuseLIPModel
+    from fuselip_core.training.codebook import Perception
     from fuselip_core.training.loop import Validate
 
 logger = logging.getLogger("fuselip")
@@ -53,7 +54,11 @@ def codebook(settings: Settings) -> dict[str, Any]:
     train = PixelCache(scratch / "train.npy", prepared, "train", size, CODEBOOK_IMAGES)
     held_out = PixelCache(scratch / "held_out.npy", prepared, _validation_split(prepared.splits), size, 1000)
     with open_run(settings, "codebook", resume=checkpoints.latest() is not None) as run:
-        CodebookTrainer(tokenizer, train, settings.codebook, checkpoints, lambda step, m: run.metrics(m, step)).run()
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            run.metrics(metrics, step)
+
+        CodebookTrainer(tokenizer, train, settings.codebook, checkpoints, log, _perception(settings)).run()
         measured = measure_codebook(tokenizer, held_out)
         with atomic_folder(settings.artifacts / "codebook") as folder:
             tokenizer.save(folder)
@@ -129,7 +134,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     from fuselip_core.training.batch import TokenEncoder
 
     artifacts = settings.artifacts
-    model, _ = load_pretrained(artifacts / "model", _device())
+    model, _ = load_pretrained(_trained_model(settings), _device())
     store = TokenStore(artifacts / "tokens", settings.evaluate.split)
     prepared = PreparedData(artifacts / "prepared")
     result = measure(TokenEncoder(model, _device()), store, prepared, settings.evaluate)
@@ -148,7 +153,7 @@ def register(settings: Settings) -> dict[str, Any]:
     from fuselip_core.model.embedder import Embedder
     from fuselip_core.registry import register_model
 
-    model = settings.artifacts / "model"
+    model = _trained_model(settings)
     width = Embedder.from_pretrained(model, "cpu").width
     registered = register_model(settings, model, _read_json(settings.artifacts / "metrics.json"), width)
     write_json(settings.artifacts / "registered.json", registered)
@@ -198,6 +203,30 @@ def _new_tokenizer(settings: Settings) -> Any:
     return load_tokenizer(settings.codebook.init, decoder=True)
 
 
+def _perception(settings: Settings) -> Perception | None:
+    """Image features of the late-fusion baseline that `codebook.perceptual_model` names."""
+    if not settings.codebook.perceptual_weight or settings.codebook.perceptual_model is None:
+        return None
+    import torch.nn.functional as F
+    from torchvision.transforms.functional import normalize
+
+    from fuselip_core.model.hub import load_pretrained
+    from fuselip_core.model.late_fusion import LateFusionModel
+    from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD
+
+    model, _ = load_pretrained(settings.codebook.perceptual_model, _device())
+    if not isinstance(model, LateFusionModel):
+        raise FuselipError(f"codebook.perceptual_model {settings.codebook.perceptual_model} is no SigLIP baseline")
+    model.requires_grad_(False)
+    size = model.config.image_size
+
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        resized = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+        return model.encode_image(normalize(resized, list(CLIP_MEAN), list(CLIP_STD)))
+
+    return features
+
+
 def _new_encoder(settings: Settings, tokenizer: Any) -> FuseLIPModel:
     from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
     from fuselip_core.model.hub import load_pretrained
@@ -238,6 +267,13 @@ def _validation(settings: Settings) -> Validate:
     return validate
 
 
+def _trained_model(settings: Settings) -> Path:
+    folder = settings.artifacts / "model"
+    if not (folder / "config.json").is_file():
+        raise FuselipError(f"{folder} holds no trained model; run the train stage first")
+    return folder
+
+
 def _codebook_id(folder: Path) -> str:
     return sha256_of(folder / "model.safetensors")[:16]
 
@@ -245,7 +281,9 @@ def _codebook_id(folder: Path) -> str:
 def _same_codebook(store: TokenStore, folder: Path) -> None:
     """Codes of another tokenizer mean other things: training on them would end in a model that cannot read images."""
     if store.manifest["codebook"] != _codebook_id(folder):
-        raise FuselipError(f"{store.folder} was made with another tokenizer than {folder}; run the tokenize stage again")
+        raise FuselipError(
+            f"{store.folder} was made with another tokenizer than {folder}; run the tokenize stage again"
+        )
 
 
 def _read_json(path: Path) -> dict[str, float]:

@@ -16,6 +16,9 @@ from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.vocabulary import IGNORED, join, text_sequence
 from fuselip_core.training.losses import mask_tokens
 
+BUCKET_TOKENS = 16  # texts whose lengths fall into the same multiple share a padded matrix
+MANY_BUCKETS = 1 << 20
+
 
 @dataclass
 class EncodedSide:
@@ -27,27 +30,24 @@ class EncodedSide:
 
 
 def side_sequences(side: SideTokens, model: FuseLIPModel, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """One side of B pairs as [(rows (N) int64, ids (N, L) int64)], sides with and without image apart.
+    """One side of B pairs as [(rows (N) int64, ids (N, L) int64)]: with and without image, and by length of text.
 
-    Apart, because a text alone is short: padded beside image codes it would cost several times its own arithmetic.
+    Apart, because padding costs as much arithmetic as text: a short answer beside image codes or a long caption would
+    cost several times its own.
     """
-    text = text_sequence(
-        torch.from_numpy(side.text_ids.astype(np.int64)).to(device),
-        torch.from_numpy(side.text_lengths.astype(np.int64)).to(device),
-    )
-    has_image = torch.from_numpy(np.asarray(side.has_image)).to(device)
+    buckets = np.asarray(side.has_image) * MANY_BUCKETS + -(-side.text_lengths.astype(np.int64) // BUCKET_TOKENS)
     parts = []
-    for with_image in (True, False):
-        rows = torch.nonzero(has_image == with_image).flatten()
-        if not len(rows):
-            continue
-        longest = int(side.text_lengths[side.has_image == with_image].max(initial=0)) + 2
-        images = None
-        if with_image:
-            codes = torch.from_numpy(side.codes.astype(np.int64)).to(device)
-            images = model.vocabulary.joint_ids(codes[rows])
-        parts.append((rows, join(images, text[rows, :longest], model.config.context_length)))
+    for bucket in np.unique(buckets):
+        rows = np.flatnonzero(buckets == bucket)
+        part = side.part(rows)
+        text = text_sequence(_to_tensor(part.text_ids, device), _to_tensor(part.text_lengths, device))
+        images = model.vocabulary.joint_ids(_to_tensor(part.codes, device)) if bucket >= MANY_BUCKETS else None
+        parts.append((_to_tensor(rows, device), join(images, text, model.config.context_length)))
     return parts
+
+
+def _to_tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(device)
 
 
 def encode_side(model: FuseLIPModel, side: SideTokens, mask_probability: float, device: torch.device) -> EncodedSide:

@@ -70,7 +70,9 @@ class CodebookTrainer:
         perception: Perception | None = None,
     ) -> None:
         if settings.perceptual_weight and perception is None:
-            raise FuselipError("codebook.perceptual_weight is above 0, but no model of perception was given; set it to 0")
+            raise FuselipError(
+                "codebook.perceptual_weight is above 0, but no model of perception was given; set it to 0"
+            )
         self.tokenizer, self.images, self.settings = tokenizer, images, settings
         self.checkpoints, self.log, self.perception = checkpoints, log, perception
         self.device = next(tokenizer.parameters()).device
@@ -116,7 +118,9 @@ class CodebookTrainer:
         output = self.tokenizer(pixels, quantise=quantise)
         loss = self._loss(output, pixels)
         if not torch.isfinite(loss):
-            raise FuselipError(f"the image tokenizer's loss is {loss.item()} at step {step}; lower codebook.learning_rate")
+            raise FuselipError(
+                f"the image tokenizer's loss is {loss.item()} at step {step}; lower codebook.learning_rate"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)

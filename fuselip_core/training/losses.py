@@ -12,7 +12,7 @@ from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, P
 def sigmoid_contrastive(
     query: Tensor, target: Tensor, scale: Tensor, bias: Tensor, ignored: Tensor | None = None
 ) -> Tensor:
-    """Sigmoid loss of all B × B pairs, summed over the targets and averaged over the queries.
+    """Sigmoid loss of all B x B pairs, summed over the targets and averaged over the queries.
 
     `query` and `target` are unit-norm (B, W); `scale` (already exponentiated) and `bias` are scalars. Pairs that are
     true in `ignored` (B, B) count neither as right nor as wrong. SigLIP (arXiv 2303.15343), equation 1 and algorithm 1.

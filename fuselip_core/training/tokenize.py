@@ -58,7 +58,7 @@ def views_of(size: int, settings: TokenizeSettings) -> Draw:
 
 
 class Tokenizing:
-    """Writes the token store of `prepared` into `target`, going on where an earlier run of the same identity stopped."""
+    """Writes the token store of `prepared` into `target`, resuming a run of the same identity."""
 
     def __init__(
         self,

@@ -1,0 +1,54 @@
+"""The losses against open_clip's, against sums written out, and where nothing is masked."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD
+from fuselip_core.training.losses import equal_targets, mask_tokens, sigmoid_contrastive
+
+
+def unit(rows: int, width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, width, generator=generator), dim=-1).requires_grad_()
+
+
+def test_sigmoid_loss_and_gradient_equal_open_clip() -> None:
+    from open_clip.loss import SigLipLoss
+
+    ours, theirs = (unit(6, 16, 0), unit(6, 16, 1)), (unit(6, 16, 0), unit(6, 16, 1))
+    scale, bias = torch.tensor(math.log(10.0)).exp(), torch.tensor(-10.0)
+    mine = sigmoid_contrastive(*ours, scale, bias)
+    reference = SigLipLoss()(theirs[0], theirs[1], scale, bias)
+    mine.backward()
+    reference.backward()
+    torch.testing.assert_close(mine, reference)
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad)
+
+
+def test_ignored_pairs_leave_the_sum() -> None:
+    query, target = unit(3, 8, 2), unit(3, 8, 3)
+    scale, bias = torch.tensor(10.0), torch.tensor(-1.0)
+    ignored = equal_targets(torch.tensor([5, 7, 5]), torch.tensor([-1, -1, -1]))
+    assert ignored.nonzero().tolist() == [[0, 2], [2, 0]]
+    logits = scale * query @ target.T + bias
+    kept = [(i, j) for i in range(3) for j in range(3) if (i, j) not in ((0, 2), (2, 0))]
+    by_hand = -sum(F.logsigmoid(logits[i, j] * (1 if i == j else -1)) for i, j in kept) / 3
+    torch.testing.assert_close(sigmoid_contrastive(query, target, scale, bias, ignored), by_hand)
+
+
+def test_masks_hide_the_asked_share_and_no_special_token() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(1, 49000, (64, 50))
+    ids[:, 0], ids[:, 20], ids[:, 40:] = BEGIN_OF_TEXT, END_OF_TEXT, PAD
+    hidden, labels = mask_tokens(ids, 49408, 0.1)
+    places = labels != IGNORED
+    assert torch.equal(hidden[places], torch.full_like(hidden[places], 49408))
+    assert torch.equal(labels[places], ids[places])
+    assert torch.equal(hidden[~places], ids[~places])
+    assert not places[:, 0].any() and not places[:, 20].any() and not places[:, 40:].any()
+    assert places.sum() / (64 * 38) == pytest.approx(0.1, abs=0.02)

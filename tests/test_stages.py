@@ -1,0 +1,113 @@
+"""All stages in a row on a small data set, through the functions the command line calls; and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from training_data import small_settings, write_raw
+
+from fuselip_core import stages
+from fuselip_core.config import Settings, check_settings
+from fuselip_core.data.token_store import TokenStore, gather
+from fuselip_core.errors import FuselipError
+from fuselip_core.model.embedder import Embedder
+from fuselip_core.model.hub import load_pretrained
+from fuselip_core.training.batch import TokenEncoder, encode_side, side_sequences
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a finished run: prepare, codebook, tokenize, train, evaluate, register."""
+    folder = tmp_path_factory.mktemp("run")
+    write_raw(folder / "raw")
+    settings = small_settings(folder / "raw", folder / "artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        for stage in (stages.prepare, stages.codebook, stages.tokenize, stages.train, stages.evaluate, stages.register):
+            stage(settings)
+    return settings
+
+
+def test_every_stage_leaves_what_the_next_one_reads(run: Settings) -> None:
+    for name in ("prepared/manifest.json", "codebook/model.safetensors", "tokens/manifest.json", "history.jsonl"):
+        assert (run.artifacts / name).is_file(), name
+    for name in ("model/config.json", "model/model.safetensors", "report/index.html", "metrics.json"):
+        assert (run.artifacts / name).is_file(), name
+    assert not (run.artifacts / "checkpoints").exists()
+    assert not (run.artifacts / "work" / "codebook").exists()
+
+
+def test_metrics_hold_measures_beside_chance_and_controls(run: Settings) -> None:
+    metrics = json.loads((run.artifacts / "metrics.json").read_text())
+    for direction in ("image_to_text", "text_to_image"):
+        assert 0.0 <= metrics[f"retrieval/{direction}/recall_at_1"] <= 1.0
+        assert 0.0 < metrics[f"retrieval/{direction}/chance_at_1"] < 0.2
+        assert f"retrieval_shuffled/{direction}/recall_at_1" in metrics
+    for query in ("fused", "question_only", "image_only", "blank_image", "shuffled_image", "majority"):
+        assert f"answers/{query}/accuracy" in metrics
+    assert metrics["train/steps"] == run.train.steps
+    assert 0.0 < metrics["codebook/use"] <= 1.0
+
+
+def test_history_has_both_losses_and_the_validation(run: Settings) -> None:
+    lines = [json.loads(line) for line in (run.artifacts / "history.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines if "loss" in line} >= {1, 10, 12}
+    assert all(line["masked"] > 0 for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if any(name.startswith("valid/") for name in line)] == [6, 12]
+
+
+def test_registered_version_embeds_like_the_saved_model(run: Settings) -> None:
+    registered = json.loads((run.artifacts / "registered.json").read_text())
+    assert registered["version"] == 1
+    vectors = Embedder.from_pretrained(run.artifacts / "model", "cpu").embed(texts=["left", "right"])
+    assert vectors.shape == (2, 128)
+
+
+def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None:
+    """The fast path (codes made once) equals the reference path (pixels through the tokenizer) for view 0."""
+    from fuselip_core.data.images import decode
+    from fuselip_core.data.prepared import PreparedData
+
+    model, processor = load_pretrained(run.artifacts / "model", "cpu")
+    store = TokenStore(run.artifacts / "tokens", "test")
+    rows = store.rows_of("vqa")[:4]
+    fast = TokenEncoder(model, torch.device("cpu")).encode(gather(store, rows, "query"))
+    blobs = next(PreparedData(run.artifacts / "prepared").iter_images("test", columns=["bytes"]))["bytes"].to_pylist()
+    images = [decode(blobs[row], 100.0) for row in store.pairs.query_image[rows]]
+    texts = store.texts_of(store.pairs.query_text[rows])
+    slow = Embedder(model, processor).embed(images=images, texts=texts)
+    torch.testing.assert_close(torch.from_numpy(fast), torch.from_numpy(slow), atol=1e-6, rtol=0)
+
+
+def test_sides_with_and_without_image_keep_their_rows(run: Settings) -> None:
+    """A mixed side equals its rows embedded one by one, padding or not."""
+    model, _ = load_pretrained(run.artifacts / "model", "cpu")
+    store = TokenStore(run.artifacts / "tokens", "train")
+    pairs = torch.arange(6).numpy()
+    target, query = gather(store, pairs, "target"), gather(store, pairs, "query")
+    assert len(side_sequences(query, model, torch.device("cpu"))) == 1
+    with torch.no_grad():
+        whole = encode_side(model, target, 0.0, torch.device("cpu")).embeddings
+        single = [
+            encode_side(model, target.part(slice(i, i + 1)), 0.0, torch.device("cpu")).embeddings for i in range(6)
+        ]
+    torch.testing.assert_close(whole, torch.cat(single), atol=1e-6, rtol=0)
+
+
+def test_codes_of_another_tokenizer_do_not_train(run: Settings, tmp_path: Path) -> None:
+    for name in ("prepared", "tokens"):
+        (tmp_path / name).symlink_to(run.artifacts / name)
+    other = check_settings({"artifacts": tmp_path, "codebook": {"steps": 1, "seed": 5, "batch_size": 4}}, origin="test")
+    stages.codebook(other)
+    with pytest.raises(FuselipError, match="another tokenizer"):
+        stages.train(other)
+
+
+def test_a_stage_without_its_input_says_which_one_is_missing(tmp_path: Path) -> None:
+    settings = check_settings({"artifacts": tmp_path / "none"}, origin="test")
+    for stage, word in ((stages.codebook, "prepare"), (stages.train, "tokenize"), (stages.evaluate, "train")):
+        with pytest.raises(FuselipError, match=word):
+            stage(settings)
