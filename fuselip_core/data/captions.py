@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -19,6 +19,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fuselip_core.data.archives import open_archive, safe_members
 from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
@@ -32,6 +33,9 @@ from fuselip_core.data.pair import (
 )
 
 PUBLISHED_SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
+# Rückert et al. 2024, doi:10.1038/s41597-024-03496-6. The Hub's train split has four more.
+PUBLISHED_COUNTS = {"train": 59_958, "valid": 9_904, "test": 9_927}
+MOST_DIFFERENCE = 0.1  # what differs more is a part of ROCOv2, or another data set in its layout
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 HUB_COLUMNS = ("image", "image_id", "caption")
 
@@ -39,6 +43,12 @@ HUB_COLUMNS = ("image", "image_id", "caption")
 def list_rocov2(root: Path) -> Listing:
     """ROCOv2 in whichever layout `root` has; raises DataError if it has none of them."""
     require_folder(root, "ROCOv2")
+    listing = _list_layout(root)
+    _compare_counts(listing)
+    return listing
+
+
+def _list_layout(root: Path) -> Listing:
     if list(root.glob("*_captions.csv")):
         return list_zenodo(root)
     if parquet := _parquet_files(root):
@@ -49,6 +59,17 @@ def list_rocov2(root: Path) -> Listing:
         f"{root} has no known layout of ROCOv2: neither *_captions.csv (Zenodo), nor train-*.parquet (Hugging Face), "
         "nor train/ID.jpg with ID.jpg.txt; compare it with the published file list"
     )
+
+
+def _compare_counts(listing: Listing) -> None:
+    """Notes how many images each split has beside the published number, if this is about as many."""
+    counts = Counter(image.split for image in listing.images)
+    counts.update(item.split for item in listing.set_aside if item.reason == "repeated_id")
+    for split, published in PUBLISHED_COUNTS.items():
+        if abs(counts[split] - published) <= published * MOST_DIFFERENCE:
+            difference = counts[split] - published
+            said = "as published" if not difference else f"{difference:+,} against the {published:,} that are published"
+            listing.notes.append(f"{split} lists {counts[split]:,} images, {said}")
 
 
 def list_zenodo(root: Path) -> Listing:
@@ -64,7 +85,8 @@ def list_zenodo(root: Path) -> Listing:
 def _list_zenodo_split(
     root: Path, name: str, split: str, licences: Mapping[str, Mapping[str, str]], listing: Listing
 ) -> None:
-    places = _places(root, name)
+    places, refused = _places(root, name)
+    listing.set_aside.extend(SetAside(member, split, "unsafe_member", reason) for member, reason in refused)
     concepts = _read_concepts(root / f"{name}_concepts.csv")
     manual = _read_concepts(root / f"{name}_concepts_manual.csv")
     seen: set[str] = set()
@@ -96,30 +118,23 @@ def _list_zenodo_split(
         listing.set_aside.append(SetAside(identifier, split, "missing_caption", f"not in {name}_captions.csv"))
 
 
-def _places(root: Path, name: str) -> dict[str, Place]:
-    """Image id → place; an extracted folder is preferred to the archive it came from."""
+def _places(root: Path, name: str) -> tuple[dict[str, Place], tuple[tuple[str, str], ...]]:
+    """Image id → place (an extracted folder is preferred to its archive), and members that are refused, with why."""
     for folder in (root / name, root / f"{name}_images"):
         if folder.is_dir():
             files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-            return {path.stem: Place(path) for path in files}
+            return {path.stem: Place(path) for path in files}, ()
     archive = root / f"{name}_images.zip"
     if not archive.exists():
         raise DataError(
             f"{root} has {name}_captions.csv but neither {name}_images.zip nor a folder {name}; download it"
         )
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            members = [PurePosixPath(member) for member in opened.namelist() if not _hidden_or_outside(member)]
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{archive} is no readable zip archive ({error}); download it again") from error
+    with open_archive(archive) as opened:
+        members = safe_members(opened)
     # Members are read by name and never extracted, so that no path of an archive touches the disk.
-    return {path.stem: Place(archive, member=str(path)) for path in members if path.suffix.lower() in SUFFIXES}
-
-
-def _hidden_or_outside(member: str) -> bool:
-    """Members that would leave their folder have no business in an archive; hidden ones are an archiver's own."""
-    path = PurePosixPath(member)
-    return path.is_absolute() or ".." in path.parts or path.name.startswith(".")
+    paths = [PurePosixPath(info.filename) for info in members.safe]
+    pictures = [path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    return {path.stem: Place(archive, member=str(path)) for path in pictures}, members.refused
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fuselip_core.data.pair import SPLITS, DataError
+from fuselip_core.data.candidates import CANDIDATES_SCHEMA
+from fuselip_core.data.pair import SPLITS, DataError, Side
 from fuselip_core.data.shards import PAIR_SCHEMA
 
 
@@ -63,6 +65,23 @@ class PreparedData:
         """All pairs of a split, in their order (see shards.PAIR_SCHEMA)."""
         tables = [pq.read_table(path, schema=PAIR_SCHEMA) for path in self._shards("pairs", split)]
         return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
+
+    def candidates(self, split: str, task: str | None = None) -> pa.Table:
+        """Evaluation questions of a split, of one task or of all (see candidates.CANDIDATES_SCHEMA)."""
+        tables = [pq.read_table(path) for path in self._shards("candidates", split)]
+        table = pa.concat_tables(tables) if tables else CANDIDATES_SCHEMA.empty_table()
+        return table if task is None else table.filter(pc.equal(table["task"], task))
+
+    def options(self, split: str, names: Collection[str] | None = None) -> dict[str, list[Side]]:
+        """Lists of options by their ids (the column `options` of the questions): those in `names`, or all."""
+        found: dict[str, list[Side]] = {}
+        for path in self._shards("options", split):
+            with pq.ParquetFile(path) as file:
+                for row in (row for batch in file.iter_batches(64) for row in batch.to_pylist()):
+                    if names is None or row["options_id"] in names:
+                        sides = zip(row["images"], row["texts"], strict=True)
+                        found[row["options_id"]] = [Side(image, text) for image, text in sides]
+        return found
 
     def _shards(self, table: str, split: str) -> list[Path]:
         self._require(split)

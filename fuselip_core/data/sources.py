@@ -6,9 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fuselip_core.config import PrepareSettings
+from fuselip_core.data.benchmarks import list_imagenet, list_open_images, list_sugarcrepe, list_tgit
 from fuselip_core.data.captions import list_rocov2
+from fuselip_core.data.hq_edit import list_hq_edit
+from fuselip_core.data.mmeb import list_mmeb
 from fuselip_core.data.pair import DataError, Listing
+from fuselip_core.data.slake import list_slake
+from fuselip_core.data.visual_genome import list_visual_genome
 from fuselip_core.data.vqa import add_questions, list_vqa_rad
+from fuselip_core.data.web import list_web_captions, list_web_questions
 
 
 def list_phantom(root: Path) -> Listing:
@@ -24,6 +30,18 @@ SOURCES: Mapping[str, Callable[[Path], Listing]] = {
     "phantom": list_phantom,
     "rocov2": list_rocov2,
     "vqa-rad": list_vqa_rad,
+    "slake": list_slake,
+    "cc3m": list_web_captions,
+    "cc12m": list_web_captions,
+    "cc3m-vqa": list_web_questions,
+    "cc12m-vqa": list_web_questions,
+    "hq-edit": list_hq_edit,
+    "visual-genome": list_visual_genome,
+    "open-images": list_open_images,
+    "sugarcrepe": list_sugarcrepe,
+    "imagenet": list_imagenet,
+    "mmeb-eval": list_mmeb,
+    "tgit": list_tgit,
 }
 
 

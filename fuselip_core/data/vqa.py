@@ -42,7 +42,7 @@ def list_vqa_rad(root: Path) -> Listing:
         name, qid = str(row["image_name"]), str(row["qid"])
         split = "test" if str(row["phrase_type"]).startswith("test") else "train"
         question, answer = one_line(str(row["question"])), normalise_answer(row["answer"])
-        fault = _fault(question, answer) or ("repeated_id" if qid in seen else None)
+        fault = fault_of_question(question, answer) or ("repeated_id" if qid in seen else None)
         fault = fault or (None if name in places else "missing_image")
         seen.add(qid)
         if fault:
@@ -71,7 +71,7 @@ def add_questions(root: Path, listing: Listing) -> None:
             counts[key] += 1
             name = f"{key[1]}/question-{counts[key]}"
             question, answer = one_line(row["Question"]), normalise_answer(row["Answer"])
-            fault = _fault(question, answer) or (None if key in images else "missing_image")
+            fault = fault_of_question(question, answer) or (None if key in images else "missing_image")
             if fault:
                 listing.set_aside.append(SetAside(name, split, fault, f"in {path.name}"))
                 continue
@@ -84,7 +84,7 @@ def normalise_answer(answer: object) -> str:
     return one_line("" if answer is None else str(answer)).lower()
 
 
-def _fault(question: str, answer: str) -> str | None:
+def fault_of_question(question: str, answer: str) -> str | None:
     return "empty_question" if not question else "empty_answer" if not answer else None
 
 
@@ -93,14 +93,19 @@ def _read_rows(root: Path) -> list[dict[str, Any]]:
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
         raise DataError(f"{root} needs exactly one JSON file with VQA-RAD's questions (found: {found}); put it there")
+    return read_questions(files[0], VQA_RAD_FIELDS)
+
+
+def read_questions(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects in a JSON file of questions that all have `fields`; raises DataError."""
     try:
-        rows = json.loads(files[0].read_text(encoding="utf-8-sig"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{files[0]} is no valid JSON ({error}); download it again") from error
+        raise DataError(f"{path} is no valid JSON ({error}); download it again") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{files[0]} must hold a list of questions; download VQA-RAD's published file")
+        raise DataError(f"{path} must hold a list of questions; download the published file")
     for row in rows:
-        require_columns(list(row), VQA_RAD_FIELDS, files[0])
+        require_columns(list(row), fields, path)
     return rows
 
 
