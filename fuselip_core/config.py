@@ -21,7 +21,23 @@ RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 Size = Literal["tiny", "small", "base", "large"]
 Family = Literal["fuselip", "siglip-sf", "siglip-mlf"]
-SourceName = Literal["phantom", "rocov2", "vqa-rad"]
+SourceName = Literal[
+    "phantom",
+    "rocov2",
+    "vqa-rad",
+    "slake",
+    "cc3m",
+    "cc12m",
+    "cc3m-vqa",
+    "cc12m-vqa",
+    "hq-edit",
+    "visual-genome",
+    "open-images",
+    "sugarcrepe",
+    "imagenet",
+    "mmeb-eval",
+    "tgit",
+]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
