@@ -1,0 +1,90 @@
+"""Looks at the folders that a container was given before hours are spent: mounted, readable, whole, writable."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fuselip_core.errors import FuselipError
+
+NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})(?P<rest>.*)\.parquet")
+
+
+class MountError(FuselipError):
+    """A folder is missing, empty, unfinished or not ours; the message says what to add to the command line."""
+
+
+def require_data(folder: Path, volume: str) -> None:
+    """Raises MountError unless `folder` holds a data set that has come whole; `volume` is the option that mounts it."""
+    remedy = f"mount the data set with {volume}; bacor_fuselip_download fetches it"
+    if not folder.is_dir():
+        raise MountError(f"there is no {folder}: {remedy}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise MountError(f"{folder} can't be read by {_user()}; change its owner or mode, or run with its owner's -u")
+    names = [str(path.relative_to(folder)) for path in _files(folder)]
+    if not names:
+        raise MountError(f"{folder} is empty: {remedy}")
+    if unfinished := _unfinished(folder, names):
+        raise MountError(f"the data set in {folder} is not whole ({unfinished}); run bacor_fuselip_download again")
+
+
+def require_writable(folder: Path, volume: str, in_container: bool) -> None:
+    """Raises MountError unless something can be written to `folder` and, in a container, outlives it."""
+    if in_container and not is_mounted(folder):
+        raise MountError(f"nothing is mounted at {folder}, so all that is written would be lost; add {volume}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except PermissionError as error:
+        raise MountError(
+            f"{_user()} may not write to {folder}; make the folder before docker does (mkdir -p), "
+            "and run with its owner's number: -u $(id -u):$(id -g)"
+        ) from error
+
+
+def is_mounted(folder: Path) -> bool:
+    """Whether `folder` is on another file system than the container's own."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.stat().st_dev != Path("/").stat().st_dev
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Holds `folder` for one run at a time; raises MountError while another one, in any container, holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MountError(f"another container is at work in {folder}; wait for it or stop it") from None
+        yield
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _unfinished(folder: Path, names: list[str]) -> str | None:
+    """What is missing: files still on their way, or numbered Parquet files with gaps."""
+    for name in names:
+        last = Path(name).name
+        if last.startswith(".") and last.endswith(".partial"):
+            return f"{name} is still on its way"
+    shards = [match for name in names if (match := NUMBERED.fullmatch(name))]
+    for shard in shards:
+        there = {int(other["part"]) for other in shards if other["stem"] == shard["stem"]}
+        missing = set(range(int(shard["parts"]))) - there
+        if missing:
+            return f"{shard['stem']}-{min(missing):05d}-of-{shard['parts']} is missing"
+    return None
+
+
+def _user() -> str:
+    return f"user {os.getuid()}:{os.getgid()}"
