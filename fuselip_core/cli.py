@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from fuselip_core import config
+from fuselip_core import config, data_cli
 from fuselip_core.errors import FuselipError
 
 STAGE_HELP = {
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
+app.add_typer(data_cli.app, name="data")
 
 SettingsOption = Annotated[
     Path | None,

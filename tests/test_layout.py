@@ -31,7 +31,7 @@ RANKS = (
     ("training", "evaluation"),
     ("run_log", "tracking", "registry", "serving"),
     ("stages",),
-    ("cli", "__main__"),
+    ("cli", "data_cli", "__main__"),
     ("flows",),
 )
 MOST_LINES = 60
