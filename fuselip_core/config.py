@@ -130,6 +130,9 @@ class TrainSettings(Section):
     """The joint encoder's training."""
 
     init: str | None = Field(None, description="Folder or hub id of a checkpoint to start from; random if empty.")
+    codes_from_codebook: bool = Field(
+        False, description="Begin the embeddings of image codes as a projection of the codebook, not as noise."
+    )
     steps: int = Field(500, ge=1, description="Optimiser steps.")
     batch_size: int = Field(128, ge=2, description="Pairs a step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")

@@ -242,7 +242,10 @@ def _new_encoder(settings: Settings, tokenizer: Any) -> FuseLIPModel:
     config = FuseLIPConfig.of_size(
         options.size, tokenizer.config, options.context_length, options.mask_token, options.end_of_image
     )
-    return FuseLIPModel(config)
+    encoder = FuseLIPModel(config)
+    if settings.train.codes_from_codebook:
+        encoder.start_codes_from(tokenizer.quantize.vectors())
+    return encoder
 
 
 def _validation_split(splits: Any) -> str:

@@ -139,6 +139,18 @@ class FuseLIPModel(StrictModel):
         self.config.image_tokenizer = dataclasses.asdict(config)
         self.config.image_size = config.image_size
 
+    @torch.no_grad()
+    def start_codes_from(self, codebook: Tensor) -> None:
+        """Sets the embeddings of image codes to a random projection of the codebook (C, D), at their usual size.
+
+        Codes that look alike then begin alike, so that what is learned of one holds for its neighbours: worth several
+        epochs where images are few. The published training begins with noise.
+        """
+        centred = codebook - codebook.mean(dim=0)
+        projected = centred @ torch.randn(codebook.shape[1], self.config.width, device=codebook.device)
+        rows = self.token_embedding.weight[self.vocabulary.image_offset :]
+        rows.copy_(projected * (rows.std() / projected.std()))
+
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> FuseLIPOutput:
         """Joint ids (B, L) int64, padded with 0 → embeddings and, with `labels` (B, L), the masked-token loss."""
         hidden = self.hidden_states(input_ids)

@@ -24,7 +24,7 @@ class EncoderSize:
 
 # FuseLIP (arXiv 2506.03096), section 3.1, names small and base; tiny and large are this project's.
 ENCODERS = {
-    "tiny": EncoderSize(128, 4, 4, 128),
+    "tiny": EncoderSize(128, 4, 2, 128),
     "small": EncoderSize(384, 6, 12, 180),
     "base": EncoderSize(512, 8, 12, 180),
     "large": EncoderSize(768, 12, 12, 180),
