@@ -105,7 +105,6 @@ def draw_training(path: Path, history: History) -> None:
             panel.text(0.5, 0.5, "not logged", transform=panel.transAxes, ha="center", color=CHANCE)
         elif name in ("lr", "grad_norm", "pairs_per_second", "valid/"):
             panel.set_ylim(bottom=0)
-    panels[3].ticklabel_format(axis="y", scilimits=(-2, 3))
     if looks:
         panels[2].legend([_look_label(look) for look in looks], frameon=False, fontsize=7.5)
     _save(figure, path)

@@ -116,7 +116,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], main: Sequence[int
         line = _row(row)
         lines.append(tag("tr", line, klass="main") if number in main else tag("tr", line))
     top = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in head)))
-    return tag("div", tag("table", top, tag("tbody", *lines)), klass="scroll")
+    return tag("div", tag("table", top, tag("tbody", *lines)), klass="scroll", tabindex="0")
 
 
 def facts(rows: Iterable[Sequence[str]]) -> Html:
@@ -135,7 +135,9 @@ def section(identifier: str, title: str, *children: str) -> Html:
 
 def chart(path: Path, alt: str) -> Html:
     """A PNG file, embedded; on narrow screens it scrolls sideways rather than becoming unreadable."""
-    return tag("div", tag("img", src=_data_uri(path.read_bytes(), "png"), alt=alt, klass="chart"), klass="scroll")
+    return tag(
+        "div", tag("img", src=_data_uri(path.read_bytes(), "png"), alt=alt, klass="chart"), klass="scroll", tabindex="0"
+    )
 
 
 def picture(image: Image.Image, alt: str) -> Html:

@@ -128,7 +128,11 @@ def tokenizer_section(folder: Path, artifacts: Path, metrics: Metrics) -> list[H
         "codebook/use": ("Codes in use", "{:.1%}"),
         "codebook/perplexity": ("Perplexity of the codes", "{:,.0f}"),
     }
-    rows = [(label, form.format(metrics[name])) for name, (label, form) in names.items() if name in metrics]
+    rows = [
+        (label, form.format(metrics[name]).replace("%", " %"))
+        for name, (label, form) in names.items()
+        if name in metrics
+    ]
     body: list[str] = [tag("p", "The encoder sees images only as codes of this tokenizer: what is lost here is lost.")]
     if source.is_file():
         shutil.copyfile(source, folder / "reconstructions.png")
