@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from fuselip_core.data.contact_sheet import data_uri, thumbnail, write_sheet
+from fuselip_core.data.pair import SPLITS
 from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.statistics import Statistics, bytes_of, draw_pairs, gather
+from fuselip_core.data.statistics import Statistics, bytes_of, draw_pairs, draw_questions, gather
 from fuselip_core.files import atomic_write
 
 PAGE, SHEET = "index.html", "contact-sheet.png"
@@ -27,7 +28,10 @@ def inspect_data(folder: Path, out: Path, samples: int = 12, seed: int = 0) -> d
     """Writes index.html and contact-sheet.png into `out` and returns the counts; raises DataError."""
     prepared = PreparedData(folder)
     found = gather(prepared)
-    drawn = {split: draw_pairs(prepared, split, samples, seed) for split in prepared.splits}
+    drawn = {
+        split: draw_pairs(prepared, split, samples, seed) + draw_questions(prepared, split, samples, seed)
+        for split in prepared.splits
+    }
     pictures: dict[str, dict[str, bytes]] = {}
     for split, pairs in drawn.items():
         names = {pair[side] for pair in pairs for side in ("query_image", "target_image") if pair[side]}
@@ -112,7 +116,9 @@ def _lengths(found: Statistics) -> str:
     charts: list[str] = []
     rows: list[list[object]] = []
     shared = max(_most(lengths.counts) for lengths in found.lengths.values())
-    for (split, kind, side), lengths in sorted(found.lengths.items(), key=lambda item: (item[0][1:], item[0][0])):
+    for (split, kind, side), lengths in sorted(
+        found.lengths.items(), key=lambda item: (item[0][1:], SPLITS.index(item[0][0]))
+    ):
         name = f"{kind}: {side.removesuffix('_text')}"
         charts.append(_histogram(f"{name}, {split}", lengths.counts, shared, "words"))
         rows.append([name, split, *lengths.summary().values()])

@@ -106,6 +106,25 @@ def draw_pairs(prepared: PreparedData, split: str, count: int, seed: int) -> lis
     return [pair for kind in sorted(drawn) for _, pair in sorted(drawn[kind], key=lambda item: item[0])]
 
 
+def draw_questions(prepared: PreparedData, split: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` questions of each evaluation task, as pairs of the query and its right option."""
+    rng = np.random.default_rng(seed)
+    table = prepared.candidates(split)
+    tasks: dict[str, list[int]] = {}
+    for row, task in enumerate(table.column("task").to_pylist()):
+        tasks.setdefault(task, []).append(row)
+    rows = [row for task in sorted(tasks) for row in sorted(rng.permutation(tasks[task])[:count].tolist())]
+    drawn = [table.slice(row, 1).to_pylist()[0] for row in rows]
+    options = prepared.options(split, {row["options"] for row in drawn}) if drawn else {}
+    pairs = []
+    for row in drawn:
+        right = options[row["options"]][row["answer"]]
+        query = {"pair_id": row["candidates_id"], "kind": f"{row['task']}, 1 of {len(options[row['options']])}"}
+        query |= {side: row[side] for side in ("query_image", "query_text")}
+        pairs.append({**query, "target_image": right.image, "target_text": right.text})
+    return pairs
+
+
 def bytes_of(prepared: PreparedData, split: str, names: set[str]) -> dict[str, bytes]:
     """The bytes of some images: ids are looked through first, and only the row groups that have them are read."""
     found: dict[str, bytes] = {}

@@ -1,0 +1,147 @@
+"""`fuselip data`: prepare, inspect and diff as a user types them."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from fuselip_core.cli import app
+from fuselip_core.config import SettingsError, SourceName
+from fuselip_core.data.difference import differences
+from fuselip_core.data.phantom import draw_data_set
+from fuselip_core.data.sources import SOURCES
+from fuselip_core.data.spool import ITEMS_A_BLOCK, Spool
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The raw sample, and what `fuselip data prepare` makes of it."""
+    root = tmp_path_factory.mktemp("data")
+    draw_data_set(root / "raw", seed=0, counts={"train": 12, "test": 6})
+    result = run(app, prepare_command(root / "raw", root / "prepared"))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["counts"]["train"]["images"] == 12
+    return root / "raw", root / "prepared"
+
+
+def prepare_command(raw: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "data",
+        "prepare",
+        "--source",
+        "phantom",
+        "--root",
+        str(raw),
+        "--out",
+        str(out),
+        "--set",
+        "workers=1",
+        *more,
+    ]
+
+
+class Page(HTMLParser):
+    """Tags that are open, addresses that are named, and the text."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br", "line", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "rect"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_inspect_writes_a_page_that_needs_nothing_else(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run(app, ["data", "inspect", str(folders[1]), "--out", str(tmp_path / "look"), "--samples", "3"])
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.output)
+    assert summary["words"]["train/vqa/query_text"]["texts"] == 48
+    content = (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
+    page = Page(content)
+    assert not page.open
+    assert len(page.addresses) == 12 and all(address.startswith("data:image/jpeg") for address in page.addresses)
+    for words in ("Counts", "Modality", "Words a text", "Samples of train", "Samples of test"):
+        assert words in page.text
+    assert not re.search(r"https?://", content.replace("http://www.w3.org", ""))
+    assert Image.open(tmp_path / "look" / "contact-sheet.png").width > 800
+
+
+def test_inspect_escapes_what_a_data_set_says(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    draw_data_set(raw, seed=1, counts={"train": 3})
+    captions = raw / "train_captions.csv"
+    lines = captions.read_text().splitlines()
+    lines[1] = lines[1].split(",")[0] + ",<script>alert(1)</script> & more"
+    captions.write_text("\n".join(lines))
+    assert run(app, prepare_command(raw, tmp_path / "out")).exit_code == 0
+    assert run(app, ["data", "inspect", str(tmp_path / "out")]).exit_code == 0
+    content = (tmp_path / "out-inspection" / "index.html").read_text()
+    assert "<script>" not in content and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in content
+
+
+def test_diff_names_rows(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    raw, prepared = folders
+    assert run(app, ["data", "diff", str(prepared), str(prepared)]).output == "no row differs\n"
+    other = tmp_path / "raw"
+    other.mkdir()
+    for path in raw.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    captions = other / "train_captions.csv"
+    lines = captions.read_text().splitlines()
+    gone, changed = lines[1].split(",")[0], lines[2].split(",")[0]
+    captions.write_text("\n".join([lines[0], f"{changed},another caption", *lines[3:]]))
+    assert run(app, prepare_command(other, tmp_path / "out")).exit_code == 0
+    result = run(app, ["data", "diff", str(prepared), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert f"removed images train {gone}" in result.output
+    assert f"changed pairs train {changed}/caption" in result.output
+    found = {(part.table, part.split): part for part in differences(tmp_path / "out", prepared)}
+    assert found.keys() == {("images", "train"), ("pairs", "train")}
+    assert found["images", "train"].added == (gone,) and not found["images", "train"].changed
+    assert f"{gone}/caption" in found["pairs", "train"].added
+
+
+def test_a_wrong_field_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run(app, prepare_command(folders[0], tmp_path / "out", "--set", "worker=2"))
+    assert isinstance(result.exception, SettingsError) and "workers" in str(result.exception)
+
+
+def test_every_source_of_the_settings_has_an_adapter() -> None:
+    assert set(SOURCES) == set(SourceName.__args__)
+    assert json.loads(run(app, ["data", "sources"]).output)["prepare"] == list(SOURCES)
+
+
+def test_a_spool_is_a_list_on_disk() -> None:
+    count = 2 * ITEMS_A_BLOCK + 5
+    spool = Spool(range(count))
+    assert len(spool) == count and list(spool) == list(range(count)) == list(spool)
+    assert [spool[place] for place in (0, -1, ITEMS_A_BLOCK, ITEMS_A_BLOCK - 1)] == [
+        0,
+        count - 1,
+        ITEMS_A_BLOCK,
+        ITEMS_A_BLOCK - 1,
+    ]
+    assert [len(part) for part in spool.parts(5000)] == [5000, count - 5000]
+    assert spool == list(range(count)) and spool != [1] and not Spool()
+    with pytest.raises(IndexError):
+        spool[count]
