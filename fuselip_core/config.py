@@ -37,6 +37,7 @@ SourceName = Literal[
     "imagenet",
     "mmeb-eval",
     "tgit",
+    "dicom",
 ]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -51,6 +52,20 @@ class Section(BaseModel):
     """Base of all sections: unknown names are errors, values are fixed after the check."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DicomSettings(Section):
+    """How a DICOM folder becomes pictures and text."""
+
+    text: Path | None = Field(None, description="CSV with a text column and a column that names images.")
+    window: str = Field("file", description="CT window: the file's own, or a preset such as lung or bone.")
+    frames: int = Field(1, ge=1, description="Frames of a multi-frame file: the middle one, or so many.")
+    keep_burned_in: bool = Field(False, description="Take files that say they carry burned-in text.")
+    keep_derived: bool = Field(False, description="Take segmentations, dose maps and the like.")
+    ocr: bool = Field(False, description="Look for burned-in text in the pictures (needs the extra `ocr`).")
+    key_file: Path | None = Field(None, description="Key of the pseudonyms; the user's own if empty.")
+    valid_share: float = Field(0.1, ge=0, lt=0.5, description="Share of the patients kept for validation.")
+    test_share: float = Field(0.1, ge=0, lt=0.5, description="Share of the patients kept for the test.")
 
 
 class PrepareSettings(Section):
@@ -73,6 +88,9 @@ class PrepareSettings(Section):
     )
     near_duplicates: Literal["drop", "keep"] = Field(
         "drop", description="Training images that look like a held-out one: left out like copies, or not looked for."
+    )
+    dicom: DicomSettings | None = Field(
+        None, description="For the source `dicom`; where empty, a dicom.yaml in its folder counts, else the defaults."
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
 
@@ -133,6 +151,8 @@ class TrainSettings(Section):
     codes_from_codebook: bool = Field(
         False, description="Begin the embeddings of image codes as a projection of the codebook, not as noise."
     )
+    initial_scale: float = Field(10.0, ge=1.0, le=100.0, description="Factor of similarities at the start.")
+    initial_bias: float = Field(-10.0, le=0.0, description="What is added to scaled similarities at the start.")
     steps: int = Field(500, ge=1, description="Optimiser steps.")
     batch_size: int = Field(128, ge=2, description="Pairs a step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")

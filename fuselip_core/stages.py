@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,6 +244,8 @@ def _new_encoder(settings: Settings, tokenizer: Any) -> FuseLIPModel:
         options.size, tokenizer.config, options.context_length, options.mask_token, options.end_of_image
     )
     encoder = FuseLIPModel(config)
+    encoder.logit_scale.data.fill_(math.log(settings.train.initial_scale))
+    encoder.logit_bias.data.fill_(settings.train.initial_bias)
     if settings.train.codes_from_codebook:
         encoder.start_codes_from(tokenizer.quantize.vectors())
     return encoder
