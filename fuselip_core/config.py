@@ -151,6 +151,7 @@ class TrainSettings(Section):
     codes_from_codebook: bool = Field(
         False, description="Begin the embeddings of image codes as a projection of the codebook, not as noise."
     )
+    initial_embedding_std: float = Field(0.02, gt=0, description="Spread of token embeddings at the start.")
     initial_scale: float = Field(10.0, ge=1.0, le=100.0, description="Factor of similarities at the start.")
     initial_bias: float = Field(-10.0, le=0.0, description="What is added to scaled similarities at the start.")
     steps: int = Field(500, ge=1, description="Optimiser steps.")

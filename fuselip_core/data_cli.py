@@ -66,9 +66,9 @@ def prepare(
 def sources() -> None:
     """Kinds of data sets that can be prepared, and names that can be downloaded."""
     from fuselip_core.data.hubs import origins
-    from fuselip_core.data.sources import SOURCES
+    from fuselip_core.data.sources import source_names
 
-    _show({"prepare": list(SOURCES), "download": {name: origin.note for name, origin in origins().items()}})
+    _show({"prepare": source_names(), "download": {name: origin.note for name, origin in origins().items()}})
 
 
 @app.command()

@@ -15,7 +15,8 @@ from fuselip_core.cli import app
 from fuselip_core.config import SettingsError, SourceName
 from fuselip_core.data.difference import differences
 from fuselip_core.data.phantom import draw_data_set
-from fuselip_core.data.sources import SOURCES
+from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.sources import source_names
 from fuselip_core.data.spool import ITEMS_A_BLOCK, Spool
 
 run = CliRunner().invoke
@@ -127,8 +128,42 @@ def test_a_wrong_field_is_named(folders: tuple[Path, Path], tmp_path: Path) -> N
 
 
 def test_every_source_of_the_settings_has_an_adapter() -> None:
-    assert set(SOURCES) == set(SourceName.__args__)
-    assert json.loads(run(app, ["data", "sources"]).output)["prepare"] == list(SOURCES)
+    assert set(source_names()) == set(SourceName.__args__)
+    assert json.loads(run(app, ["data", "sources"]).output)["prepare"] == list(source_names())
+
+
+def test_a_dicom_folder_with_a_table(tmp_path: Path) -> None:
+    """pydicom's own files: pictures and text come out, and neither a path nor an identity."""
+    pydicom = pytest.importorskip("pydicom")
+    files = Path(pydicom.__file__).parent / "data" / "test_files"
+    root = tmp_path / "Mustermann"
+    root.mkdir()
+    names = ("CT_small.dcm", "MR_small.dcm", "JPEG2000.dcm", "SC_rgb_small_odd.dcm", "rtplan.dcm", "ExplVR_BigEnd.dcm")
+    for name in names:
+        (root / name).write_bytes((files / name).read_bytes())
+    (root / "broken.dcm").write_bytes((files / "CT_small.dcm").read_bytes()[:400])
+    table = tmp_path / "table.csv"
+    table.write_text("file,text\nCT_small.dcm,A slice of the thorax for the table\n")
+    out = tmp_path / "out"
+    key = f"dicom.key_file={tmp_path / 'key'}"
+    command = ["data", "prepare", "--source", "dicom", "--root", str(root), "--text", str(table), "--out", str(out)]
+    result = run(app, [*command, "--set", "workers=1", "--set", key, "--set", "dicom.test_share=0.0"])
+    assert result.exit_code == 0, result.output
+    prepared = PreparedData(out)
+    texts = [text for split in prepared.splits for text in prepared.pairs(split)["target_text"].to_pylist()]
+    assert "A slice of the thorax for the table" in texts
+    assert sum(prepared.image_count(split) for split in prepared.splits) == 5
+    assert len((out / "quarantine.jsonl").read_text().splitlines()) >= 2
+    for path in out.iterdir():
+        content = path.read_bytes()
+        for secret in (
+            b"Mustermann",
+            b"CompressedSamples",
+            b"1CT1",
+            b"1.3.6.1.4.1.5962",
+            bytes(str(tmp_path), "utf-8"),
+        ):
+            assert secret not in content, (path.name, secret)
 
 
 def test_a_spool_is_a_list_on_disk() -> None:

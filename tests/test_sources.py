@@ -24,7 +24,7 @@ from fuselip_core.data.captions import PUBLISHED_COUNTS, list_rocov2
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.prepare import prepare_data
 from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.sources import SOURCES, list_source
+from fuselip_core.data.sources import list_source, source_names
 from fuselip_core.data.visual_genome import json_array
 
 
@@ -348,7 +348,7 @@ def test_transformations_of_the_published_rows(shared: Path, tmp_path: Path) -> 
 # ---- all -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", sorted(SOURCES))
+@pytest.mark.parametrize("source", sorted(source_names()))
 def test_a_folder_of_something_else_is_one_sentence(source: str, tmp_path: Path) -> None:
     (tmp_path / "readme.md").write_text("nothing here")
     with pytest.raises(DataError) as raised:

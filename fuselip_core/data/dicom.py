@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import Field, ValidationError, field_validator
 from pydicom import Dataset
 
-from fuselip_core.config import Section
+from fuselip_core import config
 from fuselip_core.data.deidentify import Pseudonyms, load_key, scrub
 from fuselip_core.data.dicom_cases import DicomHeader, group_cases, patient_key, split_cases
 from fuselip_core.data.dicom_file import discreet, read_dataset
@@ -47,18 +47,9 @@ SETTINGS_FILE, TEXT_FILE = "dicom.yaml", "text.csv"
 SPLITS = ("train", "valid", "test")
 
 
-class DicomSettings(Section):
-    """How a DICOM folder becomes pictures and text."""
+class DicomSettings(config.DicomSettings):
+    """The section `prepare.dicom`, its window checked, and the limit that all sources share."""
 
-    text: Path | None = Field(default=None, description="CSV with a text column and a column that names images.")
-    window: str = Field(default="file", description="CT window: the file's own, or a preset such as lung or bone.")
-    frames: int = Field(default=1, ge=1, description="Frames of a multi-frame file: the middle one, or so many.")
-    keep_burned_in: bool = Field(default=False, description="Take files that say they carry burned-in text.")
-    keep_derived: bool = Field(default=False, description="Take segmentations, dose maps and the like.")
-    ocr: bool = Field(default=False, description="Look for burned-in text in the pictures (needs the extra `ocr`).")
-    key_file: Path | None = Field(default=None, description="Key of the pseudonyms; the user's own if empty.")
-    valid_share: float = Field(default=0.1, ge=0, lt=0.5, description="Share of the patients kept for validation.")
-    test_share: float = Field(default=0.1, ge=0, lt=0.5, description="Share of the patients kept for the test.")
     max_megapixels: float = Field(default=120.0, gt=0, description="Larger frames are set aside, in megapixels.")
 
     @field_validator("window")
@@ -133,13 +124,17 @@ def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
     return listing
 
 
-def _settings_of(root: Path) -> DicomSettings:
+def settings_for(root: Path, settings: config.PrepareSettings) -> DicomSettings:
+    """What ``dicom.yaml`` in `root` says, corrected by what the section `prepare.dicom` states; raises DataError."""
+    stated = settings.dicom.model_dump(exclude_unset=True) if settings.dicom else {}
+    return _settings_of(root, {**stated, "max_megapixels": settings.max_megapixels})
+
+
+def _settings_of(root: Path, stated: Mapping[str, Any] | None = None) -> DicomSettings:
     path = root / SETTINGS_FILE
-    if not path.exists():
-        return DicomSettings()
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        settings = DicomSettings.model_validate(content)
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+        settings = DicomSettings.model_validate({**(content or {}), **(stated or {})})
     except yaml.YAMLError:
         raise DataError(f"{path} is no valid YAML; write lines such as 'window: lung'") from None
     except ValidationError as error:

@@ -206,7 +206,7 @@ def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path)
     manifest = {
         "tool_version": tool_version(),
         "source": settings.source,
-        "settings": settings.model_dump(mode="json"),
+        "settings": _stated(settings),
         "data_version": _data_version(shards),
         "counts": tally.counts,
         "shards": shards,
@@ -220,6 +220,15 @@ def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path)
     (work / KEY).unlink()
     write_json(work / MANIFEST, manifest)
     return manifest
+
+
+def _stated(settings: PrepareSettings) -> dict[str, Any]:
+    """The settings as the manifest states them; paths to DICOM files, which may name people, stay out of it."""
+    stated = settings.model_dump(mode="json")
+    if settings.source == "dicom":
+        stated["root"] = "withheld"
+        stated["dicom"] = {**(stated["dicom"] or {}), "text": None, "key_file": None} if stated["dicom"] else None
+    return stated
 
 
 def _named(result: ShardResult) -> dict[str, Any]:

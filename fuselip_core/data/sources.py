@@ -26,6 +26,13 @@ def list_phantom(root: Path) -> Listing:
     return listing
 
 
+def list_dicom_folder(root: Path, settings: PrepareSettings) -> Listing:
+    """A tree of DICOM files; its libraries come with the extra `download`."""
+    from fuselip_core.data.dicom import list_dicom, settings_for
+
+    return list_dicom(root, settings_for(root, settings))
+
+
 SOURCES: Mapping[str, Callable[[Path], Listing]] = {
     "phantom": list_phantom,
     "rocov2": list_rocov2,
@@ -43,13 +50,23 @@ SOURCES: Mapping[str, Callable[[Path], Listing]] = {
     "mmeb-eval": list_mmeb,
     "tgit": list_tgit,
 }
+# Adapters with settings of their own.
+SOURCES_WITH_SETTINGS: Mapping[str, Callable[[Path, PrepareSettings], Listing]] = {"dicom": list_dicom_folder}
+
+
+def source_names() -> tuple[str, ...]:
+    """All that `list_source` knows."""
+    return (*SOURCES, *SOURCES_WITH_SETTINGS)
 
 
 def list_source(name: str, root: Path, settings: PrepareSettings | None = None) -> Listing:
     """All of a data set but its pixels; raises DataError for an unknown name or a folder that is not that data set."""
-    if name not in SOURCES:
-        raise DataError(f"unknown source '{name}'; there are: {', '.join(SOURCES)}")
-    listing = SOURCES[name](root)
+    if name in SOURCES_WITH_SETTINGS:
+        listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
+    elif name in SOURCES:
+        listing = SOURCES[name](root)
+    else:
+        raise DataError(f"unknown source '{name}'; there are: {', '.join(source_names())}")
     if not listing.images:
         raise DataError(f"{root} holds no image with a text that could be read as {name}; see the published layout")
     return listing
