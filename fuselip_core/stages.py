@@ -246,6 +246,9 @@ def _new_encoder(settings: Settings, tokenizer: Any) -> FuseLIPModel:
     encoder = FuseLIPModel(config)
     encoder.logit_scale.data.fill_(math.log(settings.train.initial_scale))
     encoder.logit_bias.data.fill_(settings.train.initial_bias)
+    spread = settings.train.initial_embedding_std / encoder.token_embedding.weight.std().item()
+    encoder.token_embedding.weight.data.mul_(spread)
+    encoder.positional_embedding.data.mul_(spread)
     if settings.train.codes_from_codebook:
         encoder.start_codes_from(tokenizer.quantize.vectors())
     return encoder

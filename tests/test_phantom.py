@@ -51,7 +51,7 @@ def test_pixels_do_not_depend_on_the_machine() -> None:
     total = hashlib.sha256()
     for number, study in enumerate(STUDIES):
         scene = Scene(
-            *study.split("-"), finding=number % 2 == 0, bright=number % 3 == 0, lesions=(Lesion(LEFT, 1, 18),)
+            *study.split("-"), finding=number % 2 == 0, bright=number % 3 == 0, lesions=(Lesion(LEFT, 1, 22),)
         )
         total.update(draw(scene, 130, 120, np.random.default_rng(number)).tobytes())
     assert total.hexdigest() == "4079b07649b4c8294d6c4403c7a9788c9f14d6595411781b1fd453a2847ddf0a"
@@ -101,10 +101,10 @@ def test_lesions_are_visible_where_and_as_large_as_told(study: str) -> None:
         bright = (level + millimetres) % 2 == 0
         return centre_of_change(Scene(modality, region, False, bright, (Lesion(side, level, millimetres),)), seed=level)
 
-    assert shown(RIGHT, 1, 18)[0] < 0.42 < 0.58 < shown(LEFT, 1, 18)[0]
-    heights = [shown(LEFT, level, 26)[1] for level in (0, 1, 2)]
+    assert shown(RIGHT, 1, 22)[0] < 0.42 < 0.58 < shown(LEFT, 1, 22)[0]
+    heights = [shown(LEFT, level, 32)[1] for level in (0, 1, 2)]
     assert heights[0] + 0.1 < heights[1] < heights[2] - 0.1
-    sizes = [shown(LEFT, 1, millimetres)[2] for millimetres in (12, 18, 26)]
+    sizes = [shown(LEFT, 1, millimetres)[2] for millimetres in (14, 22, 32)]
     assert sizes[0] * 1.3 < sizes[1] and sizes[1] * 1.3 < sizes[2]
 
 

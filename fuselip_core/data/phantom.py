@@ -39,7 +39,7 @@ from fuselip_core.progress import track
 COUNTS: Mapping[str, int] = {"train": 4000, "valid": 300, "test": 400}
 SPLITS = ("train", "valid", "test")
 SIDES_OF_IMAGE = (112, 153)  # pixels, smallest and one more than the largest
-SMALL, MEDIUM, LARGE = 12, 18, 26  # millimetres
+SMALL, MEDIUM, LARGE = 14, 22, 32  # millimetres
 QUESTIONS_AN_IMAGE = 4
 JPEG_QUALITY = 90
 CASES_AT_ONCE = 256

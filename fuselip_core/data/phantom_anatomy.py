@@ -1,7 +1,7 @@
 """Draws one radiology-like picture: four modalities of three body regions, with lesions where they are asked for.
 
 As in radiology the image's left is the patient's right. 1 mm is 1/50 of a unit of the canvas: a phantom is 100 mm wide,
-so that even the smallest lesion (12 mm) is 12 % of it.
+so that even the smallest lesion (14 mm) is 14 % of it.
 """
 
 from __future__ import annotations
