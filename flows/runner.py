@@ -1,4 +1,4 @@
-"""How a stage is run. One way so far, in a process on this machine; a container is another class with this `run`."""
+"""How a stage is run: here in a process on this machine; in a container, see flows/container.py."""
 
 from __future__ import annotations
 
@@ -51,12 +51,16 @@ class ProcessRunner:
         command = [sys.executable, "-m", "flows.reproduce", address, *(["--force"] if force else [])]
         start = time.monotonic()
         lines = LastLines(on_line)
-        environment = stage_environment(run.repository, self.flow_run)
+        environment = self.environment(run.repository)
         with dvc_lock(run.repository, f"{address} (process {os.getpid()})", on_line) as descriptor:
             if not force and is_unchanged(run.repository, address):
                 return Outcome(stage, "unchanged", time.monotonic() - start, "nothing has changed")
             code = stream(command, run.repository, environment, lines, keep_open=(descriptor,))
         return Outcome(stage, _status(code), time.monotonic() - start, lines.message)
+
+    def environment(self, repository: Path) -> dict[str, str]:
+        """What the stage's process finds in its environment."""
+        return stage_environment(repository, self.flow_run)
 
 
 def is_unchanged(repository: Path, address: str) -> bool:

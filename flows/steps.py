@@ -14,13 +14,14 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flows.container import ContainerRunner
 from flows.environment import REPOSITORY
 from flows.runner import OnLine, Outcome, ProcessRunner, Runner
 from flows.runs import Run, RunRequest, open_run_folder
 from flows.sample_data import ensure_sample
 from fuselip_core.errors import FuselipError
 
-RunnerName = Literal["process"]
+RunnerName = Literal["process", "docker"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def finish(ending: Ending) -> State[Any]:
 
 
 def make_runner(name: RunnerName) -> Runner:
-    """The runner of that name; a container's would be another entry."""
-    return {"process": ProcessRunner}[name](flow_run=flow_run.get_id())
+    """The runner of that name."""
+    return {"process": ProcessRunner, "docker": ContainerRunner}[name](flow_run=flow_run.get_id())
 
 
 @task(name="data", task_run_name="data", cache_policy=NO_CACHE)
