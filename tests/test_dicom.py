@@ -498,6 +498,32 @@ def test_no_identity_leaves_the_folder(
     assert reasons == ["burned_in_text", "damaged_header", "not_dicom", "repeated_id"]
 
 
+def test_prepared_shards_and_manifest_name_nobody(tmp_path: Path) -> None:
+    from fuselip_core.config import PrepareSettings
+    from fuselip_core.data.prepare import prepare_data
+    from fuselip_core.data.prepared import PreparedData
+
+    root = tmp_path / "Mustermann"
+    rng = np.random.default_rng(8)
+    values = rng.integers(0, 256, (4, 64, 64), dtype=np.uint8)
+    files = [with_identities(part, PatientID=f"MRN-4711-{number}") for number, part in enumerate(values)]
+    for number, file in enumerate(files):
+        save(file, root / "Mustermann^Erika" / f"20240131-{number}")
+    (root / "Knipser.txt").write_text("Ida")
+    prepare_data(PrepareSettings(source="dicom", root=root, workers=1), tmp_path / "out")
+    prepared = PreparedData(tmp_path / "out")
+    content = b""
+    for path in (tmp_path / "out").iterdir():
+        content += path.name.encode() + path.read_bytes()
+    for split in prepared.splits:
+        content += repr(prepared.pairs(split).to_pylist()).encode()
+        content += repr([batch.to_pylist() for batch in prepared.iter_images(split)]).encode()
+    assert sum(prepared.image_count(split) for split in prepared.splits) == 4
+    assert b"CT of the chest. CT Thorax" in content
+    for word in (*REVEALING, *(file.SOPInstanceUID for file in files)):
+        assert word.lower().encode() not in content.lower(), word
+
+
 def test_every_secret_of_the_fixture_is_covered() -> None:
     covered = " ".join(REVEALING).lower()
     for value in SECRETS.values():
