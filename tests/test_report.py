@@ -76,7 +76,7 @@ def prepare(artifacts: Path, notes: tuple[str, ...] = ()) -> None:
 
 
 def retrieval_metrics() -> dict[str, float]:
-    metrics = {"retrieval/pool": 3.0}
+    metrics = {"retrieval/pool": 3.0, "retrieval/pool_images": 3.0}
     for direction in ("image_to_text", "text_to_image"):
         for k, chance in ((1, 0.01), (5, 0.05), (10, 0.1)):
             metrics[f"retrieval/{direction}/recall_at_{k}"] = 0.25

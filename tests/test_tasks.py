@@ -142,6 +142,18 @@ def test_equal_captions_are_all_right_in_both_directions(tmp_path: Path) -> None
     assert metrics["retrieval/image_to_text/chance_at_1"] == pytest.approx((2 + 2 + 1 + 2 + 1 + 3) / 6 / 7)
 
 
+def test_images_without_a_caption_are_wrong_answers_too(tmp_path: Path) -> None:
+    """A caption was set aside, its image stays: caption → image is asked over every image of the split."""
+    rows: list[Row] = [("caption", 0, None, "finding 0", None), ("caption", 2, None, "finding 2", None)]
+    encoder = Knowing(lambda image, text: text if image is None else f"finding {0 if image == 1 else image}")
+    metrics = evaluate(encoder, store_of(tmp_path, rows), FakePrepared(3), SETTINGS).metrics
+    assert (metrics["retrieval/pool"], metrics["retrieval/pool_images"]) == (2, 3)
+    assert metrics["retrieval/text_to_image/chance_at_1"] == pytest.approx(1 / 3)
+    # Image 1, which has no caption, ties with image 0: a wrong answer.
+    assert metrics["retrieval/text_to_image/recall_at_1"] == 0.5
+    assert metrics["retrieval/image_to_text/recall_at_1"] == 1.0
+
+
 def test_a_collapsed_model_is_never_right(tmp_path: Path) -> None:
     store = store_of(tmp_path, captions(12) + QUESTIONS)
     metrics = evaluate(Collapsed(), store, FakePrepared(12), SETTINGS).metrics

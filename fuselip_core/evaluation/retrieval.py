@@ -5,7 +5,7 @@ Legend: I distinct images, C captions (one a pair; equal ones stay in the pool a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,8 +84,18 @@ def measure_retrieval(
     rank = _measure_direction(
         "image_to_text", image, text, pool.captions_of_image, case_of_image, settings.seed, result
     )
+    # Images whose caption was set aside are wrong answers like any other: the pool of images is the whole split.
+    bare = np.setdiff1d(np.arange(store.images), pool.images)
+    if len(bare):
+        image_pool = np.concatenate(
+            [image, embed(encoder, store, bare, np.full(len(bare), ABSENT), settings.batch_size)]
+        )
+    else:
+        image_pool = image
+    result.metrics["retrieval/pool_images"] = float(len(image_pool))
+    owners = replace(pool.images_of_caption, pool=len(image_pool))
     case_of_caption = case_of_image[pool.image_of_caption]
-    _measure_direction("text_to_image", text, image, pool.images_of_caption, case_of_caption, settings.seed, result)
+    _measure_direction("text_to_image", text, image_pool, owners, case_of_caption, settings.seed, result)
     result.retrieval = _examples(store, pool, image, text, rank, settings)
 
 
