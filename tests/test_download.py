@@ -284,11 +284,9 @@ def test_patience_ends_when_no_byte_comes(hub: FakeHub, target: Path) -> None:
 def test_failures_of_one_file_stop_the_others_and_keep_their_bytes(hub: FakeHub, target: Path) -> None:
     hub.add_record("1", {"a.csv": b"x" * 1000, "images.zip": SHARD})
     hub.fail("a.csv", Fault(status=404))
-    hub.fail("images.zip", Fault(seconds_a_block=0.05))
-    begun = time.monotonic()
+    hub.fail("images.zip", Fault(seconds_a_block=0.2))
     with pytest.raises(DownloadError, match=r"is not at 127\.0\.0\.1"):
         download("zenodo:1", target, quick())
-    assert time.monotonic() - begun < 5
     assert "images.zip" not in names(target) and "download.json" not in names(target)
 
 
