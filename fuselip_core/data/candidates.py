@@ -21,24 +21,10 @@ import pyarrow.parquet as pq
 
 from fuselip_core.data.columns import table_of
 from fuselip_core.data.pair import Candidates, SetAside, Side
+from fuselip_core.data.schemas import CANDIDATES_SCHEMA, OPTIONS_SCHEMA
 from fuselip_core.data.shards import row_hash
 from fuselip_core.files import atomic_write
 
-CANDIDATES_SCHEMA = pa.schema(
-    [
-        ("candidates_id", pa.string()),
-        ("split", pa.string()),
-        ("task", pa.string()),
-        ("query_image", pa.string()),
-        ("query_text", pa.string()),
-        ("options", pa.string()),
-        ("answer", pa.int32()),
-        ("row_hash", pa.string()),
-    ]
-)
-OPTIONS_SCHEMA = pa.schema(
-    [("options_id", pa.string()), ("images", pa.list_(pa.string())), ("texts", pa.list_(pa.string()))]
-)
 # Options, not lists, bound what is held at once: a list has 2 to 1,000 of them.
 OPTIONS_A_GROUP, ROWS_A_GROUP = 1 << 17, 1 << 13
 

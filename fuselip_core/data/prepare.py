@@ -1,7 +1,7 @@
 """Any data set → one schema: Parquet shards of checked images and pairs, what was set aside, and a manifest.
 
-    images-<split>-00000-of-00002.parquet   one row an image, bytes as published (shards.IMAGE_SCHEMA)
-    pairs-<split>-00000-of-00001.parquet    one row a pair (shards.PAIR_SCHEMA)
+    images-<split>-00000-of-00002.parquet   one row an image, bytes as published (schemas.IMAGE_SCHEMA)
+    pairs-<split>-00000-of-00001.parquet    one row a pair (schemas.PAIR_SCHEMA)
     candidates-<split>-..., options-...     questions of evaluation sets (candidates.py), where there are any
     quarantine.jsonl                        {"id", "split", "reason", "detail"} of everything that is not used
     manifest.json                           counts, hashes, reasons, notes

@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fuselip_core.data.candidates import CANDIDATES_SCHEMA
 from fuselip_core.data.pair import SPLITS, DataError, Side
-from fuselip_core.data.shards import PAIR_SCHEMA
+from fuselip_core.data.schemas import CANDIDATES_SCHEMA, PAIR_SCHEMA
 
 
 class PreparedData:
@@ -56,18 +55,18 @@ class PreparedData:
     def iter_images(
         self, split: str, columns: Sequence[str] | None = None, batch_rows: int = 256
     ) -> Iterator[pa.RecordBatch]:
-        """Batches of at most `batch_rows` images in their order (see shards.IMAGE_SCHEMA), holding one row group."""
+        """Batches of at most `batch_rows` images in their order (see schemas.IMAGE_SCHEMA), holding one row group."""
         for path in self._shards("images", split):
             with pq.ParquetFile(path) as file:
                 yield from file.iter_batches(batch_rows, columns=None if columns is None else list(columns))
 
     def pairs(self, split: str) -> pa.Table:
-        """All pairs of a split, in their order (see shards.PAIR_SCHEMA)."""
+        """All pairs of a split, in their order (see schemas.PAIR_SCHEMA)."""
         tables = [pq.read_table(path, schema=PAIR_SCHEMA) for path in self._shards("pairs", split)]
         return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
 
     def candidates(self, split: str, task: str | None = None) -> pa.Table:
-        """Evaluation questions of a split, of one task or of all (see candidates.CANDIDATES_SCHEMA)."""
+        """Evaluation questions of a split, of one task or of all (see schemas.CANDIDATES_SCHEMA)."""
         tables = [pq.read_table(path) for path in self._shards("candidates", split)]
         table = pa.concat_tables(tables) if tables else CANDIDATES_SCHEMA.empty_table()
         return table if task is None else table.filter(pc.equal(table["task"], task))

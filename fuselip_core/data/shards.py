@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuselip_core.data.columns import table_of
@@ -23,44 +22,10 @@ from fuselip_core.data.images import UnreadableImage, decode
 from fuselip_core.data.pair import ImageEntry, Pair, Place, SetAside
 from fuselip_core.data.perceptual import THUMBNAIL, Fingerprint, HeldOutIndex, fingerprint
 from fuselip_core.data.places import Derived, ImageReader
+from fuselip_core.data.schemas import IMAGE_SCHEMA, PAIR_SCHEMA
 from fuselip_core.files import atomic_write, sha256_of, write_json
 from fuselip_core.progress import track
 
-IMAGE_SCHEMA = pa.schema(
-    [
-        ("image_id", pa.string()),
-        ("split", pa.string()),
-        ("bytes", pa.binary()),
-        ("sha256", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("modality", pa.string()),
-        ("concepts", pa.list_(pa.string())),
-        ("case", pa.string()),
-        ("source", pa.string()),
-        ("licence", pa.string()),
-        ("attribution", pa.string()),
-        ("row_hash", pa.string()),
-    ]
-)
-PAIR_SCHEMA = pa.schema(
-    [
-        (name, pa.string())
-        for name in (
-            "pair_id",
-            "split",
-            "kind",
-            "group",
-            "case",
-            "query_image",
-            "query_text",
-            "target_image",
-            "target_text",
-            "answer_type",
-            "row_hash",
-        )
-    ]
-)
 # A row group is what a reader holds at once.
 GROUP_ROWS, GROUP_BYTES = 256, 32 << 20
 PAIR_GROUP_ROWS = 1 << 14

@@ -46,7 +46,9 @@ def list_visual_genome(root: Path) -> Listing:
     listing = Listing()
     places = {path.stem: path for path in sorted(root.rglob("*.jpg"))}
     splits: dict[str, str] = {}
-    found = [(split, root / name, None) for split, name in LISTS if (root / name).exists()]
+    found: list[tuple[str, Path, int | None]] = [
+        (split, root / name, None) for split, name in LISTS if (root / name).exists()
+    ]
     if not found and (root / ALL_REGIONS).exists():
         found = [("train", root / ALL_REGIONS, MOST_REGIONS)]
         listing.notes.append(f"no published train and test lists: all of {ALL_REGIONS} is train")

@@ -95,7 +95,7 @@ def samples_of(path: Path) -> Iterator[_Sample]:
     sample: _Sample | None = None
     with tarfile.open(path, "r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # the library keeps them all, 1 KB each
+            vars(archive)["members"].clear()  # the library keeps them all, 1 KB each
             suffix = PurePosixPath(member.name).suffix.lower()
             # Links, devices and paths that leave the folder have no business among images and texts.
             if not member.isreg() or leaves_folder(member.name) or suffix not in IMAGE_SUFFIXES | TEXT_SUFFIXES:
