@@ -21,6 +21,7 @@ from PIL import Image
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data import transforms
 from fuselip_core.data.captions import PUBLISHED_COUNTS, list_rocov2
+from fuselip_core.data.inspection import inspect_data
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.prepare import prepare_data
 from fuselip_core.data.prepared import PreparedData
@@ -341,6 +342,9 @@ def test_transformations_of_the_published_rows(shared: Path, tmp_path: Path) -> 
             assert np.array_equal(right, transforms.crop(query, row["query_text"].removeprefix("crop to ")))
         elif row["query_text"] == "colorize":
             assert np.array_equal(query, transforms.grayscale(right)) and not np.array_equal(query, right)
+    inspect_data(tmp_path / "out", tmp_path / "look", samples=1)
+    page = (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
+    assert "tgit/crop, 1 of 9" in page and page.count("<img") == 2 * len(families)
     published = json.loads((shared / "data" / "fuselip-eval" / "tgit-indices.txt").read_text())
     assert len(published) >= 1000
 
