@@ -28,11 +28,12 @@ def retrieval_rows(name: str, metrics: Metrics) -> list[str]:
     rows = []
     for direction, label in (("image_to_text", "image → caption"), ("text_to_image", "caption → image")):
         chance = metrics[f"retrieval/{direction}/chance_at_1"]
+        shuffled = percent(metrics, f"retrieval_shuffled/{direction}/recall_at_1")
         cells = [
             f"{name}: {label}",
             f"{percent(metrics, f'retrieval/{direction}/recall_at_1')} at 1, "
             f"{percent(metrics, f'retrieval/{direction}/recall_at_10')} at 10",
-            f"chance {100 * chance:.2f} % at 1, shuffled {percent(metrics, f'retrieval_shuffled/{direction}/recall_at_1')}",
+            f"chance {100 * chance:.2f} % at 1, shuffled {shuffled}",
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return rows

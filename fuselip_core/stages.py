@@ -103,7 +103,8 @@ def train(settings: Settings) -> dict[str, Any]:
     tokenizer = TiTok.load(settings.artifacts / "codebook")
     _same_codebook(store, settings.artifacts / "codebook")
     seed_everything(settings.train.seed)
-    model = _new_encoder(settings, tokenizer).to(_device())
+    model = _new_encoder(settings, tokenizer)
+    model.to(_device())  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its arguments
     all_checkpoints = settings.artifacts / "checkpoints"
     checkpoints = Checkpoints(run_folder(all_checkpoints, settings.train, store), settings.train.keep_checkpoints)
     history = History(settings.artifacts / "checkpoints" / "history.jsonl", checkpoints)
@@ -130,12 +131,17 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     from fuselip_core.data.token_store import TokenStore
     from fuselip_core.evaluation.report import write_report
     from fuselip_core.evaluation.tasks import evaluate as measure
+    from fuselip_core.model.fuselip import FuseLIPModel
     from fuselip_core.model.hub import load_pretrained
     from fuselip_core.tracking import open_run
     from fuselip_core.training.batch import TokenEncoder
 
     artifacts = settings.artifacts
     model, _ = load_pretrained(_trained_model(settings), _device())
+    if not isinstance(model, FuseLIPModel):
+        raise FuselipError(
+            f"{artifacts / 'model'} is a late-fusion model, which this stage cannot read from tokens yet"
+        )
     store = TokenStore(artifacts / "tokens", settings.evaluate.split)
     prepared = PreparedData(artifacts / "prepared")
     result = measure(TokenEncoder(model, _device()), store, prepared, settings.evaluate)

@@ -35,9 +35,9 @@ def retrieval_section(folder: Path, result: EvaluationResult, pictures: Pictures
         rows.append(("shuffled pairs", _share(result, f"retrieval_shuffled/{direction}/recall_at_1"), "", "", ""))
     explained = tag(
         "p",
-        f"All {metrics['retrieval/pool']:,.0f} captions are candidates, or all {metrics['retrieval/pool_images']:,.0f} images in "
-        "the other direction. Equal captions all count as right, by chance too. For the shuffled control each query asks with "
-        "the embedding of another one.",
+        f"All {metrics['retrieval/pool']:,.0f} captions are candidates, or all "
+        f"{metrics['retrieval/pool_images']:,.0f} images in the other direction. Equal captions all count as right, by "
+        "chance too. For the shuffled control each query asks with the embedding of another one.",
     )
     numbers = table(["", "Recall at 1", "Recall at 5", "Recall at 10", "Median rank"], rows, main=(0, 3))
     alt = "Recall at 1, 5 and 10 in both directions, with chance and intervals; the table below has the numbers."

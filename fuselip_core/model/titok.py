@@ -80,6 +80,12 @@ class TiTokOutput:
     codebook: Tensor
 
 
+def bias_of(layer: nn.Conv2d) -> Tensor:
+    """The bias of a convolution that was built with one, for the type checker's sake too."""
+    assert layer.bias is not None
+    return layer.bias
+
+
 def to_patches(pixels: Tensor, side: int) -> Tensor:
     """Pixels (B, 3, S, S) → (B, G * G, 3 * P * P), the patches row by row, each in the order colour, row, column."""
     batch, colours, size, _ = pixels.shape
@@ -113,7 +119,7 @@ class TiTokEncoder(nn.Module):
         batch, kept = pixels.shape[0], self.config.latent_tokens
         # The convolution's kernel is its stride: as one matrix product its backward pass is several times faster.
         patches = F.linear(to_patches(pixels, self.config.patch_size), self.patch_embed.weight.flatten(1))
-        patches = patches + self.patch_embed.bias
+        patches = patches + bias_of(self.patch_embed)
         begin = self.class_embedding.expand(batch, 1, -1)
         patches = torch.cat([begin, patches], dim=1) + self.positional_embedding
         latents = (latent_tokens + self.latent_token_positional_embedding).expand(batch, -1, -1)
@@ -181,11 +187,18 @@ class TiTokDecoder(nn.Module):
             ResidualBlock(width, config.decoder_heads) for _ in range(config.decoder_layers)
         )
         self.ln_post = nn.LayerNorm(width)
-        self.ffn = nn.ModuleList([nn.Conv2d(width, 3 * config.patch_size**2, 1)])
+        self.ffn = nn.Sequential(nn.Conv2d(width, 3 * config.patch_size**2, 1))
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1) if config.smooth else None
         if self.conv_out is not None:
             nn.init.dirac_(self.conv_out.weight)
-            nn.init.zeros_(self.conv_out.bias)
+            nn.init.zeros_(bias_of(self.conv_out))
+
+    @property
+    def pixel_head(self) -> nn.Conv2d:
+        """The 1 x 1 convolution from features to the pixels of a patch, published as `ffn.0`."""
+        layer = self.ffn[0]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
 
     def place_features(self, quantised: Tensor) -> Tensor:
         """Quantised latents (B, D, K) → features (B, G * G, W) of the patch places, before they become pixels."""
@@ -202,7 +215,8 @@ class TiTokDecoder(nn.Module):
     def forward(self, quantised: Tensor) -> Tensor:
         """Quantised latents (B, D, K) → pixels (B, 3, S, S), not clamped."""
         batch = quantised.shape[0]
-        x = F.linear(self.place_features(quantised), self.ffn[0].weight.flatten(1), self.ffn[0].bias)
+        head = self.pixel_head
+        x = F.linear(self.place_features(quantised), head.weight.flatten(1), head.bias)
         # The published channel order of a patch is (row, column, colour).
         x = x.reshape(batch, self.grid, self.grid, self.patch_size, self.patch_size, 3)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, self.grid * self.patch_size, self.grid * self.patch_size)

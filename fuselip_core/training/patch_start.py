@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fuselip_core.model.blocks import ResidualBlock
-from fuselip_core.model.titok import TiTok, to_patches
+from fuselip_core.model.titok import TiTok, bias_of, to_patches
 
 SHARPNESS = 3.0  # factor of queries and keys; an attention head then sees its own place and hardly its neighbours
 POSITION_AMPLITUDE = 0.3
@@ -44,6 +44,7 @@ def start_from_patches(tokenizer: TiTok, pixels: Tensor) -> None:
     for part in (encoder, decoder):
         _set_places(part, grid, config.code_size)
         for layer, block in enumerate(part.transformer):
+            assert isinstance(block, ResidualBlock)
             _set_block(block, config.code_size, first=layer == 0)
     tokenizer.latent_tokens.zero_()
     decoder.mask_token.zero_()
@@ -52,11 +53,11 @@ def start_from_patches(tokenizer: TiTok, pixels: Tensor) -> None:
     gain = 0.3 * POSITION_AMPLITUDE * math.sqrt(config.width / config.code_size) / spread
     encoder.patch_embed.weight.zero_()
     encoder.patch_embed.weight[content] = (components * gain).reshape(-1, 3, config.patch_size, config.patch_size)
-    encoder.patch_embed.bias.zero_()
-    encoder.patch_embed.bias[content] = -(components @ mean) * gain
+    bias = bias_of(encoder.patch_embed).zero_()
+    bias[content] = -(components @ mean) * gain
     encoder.conv_out.weight.zero_()
     encoder.conv_out.weight[torch.arange(len(content)), content, 0, 0] = 1.0
-    encoder.conv_out.bias.zero_()
+    bias_of(encoder.conv_out).zero_()
     _scale_latents(tokenizer, pixels)
     _set_decoder_ends(tokenizer, pixels)
 
@@ -109,9 +110,8 @@ def _scale_latents(tokenizer: TiTok, pixels: Tensor) -> None:
     rows = tokenizer.encode(pixels).transpose(1, 2).flatten(0, 1)
     mean, size = rows.mean(0), rows.var(0).sum().clamp_min(1e-12).sqrt()
     conv = tokenizer.encoder.conv_out
-    assert conv.bias is not None
     conv.weight.div_(size)
-    conv.bias.copy_((conv.bias - mean) / size)
+    bias_of(conv).sub_(mean).div_(size)
 
 
 def _set_decoder_ends(tokenizer: TiTok, pixels: Tensor) -> None:
@@ -131,5 +131,5 @@ def _set_decoder_ends(tokenizer: TiTok, pixels: Tensor) -> None:
     wanted = to_patches(pixels, side).flatten(0, 1).reshape(-1, 3, side, side).permute(0, 2, 3, 1).flatten(1)
     ridge = 1e-3 * torch.eye(design.shape[1], device=design.device)
     solution = torch.linalg.solve(design.T @ design / len(design) + ridge, design.T @ wanted / len(design))
-    decoder.ffn[0].weight.copy_(solution[:-1].T[..., None, None])
-    decoder.ffn[0].bias.copy_(solution[-1])
+    decoder.pixel_head.weight.copy_(solution[:-1].T[..., None, None])
+    bias_of(decoder.pixel_head).copy_(solution[-1])
