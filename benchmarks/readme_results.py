@@ -19,7 +19,7 @@ Metrics = dict[str, float]
 
 
 def percent(metrics: Metrics, name: str) -> str:
-    return f"{100 * metrics[name]:.1f} %" if name in metrics else "–"
+    return f"{100 * metrics[name]:.1f} %" if name in metrics else "-"
 
 
 def retrieval_rows(name: str, metrics: Metrics) -> list[str]:
