@@ -34,11 +34,12 @@ class Fingerprint:
 
 def fingerprint(image: Image.Image) -> Fingerprint:
     """The fingerprint of a decoded picture."""
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    grid = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=np.int16)
+    grey = image if image.mode == "L" else (image if image.mode == "RGB" else image.convert("RGB")).convert("L")
+    # One pass over all pixels; 144 x 128 is a multiple of both grids.
+    small = grey.resize((9 * THUMBNAIL, 8 * THUMBNAIL), Image.Resampling.BOX)
+    grid = np.asarray(small.resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = int.from_bytes(np.packbits(grid[:, :-1] < grid[:, 1:]).tobytes(), "little")
-    thumbnail = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX).convert("L")
+    thumbnail = small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return Fingerprint(bits, np.asarray(thumbnail, dtype=np.uint8).reshape(-1))
 
 
@@ -46,10 +47,11 @@ class HeldOutIndex:
     """Exact and perceptual hashes of held-out images in memory-mapped files: `build` once, look up in any process."""
 
     def __init__(self, folder: Path) -> None:
-        self._digests, self._bits, self._thumbnails, self._order = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("digests", "bits", "thumbnails", "order")
+        # Plain arrays on the mapped files: numpy's own class for them costs more than the look-up.
+        self._digests, self._bits, self._thumbnails, self._order, self._starts = (
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+            for name in ("digests", "bits", "thumbnails", "order", "starts")
         )
-        self._bytes = self._bits.view(np.uint8).reshape(-1, BANDS)
 
     @staticmethod
     def build(folder: Path, digests: Sequence[str], bits: NDArray[np.uint64], thumbnails: NDArray[np.uint8]) -> None:
@@ -60,6 +62,8 @@ class HeldOutIndex:
         np.save(folder / "bits.npy", bits)
         np.save(folder / "thumbnails.npy", thumbnails)
         np.save(folder / "order.npy", np.argsort(by_band, axis=0, kind="stable").T.astype(np.int32))
+        counts = [np.bincount(column, minlength=256) for column in by_band.T]
+        np.save(folder / "starts.npy", np.array([np.concatenate([[0], np.cumsum(count)]) for count in counts]))
 
     def has(self, digest: str) -> bool:
         """True if an image with these very bytes is held out."""
@@ -87,18 +91,5 @@ class HeldOutIndex:
 
     def _sharing(self, band: int, value: int) -> NDArray[np.int32]:
         """Rows whose hash has `value` as its byte number `band`."""
-        order = self._order[band]
-        column = self._bytes[:, band]
-        return np.asarray(order[_first(column, order, value) : _first(column, order, value + 1)])
-
-
-def _first(column: NDArray[np.uint8], order: NDArray[np.int32], value: int) -> int:
-    """The first place of `order`, which sorts `column`, whose entry is at least `value`."""
-    low, high = 0, len(order)
-    while low < high:
-        middle = (low + high) // 2
-        if column[order[middle]] < value:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+        first, last = self._starts[band, value : value + 2]
+        return np.asarray(self._order[band, first:last])
