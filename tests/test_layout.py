@@ -30,8 +30,8 @@ RANKS = (
     ("data", "model"),
     ("training", "evaluation"),
     ("run_log", "tracking", "registry", "serving"),
-    ("stages",),
-    ("cli", "data_cli", "__main__"),
+    ("stages", "chain", "embed_table", "mounts"),
+    ("cli", "data_cli", "container", "__main__"),
     ("flows",),
 )
 MOST_LINES = 60
