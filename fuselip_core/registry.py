@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -120,7 +123,7 @@ def _log_version(
 
     run_id = _run_for(client, settings)
     mlflow.set_tracking_uri(tracking_uri())
-    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False), _without_advice():
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(PACKAGE / "serving.py"),
@@ -135,6 +138,17 @@ def _log_version(
     for key, value in {**run_of(settings.artifacts).get("tags", {}), **_short(metrics)}.items():
         client.set_model_version_tag(found.name, found.version, key, str(value))
     return found
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silences what MLflow recommends while it logs a model; its warnings about anything else stay."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("mlflow.models.signature", "mlflow.utils.environment"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s).*(type hints|input example)", category=UserWarning)
+        yield
 
 
 def _run_for(client: MlflowClient, settings: Settings) -> str:
