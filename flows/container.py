@@ -30,7 +30,7 @@ LABEL = "fuselip"
 IMAGES = {"download": "bacor_fuselip_download", "train": "bacor_fuselip_train"}
 # A stage saves its state in this time; less than flows/stream.py waits for this process.
 GRACE_SECONDS = 45
-ENTRYPOINT = ["/usr/local/bin/entrypoint", "python", "-m", "fuselip_core.container", "fuselip"]
+ENTRYPOINT = ("/usr/local/bin/entrypoint", "python", "-m", "fuselip_core.container", "fuselip")
 PASSED_ON = (
     "FUSELIP_",
     "MLFLOW_",
@@ -79,6 +79,7 @@ class ContainerRequest:
     gpus: bool = False
     network: str = "bridge"
     limits: Mapping[str, Any] = field(default_factory=dict)
+    entrypoint: Sequence[str] = ENTRYPOINT
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the SDK's ``containers.create``."""
@@ -86,7 +87,7 @@ class ContainerRequest:
 
         options: dict[str, Any] = {
             "image": self.image,
-            "entrypoint": ENTRYPOINT,
+            "entrypoint": list(self.entrypoint),
             "command": list(self.arguments),
             "user": f"{os.getuid()}:{os.getgid()}",
             "working_dir": str(self.folder),

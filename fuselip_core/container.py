@@ -174,7 +174,7 @@ def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
 
 def read_words(words: list[str], verb: str) -> tuple[config.Settings, str]:
     """Settings that the command line's words mean, and the name of the run's folders."""
-    options = _parser(verb).parse_args(words)
+    options = _parser(verb).parse_intermixed_args(words)
     sizes = [word for word in options.words if "=" not in word]
     for word in sizes:
         if word not in SIZES:

@@ -87,4 +87,4 @@ def _unfinished(folder: Path, names: list[str]) -> str | None:
 
 
 def _user() -> str:
-    return f"user {os.getuid()}:{os.getgid()}"
+    return f"user {os.geteuid()}:{os.getegid()}"

@@ -1,0 +1,51 @@
+"""A Docker Engine for the tests that need one, and the images of this checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from docker import DockerClient, from_env
+from docker.errors import DockerException, ImageNotFound
+
+REPOSITORY = Path(__file__).parents[1]
+BASE = "python:3.11-slim-bookworm"
+# Where both clients are installed, Debian's has both builders.
+DOCKER = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
+
+
+def engine() -> DockerClient:
+    """A client of the engine; skips the test where none answers or the base image is missing."""
+    try:
+        client = from_env(timeout=60)
+        client.ping()
+        client.images.get(BASE)
+    except ImageNotFound:
+        pytest.skip(f"needs the image {BASE}")
+    except DockerException:
+        pytest.skip("needs a Docker Engine (DOCKER_HOST); ../shared/tools/docker-engine.sh starts one")
+    return client
+
+
+def build(name: str, tag: str = "latest", buildkit: bool = True) -> str:
+    """Builds Dockerfile.<name> as users do and returns what the builder said."""
+    command = [DOCKER, "build", "-f", f"Dockerfile.{name}", "-t", f"bacor_fuselip_{name}:{tag}", "."]
+    environment = {**os.environ, "DOCKER_BUILDKIT": str(int(buildkit))}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+def run(image: str, *words: str, options: tuple[str, ...] = (), user: int = 12345) -> subprocess.CompletedProcess[str]:
+    """``docker run`` as a user without a passwd entry."""
+    command = [DOCKER, "run", "--rm", "-u", f"{user}:{user}", *options, image, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=550)
+
+
+def labels_of(image: str) -> dict[str, str]:
+    """An image's OCI labels."""
+    done = subprocess.run([DOCKER, "image", "inspect", image], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout)[0]["Config"]["Labels"])

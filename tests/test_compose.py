@@ -1,0 +1,83 @@
+"""docker/compose.yaml: every service is watched, reachable from this machine only, and has no password of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ONE_SHOT = {"buckets"}
+
+
+@pytest.fixture
+def text(repository: Path) -> str:
+    return (repository / "docker" / "compose.yaml").read_text()
+
+
+@pytest.fixture
+def services(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text)["services"]
+
+
+def test_the_whole_stack_is_there(services: dict[str, Any]) -> None:
+    assert set(services) == {"database", "store", "buckets", "mlflow", "prefect", "worker", "models"}
+    assert "@champion" in " ".join(services["models"]["command"])
+
+
+def test_every_service_is_watched_and_waits_for_what_it_needs(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert ("healthcheck" in service) != (name in ONE_SHOT), name
+        for other, how in service.get("depends_on", {}).items():
+            wanted = "service_completed_successfully" if other in ONE_SHOT else "service_healthy"
+            assert how["condition"] == wanted, (name, other)
+            assert other in services
+
+
+def test_ports_are_this_machines_alone(services: dict[str, Any]) -> None:
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert len(ports) >= 4 and all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_volumes_are_declared_and_files_exist(repository: Path, text: str, services: dict[str, Any]) -> None:
+    declared = set(yaml.safe_load(text)["volumes"])
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if source.startswith("./"):
+                assert os.access(repository / "docker" / source, os.X_OK)
+            elif not source.startswith(("/", "$")):
+                assert source in declared
+    for build in (service["build"] for service in services.values() if "build" in service):
+        assert (repository / "docker" / build["context"] / build["dockerfile"]).is_file()
+
+
+def test_secrets_must_be_given_and_are_nowhere(repository: Path, text: str) -> None:
+    example = dict(
+        line.split("=", 1)
+        for line in (repository / "docker" / ".env.example").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+    used = set(re.findall(r"\$\{([A-Z_]+)", text))
+    assert used == set(example)
+    required = set(re.findall(r"\$\{([A-Z_]+):\?", text))
+    assert {name for name in used if re.search("PASSWORD|KEY", name)} <= required
+    assert all(example[name] == "" for name in required)
+    assert not re.search(r"(PASSWORD|SECRET|ACCESS_KEY\w*): (?!\$\{)", text)
+
+
+def test_compose_itself_accepts_it(repository: Path, tmp_path: Path) -> None:
+    command = ["docker", "compose"]
+    try:
+        subprocess.run([*command, "version"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the compose plugin")
+    filled = re.sub(r"=$", "=1000", (repository / "docker" / ".env.example").read_text(), flags=re.MULTILINE)
+    (tmp_path / "env").write_text(filled.replace("FUSELIP_REPOSITORY=1000", f"FUSELIP_REPOSITORY={repository}"))
+    files = ["--env-file", str(tmp_path / "env"), "-f", str(repository / "docker" / "compose.yaml")]
+    done = subprocess.run([*command, *files, "config", "--quiet"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

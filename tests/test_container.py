@@ -1,0 +1,189 @@
+"""What the images run, without an engine: words to settings, mounted folders looked at, done stages left alone."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fuselip_core import chain, container
+from fuselip_core.config import Settings, SettingsError, load_settings
+from fuselip_core.embed_table import read_rows
+from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.mounts import MountError, require_data, require_writable, sole_user
+
+NOBODY = 12345
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FUSELIP_WORKSPACE", str(tmp_path))
+    for name in ("MLFLOW_TRACKING_URI", "FUSELIP_WORK", "FUSELIP_IMAGE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("ROCOv2_data", "models", "logs"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Puts back what `container.main` sets for its own process, and closes its log files."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = list(logging.getLogger().handlers)
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+    for added in set(logging.getLogger().handlers) - set(handlers):
+        logging.getLogger().removeHandler(added)
+
+
+def test_a_size_and_overrides_become_settings(workspace: Path) -> None:
+    settings, name = container.read_words(["base", "train.steps=7", "--set", "train.seed=3"], "train")
+    assert (settings.model.size, settings.train.steps, settings.train.seed) == ("base", 7, 3)
+    assert settings.prepare.root == workspace / "ROCOv2_data"
+    assert settings.prepare.source == "rocov2"
+    assert settings.artifacts == workspace / "models" / ".work" / name
+    assert name == f"{settings.register_.name}-base"
+
+
+def test_recipe_and_its_own_size_are_kept(workspace: Path) -> None:
+    settings, _ = container.read_words(["--recipe", "vqa-rad"], "train")
+    assert (settings.recipe, settings.model.size, settings.prepare.source) == ("vqa-rad", "tiny", "vqa-rad")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [(["smal"], "did you mean small"), (["tiny", "base"], "one size"), (["train.stepz=3"], "did you mean steps")],
+)
+def test_wrong_words_get_a_hint(workspace: Path, words: list[str], sentence: str) -> None:
+    with pytest.raises(SettingsError, match=sentence):
+        container.read_words(words, "train")
+
+
+def test_data_that_is_missing_empty_or_unfinished_is_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for state, sentence in (("missing", "there is no"), ("empty", "is empty")):
+        if state == "empty":
+            folder.mkdir()
+        with pytest.raises(MountError, match=sentence):
+            require_data(folder, "-v here:there")
+    (folder / "train-00000-of-00002.parquet").touch()
+    with pytest.raises(MountError, match="train-00001-of-00002 is missing"):
+        require_data(folder, "-v here:there")
+    (folder / "train-00001-of-00002.parquet").touch()
+    require_data(folder, "-v here:there")
+    (folder / ".test-00000-of-00001.parquet.partial").touch()
+    with pytest.raises(MountError, match="still on its way"):
+        require_data(folder, "-v here:there")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_folder_of_another_user_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir(mode=0o755)
+    before = os.geteuid()
+    os.seteuid(NOBODY)
+    try:
+        with pytest.raises(MountError, match=f"user {NOBODY}:[0-9]+ may not write"):
+            require_writable(tmp_path / "models", "-v here:there", in_container=False)
+    finally:
+        os.seteuid(before)
+
+
+def test_what_is_not_mounted_would_be_lost(tmp_path: Path) -> None:
+    with pytest.raises(MountError, match="nothing is mounted at /opt"):
+        require_writable(Path("/opt"), "-v here:/opt", in_container=True)
+
+
+def test_only_one_run_holds_a_folder(tmp_path: Path) -> None:
+    with sole_user(tmp_path), pytest.raises(MountError, match="another container"), sole_user(tmp_path):
+        pass
+    with sole_user(tmp_path):
+        pass
+
+
+def test_a_stage_runs_again_only_if_what_it_reads_has_changed(
+    workspace: Path, signals: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def stand_in(stage: str, settings: Settings) -> dict[str, int]:
+        called.append(stage)
+        (settings.artifacts / chain.OUTPUT[stage]).mkdir(parents=True, exist_ok=True)
+        return {"calls": len(called)}
+
+    for stage in ("prepare", "codebook", "tokenize"):
+        monkeypatch.setattr(f"fuselip_core.stages.{stage}", functools.partial(stand_in, stage))
+    (workspace / "ROCOv2_data" / "valid_captions.csv").write_text("ID,Caption\n")
+    caplog.set_level(logging.INFO, "fuselip")
+    words = ["train", "tokenize", "tiny", "--recipe", "rocov2-tiny", "codebook.steps=1"]
+    for more, wanted in (
+        ([], ["prepare", "codebook", "tokenize"]),
+        ([], []),
+        (["tokenize.views=2"], ["tokenize"]),
+        (["codebook.seed=1"], ["codebook", "tokenize"]),
+    ):
+        called.clear()
+        assert container.main([*words, *more]) == 0, caplog.text
+        assert called == wanted
+    assert "no GPU" in caplog.text or "training on" in caplog.text
+    (workspace / "ROCOv2_data" / "valid_captions.csv").write_text("ID,Caption\nA,B\n")
+    called.clear()
+    assert container.main(words) == 0
+    assert called == ["prepare", "codebook", "tokenize"]
+
+
+def test_own_shards_are_used_as_they_are(workspace: Path) -> None:
+    settings, _ = container.read_words(["tiny"], "train")
+    settings.artifacts.mkdir(parents=True)
+    assert not chain.take_prepared(settings)
+    (settings.prepare.root / "manifest.json").write_text("{}")
+    (settings.prepare.root / "images-train-00000-of-00001.parquet").touch()
+    assert chain.take_prepared(settings) and chain.take_prepared(settings)
+    assert (settings.artifacts / "prepared" / "manifest.json").read_text() == "{}"
+
+
+def test_evaluate_without_a_model_says_what_to_run_first(
+    workspace: Path, signals: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert container.main(["train", "evaluate", "tiny"]) == 1
+    assert "no trained model" in capsys.readouterr().err
+
+
+def test_a_stage_is_stopped_with_the_documented_code(repository: Path) -> None:
+    code = (
+        "import sys, time; from fuselip_core import container\n"
+        "container._command = lambda *_: (print('up', flush=True), time.sleep(60))\n"
+        "sys.exit(container.main(['train']))"
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert child.stdout and child.stdout.readline() == "up\n"
+        child.send_signal(number)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == Interrupted.exit_code
+        assert said.startswith("error: stopped; ") and said.count("\n") == 1
+
+
+def test_rows_to_embed(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("image,text\nscan.png,\n,chest radiograph\n")
+    assert read_rows(tmp_path / "table.csv") == [("scan.png", None), (None, "chest radiograph")]
+    (tmp_path / "other.csv").write_text("picture\nscan.png\n")
+    with pytest.raises(FuselipError, match="neither a column image nor text"):
+        read_rows(tmp_path / "other.csv")
+    (tmp_path / "scan.PNG").touch()
+    assert read_rows(tmp_path) == [("scan.PNG", None)]
+
+
+def test_keys_change_with_what_a_stage_reads() -> None:
+    base, other = (load_settings(recipe="sample", overrides=[f"train.steps={steps}"]) for steps in (5, 6))
+    assert chain._key(base, "tokenize", "") == chain._key(other, "tokenize", "")
+    assert chain._key(base, "train", "") != chain._key(other, "train", "")

@@ -1,0 +1,184 @@
+"""The images, built and run for real. CI does it: the training image alone is 7 GB."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from engine import BASE, DOCKER, build, engine, labels_of, run
+
+from fuselip_core.errors import Interrupted
+
+CLOSED = ("--read-only", "--tmpfs", "/tmp")
+USER = 12345
+SHORT = (
+    "prepare.limit=64",
+    "codebook.steps=2",
+    "codebook.batch_size=8",
+    "train.batch_size=16",
+    "train.validate_every=1000",
+    "train.checkpoint_every=1000",
+)
+DOCKERFILES = ("Dockerfile.download", "Dockerfile.train", "docker/Dockerfile.server")
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_dockerfiles_suit_both_builders_and_hide_nothing(repository: Path, name: str) -> None:
+    text = (repository / name).read_text()
+    assert text.splitlines()[0].startswith("# ") and "syntax=" not in text
+    for word in ("--mount", "<<", "git clone", "|| true", "http", "TOKEN", "PASSWORD"):
+        assert word not in text, word
+    assert "--require-hashes" in text and "HEALTHCHECK" in text
+    assert text.startswith("#") and f"FROM {BASE}\n" in text
+
+
+@pytest.mark.parametrize("name", ["download", "train", "server"])
+def test_locks_of_the_images_name_the_versions_of_the_whole(repository: Path, name: str) -> None:
+    def pins(path: str) -> dict[str, str]:
+        return dict(re.findall(r"^([a-z0-9._-]+)==(\S+)", (repository / path).read_text(), flags=re.MULTILINE))
+
+    part, whole = pins(f"requirements-{name}.lock"), pins("requirements.lock")
+    assert {key: version for key, version in part.items() if key in whole and whole[key] != version} == {}
+    assert ("torch" in part) == (name == "train")
+
+
+def test_versions_in_labels_are_the_projects(repository: Path) -> None:
+    version = re.search(r'^version = "(.+)"$', (repository / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert version
+    for name in DOCKERFILES:
+        assert f"ARG VERSION={version[1]}\n" in (repository / name).read_text()
+
+
+def test_the_context_holds_no_more_than_an_image_needs(repository: Path) -> None:
+    rules = (repository / ".dockerignore").read_text().split("\n")
+    kept = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert "*" in rules
+    assert kept <= {"pyproject.toml", "LICENSE", "README.md", "fuselip_core", "flows", "docker/entrypoint.sh"} | {
+        f"requirements-{name}.lock" for name in ("download", "train", "server")
+    }
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("buildkit", [True, False])
+def test_the_download_image_is_small_and_says_what_is_wrong(buildkit: bool, tmp_path: Path) -> None:
+    client = engine()
+    tag = "latest" if buildkit else "legacy"
+    build("download", tag, buildkit)
+    image = f"bacor_fuselip_download:{tag}"
+    above = client.images.get(image).attrs["Size"] - client.images.get(BASE).attrs["Size"]
+    assert above < 450e6
+    assert labels_of(image)["org.opencontainers.image.licenses"] == "Apache-2.0"
+    done = run(image, "--help", options=CLOSED)
+    assert done.returncode == 0 and "bacor_fuselip_download" in done.stdout
+    done = run(image)
+    assert done.returncode == 1 and "nothing is mounted at /app/fuselip/ROCOv2_data" in done.stderr
+    (tmp_path / "ROCOv2_data").mkdir()
+    mount = ("-v", f"{tmp_path / 'ROCOv2_data'}:/app/fuselip/ROCOv2_data")
+    done = run(image, options=mount)
+    assert done.returncode == 1 and f"user {USER}:{USER} may not write" in done.stderr
+    imports = run(image, "-c", "import torch", options=("--entrypoint", "python"))
+    assert "No module named 'torch'" in imports.stderr
+    if not buildkit:
+        client.images.remove(image)
+
+
+class Mounted:
+    """Folders of a user on the host, as the published command line mounts them."""
+
+    def __init__(self, place: Path, data: Path) -> None:
+        self.place = place
+        self.models, self.logs = place / "models", place / "logs"
+        self.options = ("-v", f"{data}:/workspace/ROCOv2_data:ro")
+        for folder in (self.models, self.logs):
+            folder.mkdir()
+            os.chown(folder, USER, USER)
+            self.options += ("-v", f"{folder}:/workspace/{folder.name}")
+
+
+@pytest.fixture(scope="module")
+def mounted(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Mounted:
+    if os.getuid() != 0:
+        pytest.skip("only root can make folders for another user")
+    engine()
+    build("train")
+    return Mounted(tmp_path_factory.mktemp("host"), (shared / "data" / "medpix-rocov2").resolve())
+
+
+@pytest.mark.long
+def test_the_training_image_refuses_in_one_sentence(mounted: Mounted) -> None:
+    for words, options, code, sentence in (
+        (["smal"], CLOSED, 2, "did you mean small"),
+        (["tiny"], CLOSED, 1, "nothing is mounted at /workspace/models"),
+        (["tiny"], mounted.options[2:], 1, "/workspace/ROCOv2_data is empty"),
+        (["evaluate", "tiny"], mounted.options, 1, "no trained model"),
+    ):
+        done = run("bacor_fuselip_train", *words, options=options)
+        assert done.returncode == code and sentence in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.long
+def test_another_user_trains_stops_resumes_and_registers(mounted: Mounted) -> None:
+    """docker stop in the middle of training saves a checkpoint; docker run again ends with a registered model."""
+    words = ("tiny", *SHORT, "train.steps=8")
+    name = ("--name", f"fuselip-test-{os.getpid()}", *CLOSED, *mounted.options)
+    command = [DOCKER, "run", "--rm", "-u", f"{USER}:{USER}", *name, "bacor_fuselip_train", *words]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    threading.Timer(500, child.send_signal, (signal.SIGTERM,)).start()
+    assert child.stderr
+    said = []
+    for line in child.stderr:
+        said.append(line)
+        if line.startswith("training: "):
+            subprocess.run([DOCKER, "stop", "--time", "120", name[1]], check=True, capture_output=True)
+    assert child.wait() == Interrupted.exit_code, said[-5:]
+    assert "saved; the same command goes on from there" in said[-1]
+    done = run("bacor_fuselip_train", *words, options=(*CLOSED, *mounted.options))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "going on from step" in done.stderr and "codebook: nothing has changed" in done.stderr
+    model = mounted.models / "fuselip-rocov2-tiny"
+    assert {"config.json", "model.safetensors"} <= {path.name for path in model.iterdir()}
+    assert (mounted.logs / model.name / "report" / "index.html").is_file()
+    with sqlite3.connect(mounted.logs / "mlflow" / "mlflow.db") as store:
+        assert store.execute("SELECT name, version FROM model_versions").fetchall() == [("fuselip-rocov2", 1)]
+    assert json.loads((mounted.logs / model.name / "registered.json").read_text())["version"] == 1
+    for folder in (mounted.models, mounted.logs):
+        assert {path.stat().st_uid for path in folder.rglob("*")} == {USER}
+
+
+@pytest.mark.long
+def test_the_trained_model_embeds_in_the_same_image(mounted: Mounted) -> None:
+    import pyarrow.parquet as pq
+
+    if not (mounted.models / "fuselip-rocov2-tiny").is_dir():
+        pytest.skip("needs the model of the test before")
+    (mounted.logs / "texts.csv").write_text("text\nchest radiograph\nabdominal CT\n")
+    words = ("embed", "fuselip-rocov2-tiny", "/workspace/logs/texts.csv")
+    done = run("bacor_fuselip_train", *words, options=(*CLOSED, *mounted.options))
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = pq.read_table(mounted.logs / "embeddings.parquet")
+    assert table["text"].to_pylist() == ["chest radiograph", "abdominal CT"]
+
+
+@pytest.mark.long
+def test_torch_compile_finds_its_compiler(mounted: Mounted) -> None:
+    code = "import torch; print(torch.compile(lambda x: x.sin() + 1)(torch.zeros(8)).sum().item())"
+    options = ("--read-only", "--tmpfs", "/tmp:exec", "--entrypoint", "/usr/local/bin/entrypoint")
+    done = run("bacor_fuselip_train", "python", "-c", code, options=options)
+    assert done.stdout.strip() == "8.0", done.stderr[-2000:]
+
+
+@pytest.mark.long
+def test_a_second_build_after_a_change_takes_no_new_libraries(mounted: Mounted) -> None:
+    start = time.monotonic()
+    said = build("train")
+    assert "CACHED" in said and "Collecting torch" not in said
+    assert time.monotonic() - start < 300
