@@ -70,7 +70,8 @@ def is_unchanged(repository: Path, address: str) -> bool:
 
     try:
         with Repo(str(repository)) as repo:
-            return not repo.status(targets=[address])
+            # A whole path, since DVC takes targets from the current folder.
+            return not repo.status(targets=[str(repository / address)])
     except DvcException:
         # The stage's own process meets the same error and says it.
         return False

@@ -162,7 +162,7 @@ def _start_from_root(repository: Path, folder: Path, root_artifacts: str, artifa
 
     try:
         with Repo(str(repository)) as repo:
-            repo.checkout([str((folder / "dvc.yaml").relative_to(repository))], force=True)
+            repo.checkout([str(folder / "dvc.yaml")], force=True)
     except CheckoutError:
         # What is not in the cache is made anew.
         return

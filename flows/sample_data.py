@@ -29,8 +29,9 @@ def ensure_sample(repository: Path, on_line: OnLine) -> bool:
 def _compare(repository: Path) -> None:
     from dvc.repo import Repo
 
+    target = str(repository / "data.dvc")  # whole, since DVC takes targets from the current folder
     with Repo(str(repository)) as repo:
-        status = repo.status(targets=["data.dvc"])
+        status = repo.status(targets=[target])
         if not status:
             return
         if "modified" in str(status):
@@ -39,4 +40,4 @@ def _compare(repository: Path) -> None:
                 "remove data/ to draw it again, or accept it with `dvc add data`"
             )
         # Drawn here, so its bytes are right but not in the cache yet.
-        repo.commit("data.dvc", force=True)
+        repo.commit(target, force=True)

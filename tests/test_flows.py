@@ -1,0 +1,385 @@
+"""What flows add to stages: run folders, locks, child processes, states, and Prefect's own bookkeeping."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.testing.utilities import prefect_test_harness
+from repository_copy import STAND_IN_STAGES, add_data, copy_repository, dvc
+
+from flows import steps
+from flows.pipeline import pipeline
+from flows.reproduce import UNCHANGED
+from flows.runner import LastLines, ProcessRunner, dvc_lock, stage_environment
+from flows.runs import STAGES, RunRequest, open_run_folder
+from flows.sample_data import ensure_sample
+from flows.steps import Ending
+from flows.stream import stream
+from flows.summary import comparison_rows, next_commands, registered_line
+from fuselip_core.config import SettingsError, load_settings
+from fuselip_core.errors import FuselipError
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """One Prefect server for all tests here: it takes half a minute to start."""
+    with prefect_test_harness(server_startup_timeout=240):
+        yield
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with stand-ins for the stages and a little data."""
+    folder = copy_repository(tmp_path_factory.mktemp("copy") / "repository")
+    (folder / "fuselip_core" / "stages.py").write_text(STAND_IN_STAGES)
+    (folder / "data.dvc").unlink(missing_ok=True)
+    add_data(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(template: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "repository"
+    subprocess.run(["cp", "-r", str(template), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+# Run folders
+
+
+@pytest.fixture
+def bare(tmp_path: Path, repository: Path) -> Path:
+    """A repository with nothing but the two files that a run folder is made from."""
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).write_text((repository / name).read_text())
+    return tmp_path
+
+
+@pytest.mark.parametrize("request_", [RunRequest(), RunRequest(source="phantom"), RunRequest(recipe="sample")])
+def test_plain_request_is_the_root_pipeline(bare: Path, request_: RunRequest) -> None:
+    run = open_run_folder(bare, request_)
+    assert (run.folder, run.dvc_file, run.artifacts) == (bare, "dvc.yaml", bare / "artifacts")
+    assert not (bare / "runs").exists()
+
+
+def test_other_source_gets_a_folder_of_its_own(bare: Path) -> None:
+    (bare / "images").mkdir()
+    request = RunRequest(source="rocov2", root=bare / "images", overrides=("train.steps=7",))
+    run = open_run_folder(bare, request)
+    assert run.dvc_file == "runs/rocov2/dvc.yaml"
+    assert run.settings.train.steps == 7 and run.settings.recipe == "rocov2-tiny"
+    written = yaml.safe_load((run.folder / "params.yaml").read_text())
+    assert written["settings"] == "runs/rocov2/params.yaml" and written["repository"] == "../.."
+    assert written["prepare"]["root"] == str(bare / "images") and written["tokenize"] == {}
+    assert load_settings(run.folder / "params.yaml") == run.settings
+    assert (run.folder / "dvc.yaml").read_text() == (bare / "dvc.yaml").read_text()
+
+
+def test_relative_root_is_meant_from_the_current_folder(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bare / "deep" / "images").mkdir(parents=True)
+    monkeypatch.chdir(bare / "deep")
+    run = open_run_folder(bare, RunRequest(source="rocov2", root=Path("images")))
+    assert str(run.settings.prepare.root) == "deep/images"
+
+
+def test_variant_of_the_root_keeps_its_corrections(bare: Path) -> None:
+    params = yaml.safe_load((bare / "params.yaml").read_text())
+    (bare / "params.yaml").write_text(yaml.safe_dump({**params, "codebook": {"steps": 3}}))
+    run = open_run_folder(bare, RunRequest(overrides=("train.steps=7",), name="mine"))
+    assert (run.name, run.settings.codebook.steps, run.settings.train.steps) == ("mine", 3, 7)
+    again = open_run_folder(bare, RunRequest(overrides=("train.batch_size=5",), name="mine"))
+    assert again.settings.train.steps != 7, "a request is whole: nothing is left of an earlier one"
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (RunRequest(overrides=("train.stepz=1",)), "did you mean steps"),
+        (RunRequest(source="rocov2", root=Path("/nowhere")), "no data set folder /nowhere"),
+        (RunRequest(source="vqa-rad"), "make demo SOURCE=vqa-rad ROOT="),
+        (RunRequest(recipe="nope"), "unknown recipe 'nope'"),
+        (RunRequest(name="../x"), "can't name a run"),
+    ],
+)
+def test_wrong_request_is_one_sentence(bare: Path, request_: RunRequest, words: str) -> None:
+    with pytest.raises(FuselipError) as caught:
+        open_run_folder(bare, request_)
+    assert words in str(caught.value)
+
+
+def test_wrong_request_leaves_no_folder(bare: Path) -> None:
+    with pytest.raises(SettingsError):
+        open_run_folder(bare, RunRequest(overrides=("train.steps=0",)))
+    assert not (bare / "runs").exists()
+
+
+# Child processes
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-u", "-c", code]
+
+
+def test_lines_of_both_streams_arrive_plain(tmp_path: Path, said: list[str]) -> None:
+    code = r"import sys; print('\x1b[1mone\x1b[0m'); print(' 1%\r50%\r99%'); sys.stderr.write('last'); sys.exit(7)"
+    assert stream(python(code), tmp_path, os.environ, said.append) == 7
+    assert said == ["one", "99%", "last"]
+
+
+def test_error_line_is_the_message_and_else_the_last(said: list[str]) -> None:
+    lines = LastLines(said.append)
+    for line in ("working", "error: no luck", "bye"):
+        lines(line)
+    assert lines.message == "no luck" and said[-1] == "bye"
+    other = LastLines(said.append)
+    other("only this")
+    assert other.message == "only this"
+
+
+def test_child_is_asked_to_stop_and_may_save_its_state(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, signal, time\n"
+        "def stop(*_):\n    print('saving ' * 20000); pathlib.Path('saved').touch(); raise SystemExit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\nprint('ready')\ntime.sleep(60)"
+    )
+
+    def cancel(line: str) -> None:
+        if line == "ready":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stream(python(code), tmp_path, os.environ, cancel)
+    assert (tmp_path / "saved").exists()
+
+
+# The lock around DVC
+
+
+def test_second_run_waits_and_says_for_whom(tmp_path: Path, said: list[str]) -> None:
+    done = []
+
+    def second() -> None:
+        with dvc_lock(tmp_path, "second", said.append):
+            done.append("second")
+
+    with dvc_lock(tmp_path, "train of process 7", said.append):
+        thread = threading.Thread(target=second)
+        thread.start()
+        deadline = time.monotonic() + 30
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.05)
+        done.append("first")
+    thread.join(timeout=30)
+    assert done == ["first", "second"]
+    assert said == ["waiting for another run that is at work here: train of process 7"]
+
+
+def test_lock_lives_as_long_as_an_orphaned_child(tmp_path: Path) -> None:
+    with dvc_lock(tmp_path, "first", print) as descriptor:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=(descriptor,))
+    try:
+        with (tmp_path / ".dvc" / "tmp" / "flow.lock").open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        child.kill()
+        child.wait()
+
+
+# One stage through DVC
+
+
+def calls(folder: Path) -> list[str]:
+    path = folder / "calls"
+    return path.read_text().split() if path.exists() else []
+
+
+def test_stage_runs_once_and_again_after_its_parameter_changes(copy: Path, said: list[str]) -> None:
+    run = open_run_folder(copy, RunRequest())
+    runner = ProcessRunner()
+    assert runner.run("prepare", run, said.append).status == "done"
+    assert runner.run("prepare", run, said.append).status == "unchanged"
+    assert runner.run("prepare", run, said.append, force=True).status == "done"
+    assert calls(copy) == ["prepare", "prepare"]
+    params = yaml.safe_load((copy / "params.yaml").read_text())
+    (copy / "params.yaml").write_text(yaml.safe_dump({**params, "prepare": {"root": "data", "limit": 5}}))
+    assert runner.run("prepare", open_run_folder(copy, RunRequest()), said.append).status == "done"
+
+
+@pytest.mark.parametrize(("how", "status"), [("fail", "failed"), ("interrupt", "interrupted")])
+def test_failing_stage_tells_its_own_sentence(copy: Path, said: list[str], how: str, status: str) -> None:
+    (copy / "order").write_text(f"prepare {how}")
+    outcome = ProcessRunner().run("prepare", open_run_folder(copy, RunRequest()), said.append)
+    assert (outcome.status, outcome.message) == (status, "no luck in prepare; try again")
+    assert not [line for line in said if "Traceback" in line]
+    assert not (copy / "artifacts" / "prepared").exists()
+
+
+def test_what_dvc_itself_refuses_is_one_line(copy: Path, said: list[str]) -> None:
+    outcome = ProcessRunner().run("codebook", open_run_folder(copy, RunRequest()), said.append)
+    assert outcome.status == "failed"
+    assert outcome.message.startswith("DVC: ") and "artifacts/prepared" in outcome.message
+
+
+def test_child_is_told_the_flow_run_and_finds_this_code(tmp_path: Path) -> None:
+    environment = stage_environment(tmp_path, "flow-7")
+    assert environment["FUSELIP_FLOW_RUN"] == "flow-7"
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert UNCHANGED not in (0, 1, 2, 75)
+
+
+# The sample's data
+
+
+def test_changed_data_is_refused_and_named(copy: Path, said: list[str]) -> None:
+    assert ensure_sample(copy, said.append) is False
+    (copy / "data" / "file.txt").write_text("other")
+    with pytest.raises(FuselipError, match=r"data/ is not what data\.dvc names"):
+        ensure_sample(copy, said.append)
+
+
+def test_data_drawn_here_is_put_into_the_cache(copy: Path, said: list[str]) -> None:
+    subprocess.run(["rm", "-rf", str(copy / ".dvc" / "cache")], check=True)
+    ensure_sample(copy, said.append)
+    assert "up to date" in dvc(copy, "status", "data.dvc")
+
+
+# Whole flows under Prefect
+
+
+Run = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def flow_on(folder: Path) -> Iterator[Run]:
+    """The pipeline flow, working on `folder`; returns its final state."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "REPOSITORY", folder)
+        patch.setattr(steps, "_lost_from_registry", lambda run: False)
+        yield lambda **request: pipeline(RunRequest(**request), return_state=True)
+
+
+@pytest.fixture(scope="module")
+def finished(template: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Path:
+    """A copy in which the flow has run once."""
+    folder = tmp_path_factory.mktemp("finished") / "repository"
+    subprocess.run(["cp", "-r", str(template), str(folder)], check=True)
+    with flow_on(folder) as run:
+        state = run()
+    assert state.is_completed(), state.message
+    assert statuses(state.result()) == ["done"] * 6
+    assert calls(folder) == list(STAGES)
+    return folder
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Iterator[tuple[Path, Run]]:
+    """A copy of the finished one, and the flow on it."""
+    folder = tmp_path / "repository"
+    subprocess.run(["cp", "-r", str(finished), str(folder)], check=True)
+    (folder / "calls").unlink()
+    with flow_on(folder) as run:
+        yield folder, run
+
+
+def statuses(ending: Ending) -> list[str]:
+    return [outcome.status for outcome in ending.outcomes]
+
+
+def test_second_flow_skips_what_is_done(again: tuple[Path, Run]) -> None:
+    folder, run = again
+    assert statuses(run().result()) == ["unchanged"] * 6
+    assert calls(folder) == []
+
+
+def test_variant_starts_from_the_root_and_runs_what_is_behind_its_change(again: tuple[Path, Run]) -> None:
+    folder, run = again
+    state = run(overrides=("train.steps=7",))
+    assert statuses(state.result()) == ["unchanged", "unchanged", "unchanged", "done", "done", "done"]
+    assert (folder / "runs" / "phantom" / "artifacts" / "model" / "made").read_text() == "train 7"
+    assert (folder / "artifacts" / "model" / "made").read_text() != "train 7"
+    assert "up to date" in dvc(folder, "status", "dvc.yaml", "runs/phantom/dvc.yaml")
+
+
+def test_failing_stage_fails_the_flow_with_its_sentence_and_goes_on_later(again: tuple[Path, Run]) -> None:
+    folder, run = again
+    (folder / "artifacts" / "model" / "made").write_text("damaged")
+    (folder / "order").write_text("train fail")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump({**params, "train": {"steps": 7}}))
+    state = run()
+    assert state.is_failed()
+    assert state.message == "train: no luck in train; try again"
+    assert calls(folder) == ["train"]
+    (folder / "order").unlink()
+    assert statuses(run().result()) == ["unchanged", "unchanged", "unchanged", "done", "done", "done"]
+
+
+def test_wrong_request_fails_the_flow_before_anything_runs(again: tuple[Path, Run]) -> None:
+    folder, run = again
+    state = run(overrides=("train.steps=0",))
+    assert state.is_failed() and "train.steps" in state.message
+    assert calls(folder) == []
+
+
+def test_lost_registration_is_made_again(again: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, run = again
+    monkeypatch.setattr(steps, "_lost_from_registry", lambda run: True)
+    assert statuses(run().result()) == ["unchanged"] * 5 + ["done"]
+    assert calls(folder) == ["register"]
+
+
+def test_flow_leaves_artifacts_in_prefect(finished: Path) -> None:
+    with get_client(sync_client=True) as client:
+        found = client.request("POST", "/artifacts/filter", json={}).json()
+    kinds = {each["key"]: each["type"] for each in found}
+    assert kinds["metrics"] == "table" and kinds["report"] == "markdown"
+
+
+# The summary
+
+
+def test_rows_compare_with_what_was_measured() -> None:
+    rows = comparison_rows(
+        {
+            "retrieval/image_to_text/recall_at_1": 0.4,
+            "retrieval/image_to_text/chance_at_1": 0.01,
+            "answers/question_only/accuracy": 0.2,
+        }
+    )
+    assert [(row["value"], row["control"], row["value of control"]) for row in rows] == [
+        ("0.400", "chance", "0.010"),
+        ("", "question alone", "0.200"),
+    ]
+
+
+def test_model_line_says_why_the_alias_stayed() -> None:
+    gates = [{"metric": "recall", "at_least": 0.3, "value": 0.1, "passed": False}]
+    registered = {"name": "m", "version": 2, "alias": None, "gates": gates}
+    assert registered_line(registered) == "m version 2, without the alias: recall 0.1 < 0.3"
+    assert registered_line({**registered, "alias": "champion", "gates": []}).startswith("m version 2, alias champion")
+    assert registered_line({}) == ""
+
+
+def test_next_commands_name_the_model_and_the_store(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{bare}/mlflow/mlflow.db")
+    commands = next_commands(open_run_folder(bare, RunRequest()), {"name": "m", "alias": "champion"})
+    assert "sqlite:///mlflow/mlflow.db" in commands[0] and "models:/m@champion" in commands[1]
+    assert commands[2].startswith("make demo SET=")
