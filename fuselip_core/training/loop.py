@@ -109,12 +109,12 @@ class Trainer:
 
     def run(self) -> TrainingSummary:
         """All steps that are still to do; raises Interrupted after saving when SIGTERM arrives."""
-        seed_everything(self.settings.seed)
-        self._resume()
-        self.model.train()
-        self._started = self._saved = time.monotonic()
-        remaining = range(self.step, self.settings.steps)
         with StopSignal() as stop:
+            seed_everything(self.settings.seed)
+            self._resume()
+            self.model.train()
+            self._started = self._saved = time.monotonic()
+            remaining = range(self.step, self.settings.steps)
             for step in track(remaining, "training", total=self.settings.steps, start=self.step):
                 metrics = self._train_step(step)
                 self.step = step + 1
