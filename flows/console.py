@@ -15,10 +15,12 @@ from prefect.client.schemas import State
 from pydantic import ValidationError
 from rich.console import Console
 
-from flows.runs import RunRequest
+from flows.environment import REPOSITORY
+from flows.runs import RunRequest, open_run_folder
 from flows.steps import Ending, RunnerName
 from flows.summary import print_summary
 from fuselip_core.config import SourceName
+from fuselip_core.errors import FuselipError
 
 
 def run_from_command_line(flow: Flow[Any, Any], arguments: Sequence[str] | None = None) -> None:
@@ -32,8 +34,12 @@ def run_from_command_line(flow: Flow[Any, Any], arguments: Sequence[str] | None 
             overrides=tuple(options.set),
             name=options.name,
         )
+        # Looked at before Prefect's server starts, which takes a while.
+        open_run_folder(REPOSITORY, request)
     except ValidationError as error:
         _fail(str(error.errors()[0]["msg"]), code=2)
+    except FuselipError as error:
+        _fail(str(error), code=error.exit_code)
     # Ending this process must end the stage it waits for: an exception does, the signal's default would not.
     signal.signal(signal.SIGTERM, _raise_exit)
     if sys.stderr.isatty():

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from flows.lock import dvc_lock
 from flows.reproduce import UNCHANGED
 from flows.runs import Run
-from flows.stream import stream
+from flows.stream import OnLine, stream
 from fuselip_core.errors import Interrupted
 
 Status = Literal["done", "unchanged", "interrupted", "failed"]
-OnLine = Callable[[str], None]
-REMIND_EVERY_SECONDS = 30.0
-LOOK_EVERY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -106,35 +101,6 @@ class LastLines:
     @property
     def message(self) -> str:
         return self._error or self._last
-
-
-@contextlib.contextmanager
-def dvc_lock(repository: Path, owner: str, on_wait: OnLine) -> Iterator[int]:
-    """Holds the right to run DVC in `repository`; yields a descriptor that a child may inherit to hold it longer.
-
-    DVC refuses a second command while one is at work. Here the second waits, and says for whom.
-    """
-    path = repository / ".dvc" / "tmp" / "flow.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        _wait_for(file.fileno(), path, on_wait)
-        file.truncate(0)
-        file.write(owner)
-        file.flush()
-        yield file.fileno()
-
-
-def _wait_for(descriptor: int, path: Path, on_wait: OnLine) -> None:
-    told = float("-inf")
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() - told >= REMIND_EVERY_SECONDS:
-                told = time.monotonic()
-                on_wait(f"waiting for another run that is at work here: {path.read_text(encoding='utf-8')}")
-            time.sleep(LOOK_EVERY_SECONDS)
 
 
 def _status(code: int) -> Status:

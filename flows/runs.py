@@ -5,6 +5,8 @@ A run folder holds params.yaml, a copy of dvc.yaml, dvc.lock and artifacts/; all
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from flows.lock import dvc_lock
 from fuselip_core.config import (
     SECTIONS,
     Settings,
@@ -31,6 +34,7 @@ from fuselip_core.files import atomic_write
 
 STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
 RECIPE_OF_SOURCE: dict[str, str] = {"phantom": "sample", "rocov2": "rocov2-tiny", "vqa-rad": "vqa-rad"}
+logger = logging.getLogger("fuselip")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -157,15 +161,16 @@ def _start_from_root(repository: Path, folder: Path, root_artifacts: str, artifa
         return value
 
     _write_if_changed(target, yaml.safe_dump(turned(yaml.safe_load(source.read_text())), sort_keys=False))
-    from dvc.exceptions import CheckoutError
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    try:
-        with Repo(str(repository)) as repo:
-            repo.checkout([str(folder / "dvc.yaml")], force=True)
-    except CheckoutError:
-        # What is not in the cache is made anew.
-        return
+    # What the cache lacks is made anew.
+    with (
+        dvc_lock(repository, str(folder), logger.info),
+        contextlib.suppress(DvcException),
+        Repo(str(repository)) as repo,
+    ):
+        repo.checkout([str(folder / "dvc.yaml")], force=True)
 
 
 def _write_if_changed(path: Path, content: str) -> None:

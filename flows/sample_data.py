@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from flows.runner import LastLines, OnLine, dvc_lock, stage_environment
-from flows.stream import stream
+from flows.lock import dvc_lock
+from flows.runner import LastLines, stage_environment
+from flows.stream import OnLine, stream
 from fuselip_core.errors import FuselipError
 
 

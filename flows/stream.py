@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+OnLine = Callable[[str], None]
+
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 STOP_SECONDS = 60.0
 CHUNK_BYTES = 1 << 14
@@ -24,7 +26,7 @@ def stream(
     command: Sequence[str],
     folder: Path,
     environment: Mapping[str, str],
-    on_line: Callable[[str], None],
+    on_line: OnLine,
     keep_open: Sequence[int] = (),
 ) -> int:
     """Runs `command` in `folder` and returns its exit code; `on_line` gets every line of stdout and stderr, plain.
@@ -71,7 +73,7 @@ def _open_terminal() -> tuple[int, int]:
     return reader, writer
 
 
-def _read(reader: int, on_line: Callable[[str], None], echo: bool) -> None:
+def _read(reader: int, on_line: OnLine, echo: bool) -> None:
     rest = b""
     while block := _block(reader):
         if echo:
@@ -91,7 +93,7 @@ def _block(reader: int) -> bytes:
         return b""
 
 
-def _pass_on(line: bytes, on_line: Callable[[str], None]) -> None:
+def _pass_on(line: bytes, on_line: OnLine) -> None:
     """Of a line that a progress bar has overwritten many times, the last state."""
     text = CONTROL.sub("", line.decode("utf-8", "replace")).rstrip("\r\n ")
     if text := text.rpartition("\r")[2]:

@@ -20,9 +20,10 @@ from prefect.testing.utilities import prefect_test_harness
 from repository_copy import STAND_IN_STAGES, add_data, copy_repository, dvc
 
 from flows import steps
+from flows.lock import dvc_lock
 from flows.pipeline import pipeline
 from flows.reproduce import UNCHANGED
-from flows.runner import LastLines, ProcessRunner, dvc_lock, stage_environment
+from flows.runner import LastLines, ProcessRunner, stage_environment
 from flows.runs import STAGES, RunRequest, open_run_folder
 from flows.sample_data import ensure_sample
 from flows.steps import Ending

@@ -1,0 +1,43 @@
+"""One DVC command at a time in a repository."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from flows.stream import OnLine
+
+REMIND_EVERY_SECONDS = 30.0
+LOOK_EVERY_SECONDS = 0.5
+
+
+@contextlib.contextmanager
+def dvc_lock(repository: Path, owner: str, on_wait: OnLine) -> Iterator[int]:
+    """Holds the right to run DVC in `repository`; yields a descriptor that a child may inherit to hold it longer.
+
+    DVC refuses a second command while one is at work. Here the second waits, and says for whom.
+    """
+    path = repository / ".dvc" / "tmp" / "flow.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        _wait_for(file.fileno(), path, on_wait)
+        file.truncate(0)
+        file.write(owner)
+        file.flush()
+        yield file.fileno()
+
+
+def _wait_for(descriptor: int, path: Path, on_wait: OnLine) -> None:
+    told = float("-inf")
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() - told >= REMIND_EVERY_SECONDS:
+                told = time.monotonic()
+                on_wait(f"waiting for another run that is at work here: {path.read_text(encoding='utf-8')}")
+            time.sleep(LOOK_EVERY_SECONDS)
