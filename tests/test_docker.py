@@ -132,13 +132,16 @@ def test_another_user_trains_stops_resumes_and_registers(mounted: Mounted) -> No
     name = ("--name", f"fuselip-test-{os.getpid()}", *CLOSED, *mounted.options)
     command = [DOCKER, "run", "--rm", "-u", f"{USER}:{USER}", *name, "bacor_fuselip_train", *words]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    threading.Timer(500, child.send_signal, (signal.SIGTERM,)).start()
+    late = threading.Timer(500, child.send_signal, (signal.SIGTERM,))
+    late.daemon = True
+    late.start()
     assert child.stderr
     said = []
     for line in child.stderr:
         said.append(line)
         if line.startswith("training: "):
             subprocess.run([DOCKER, "stop", "--time", "120", name[1]], check=True, capture_output=True)
+    late.cancel()
     assert child.wait() == Interrupted.exit_code, said[-5:]
     assert "saved; the same command goes on from there" in said[-1]
     done = run("bacor_fuselip_train", *words, options=(*CLOSED, *mounted.options))
