@@ -91,7 +91,8 @@ def start(tokens: Settings, artifacts: Path, steps: int) -> subprocess.Popen[str
         if not (artifacts / name).exists():
             (artifacts / name).symlink_to(tokens.artifacts / name)
     values = json.loads(tokens.model_dump_json(by_alias=True))
-    values["artifacts"], values["train"]["steps"] = str(artifacts), steps
+    values["artifacts"] = str(artifacts)
+    values["train"] |= {"steps": steps, "checkpoint_every": 4}
     (artifacts / "params.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "fuselip_core", "train", "--settings", str(artifacts / "params.yaml")]
     environment = {**os.environ, "FUSELIP_TRACKERS": ""}
@@ -108,11 +109,11 @@ def wait_for_checkpoint(artifacts: Path, process: subprocess.Popen[str]) -> None
 
 def test_a_killed_process_goes_on_and_a_terminated_one_says_so(tokens: Settings, tmp_path: Path) -> None:
     """SIGKILL, then SIGTERM, then to the end: the curves are those of one uninterrupted run."""
-    process = start(tokens, tmp_path / "cut", steps=60)
+    process = start(tokens, tmp_path / "cut", steps=24)
     wait_for_checkpoint(tmp_path / "cut", process)
     process.kill()
     process.wait()
-    process = start(tokens, tmp_path / "cut", steps=60)
+    process = start(tokens, tmp_path / "cut", steps=24)
     time.sleep(0.2)
     wait_for_checkpoint(tmp_path / "cut", process)
     # A process that is still starting would be ended by the signal itself; it says when it goes on.
@@ -124,7 +125,7 @@ def test_a_killed_process_goes_on_and_a_terminated_one_says_so(tokens: Settings,
     assert process.returncode == 75, errors
     assert "the same command goes on from there" in errors
     for name in ("cut", "whole"):
-        process = start(tokens, tmp_path / name, steps=60)
+        process = start(tokens, tmp_path / name, steps=24)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     histories = [
