@@ -16,7 +16,7 @@ TESTS ?= tests
 # Nothing here reports to anyone; flows/environment.py says the same to processes started otherwise.
 export DO_NOT_TRACK := true
 
-.PHONY: help setup demo test test-long lint format serve-ui clean
+.PHONY: help setup demo test test-long test-docker lint format serve-ui clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,12 @@ test: setup ## Run the tests (all but the long ones)
 
 test-long: setup ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m long $(TESTS)
+
+test-docker: setup ## Build both images and run them; needs a Docker Engine
+	@for name in download train; do \
+	  docker build --build-arg COMMIT="$$(git rev-parse HEAD)" -f "Dockerfile.$$name" -t "bacor_fuselip_$$name" . ; \
+	done
+	@$(BIN)/python -m pytest tests/test_docker.py tests/test_container_runner.py
 
 lint: setup ## Check style and types
 	@$(BIN)/ruff check .
