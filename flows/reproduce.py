@@ -34,13 +34,26 @@ def main() -> int:
     except DvcException as error:
         causes = _causes(error)
         if isinstance(causes[-1], StageCmdFailedError):
-            # The stage has said why; its exit code, which DVC tells only in words, is all that is missing.
-            status = re.search(r"exited with (\d+)$", str(causes[-1]))
-            return int(status[1]) if status else 1
+            return _exit_code(str(causes[-1]))
         reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in causes)
         sys.stderr.write(f"error: DVC: {': '.join(reasons)}\n")
         return 1
     return 0 if done else UNCHANGED
+
+
+def _exit_code(sentence: str) -> int:
+    """The stage's exit code, which DVC tells only in words; as in a shell, 128 and more for one ended by a signal.
+
+    A stage that ends with an error has said why. One ended from outside has not, so this says it.
+    """
+    found = re.search(r"exited with (-?\d+)$", sentence)
+    code = int(found[1]) if found else 1
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    hint = "; most likely this machine ran out of memory" if code == -signal.SIGKILL else ""
+    sys.stderr.write(f"error: the stage was ended from outside by {name}{hint}; the same command goes on\n")
+    return 128 - code
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -51,7 +51,7 @@ class ProcessRunner:
             if not force and is_unchanged(run.repository, address):
                 return Outcome(stage, "unchanged", time.monotonic() - start, "nothing has changed")
             code = stream(command, run.repository, environment, lines, keep_open=(descriptor,))
-        return Outcome(stage, _status(code), time.monotonic() - start, lines.message)
+        return Outcome(stage, _status(code), time.monotonic() - start, lines.message(code))
 
     def environment(self, repository: Path) -> dict[str, str]:
         """What the stage's process finds in its environment."""
@@ -98,9 +98,9 @@ class LastLines:
             self._error = line.removeprefix("error: ")
         self.on_line(line)
 
-    @property
-    def message(self) -> str:
-        return self._error or self._last
+    def message(self, code: int) -> str:
+        """Why a process that ended with `code` failed; the last line is only a hint, so the code stands beside it."""
+        return self._error or (f"ended with code {code}; its last line was: {self._last}" if code else self._last)
 
 
 def _status(code: int) -> Status:

@@ -20,8 +20,8 @@ def ensure_sample(repository: Path, on_line: OnLine) -> bool:
     if missing:
         lines = LastLines(on_line)
         command = [sys.executable, "-m", "fuselip_core", "sample", "--out", "data"]
-        if stream(command, repository, stage_environment(repository), lines):
-            raise FuselipError(lines.message)
+        if code := stream(command, repository, stage_environment(repository), lines):
+            raise FuselipError(lines.message(code))
     with dvc_lock(repository, "data.dvc", on_line):
         _compare(repository)
     return missing

@@ -22,7 +22,7 @@ from repository_copy import STAND_IN_STAGES, add_data, copy_repository, dvc
 from flows import steps
 from flows.lock import dvc_lock
 from flows.pipeline import pipeline
-from flows.reproduce import UNCHANGED
+from flows.reproduce import UNCHANGED, _exit_code
 from flows.runner import LastLines, ProcessRunner, stage_environment
 from flows.runs import STAGES, RunRequest, open_run_folder
 from flows.sample_data import ensure_sample
@@ -148,10 +148,18 @@ def test_error_line_is_the_message_and_else_the_last(said: list[str]) -> None:
     lines = LastLines(said.append)
     for line in ("working", "error: no luck", "bye"):
         lines(line)
-    assert lines.message == "no luck" and said[-1] == "bye"
+    assert lines.message(1) == "no luck" and said[-1] == "bye"
     other = LastLines(said.append)
     other("only this")
-    assert other.message == "only this"
+    assert other.message(139) == "ended with code 139; its last line was: only this"
+
+
+@pytest.mark.parametrize(("words", "code"), [("exited with 75", 75), ("exited with -9", 137), ("", 1)])
+def test_exit_code_of_a_stage_is_read_from_dvcs_words(
+    words: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(f"failed to run: fuselip train, {words}") == code
+    assert ("out of memory" in capsys.readouterr().err) == (code == 137)
 
 
 def test_child_is_asked_to_stop_and_may_save_its_state(tmp_path: Path) -> None:
