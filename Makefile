@@ -15,6 +15,8 @@ TESTS ?= tests
 
 # Nothing here reports to anyone; flows/environment.py says the same to processes started otherwise.
 export DO_NOT_TRACK := true
+# Every stage is a process of its own: without compiled files in .venv each would compile torch's again, for 15 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup demo test test-long test-docker lint format serve-ui clean
 
