@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,25 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.lock import dvc_lock
+from flows.parameters import (
+    NAME_PATTERN,
+    CodebookCorrections,
+    Corrections,
+    EvaluateCorrections,
+    ModelCorrections,
+    PrepareCorrections,
+    RecipeName,
+    RegisterCorrections,
+    RunName,
+    TokenizeCorrections,
+    TrainCorrections,
+    without_empty,
+)
 from fuselip_core.config import (
     SECTIONS,
     Settings,
     SettingsError,
+    Size,
     SourceName,
     check_settings,
     load_settings,
@@ -28,6 +44,7 @@ from fuselip_core.config import (
     parse_overrides,
     read_corrections,
     read_recipe,
+    recipe_names,
 )
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_write
@@ -35,19 +52,71 @@ from fuselip_core.files import atomic_write
 STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
 RECIPE_OF_SOURCE: dict[str, str] = {"phantom": "sample", "rocov2": "rocov2-tiny", "vqa-rad": "vqa-rad"}
 logger = logging.getLogger("fuselip")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class RunRequest(BaseModel):
-    """What the caller wants; everything empty is the pipeline of params.yaml in the repository's root."""
+    """What is to be trained, on what; everything empty is the pipeline of params.yaml in the repository's root."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: SourceName | None = Field(None, description="Kind of data set; params.yaml's if empty.")
-    root: Path | None = Field(None, description="Folder of the raw data set; the recipe's if empty.")
-    recipe: str | None = Field(None, description="Recipe to start from; the source's if empty.")
-    overrides: tuple[str, ...] = Field((), description="Corrections such as train.steps=100.")
-    name: str | None = Field(None, description="Folder below runs/; the source's name if empty.")
+    recipe: RecipeName | None = Field(
+        None, description="Recipe to start from; the source's if empty.", json_schema_extra=without_empty
+    )
+    size: Size | None = Field(
+        None, description="Size of the encoder; the recipe's if empty.", json_schema_extra=without_empty
+    )
+    source: SourceName | None = Field(
+        None, description="Kind of data set; the recipe's, or params.yaml's, if empty.", json_schema_extra=without_empty
+    )
+    root: Path | None = Field(
+        None, description="Folder of the raw data set; the recipe's if empty.", json_schema_extra=without_empty
+    )
+    name: RunName | None = Field(
+        None,
+        description="Folder below runs/; source, or recipe, and size if empty.",
+        json_schema_extra=without_empty,
+    )
+    prepare: PrepareCorrections = PrepareCorrections()
+    model: ModelCorrections = ModelCorrections()
+    codebook: CodebookCorrections = CodebookCorrections()
+    tokenize: TokenizeCorrections = TokenizeCorrections()
+    train: TrainCorrections = TrainCorrections()
+    evaluate: EvaluateCorrections = EvaluateCorrections()
+    register_: RegisterCorrections = Field(RegisterCorrections(), alias="register")
+    overrides: tuple[str, ...] = Field((), description="More corrections, such as train.steps=100; these win.")
+
+    def corrections(self) -> dict[str, Any]:
+        """Fields that differ from the recipe, by section; raises SettingsError for an override that can't be read."""
+        values: dict[str, Any] = {"model": {"size": self.size}} if self.size else {}
+        for section in SECTIONS:
+            part: Corrections = getattr(self, "register_" if section == "register" else section)
+            if given := part.given():
+                values = merge(values, {section: given})
+        return merge(values, parse_overrides(self.overrides))
+
+    def open(self, repository: Path) -> Run:
+        """The run's folder, its settings checked; see `open_run_folder`."""
+        return open_run_folder(repository, self)
+
+
+class StageRequest(BaseModel):
+    """A run that is there already, and what is to be different in the stage that runs again."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: RunName | None = Field(
+        None,
+        description="Folder below runs/; the pipeline in the repository's root if empty.",
+        json_schema_extra=without_empty,
+    )
+
+    def corrections(self) -> dict[str, Any]:
+        """Fields that differ from what the run has, by section."""
+        return {}
+
+    def open(self, repository: Path) -> Run:
+        """The run, its corrections written into its params.yaml; raises FuselipError if there is no such run."""
+        return reopen_run(repository, self.run, self.corrections())
 
 
 @dataclass(frozen=True)
@@ -82,7 +151,7 @@ def open_run_folder(repository: Path, request: RunRequest) -> Run:
         None,
         root_settings.recipe,
     )
-    if same_source and not request.overrides and request.root is None and request.name is None:
+    if same_source and not request.corrections() and request.root is None and request.name is None:
         run = Run(repository, repository, root_settings)
     else:
         run = _make_run_folder(repository, request, root_settings, same_source)
@@ -90,24 +159,50 @@ def open_run_folder(repository: Path, request: RunRequest) -> Run:
     return run
 
 
+def reopen_run(repository: Path, name: str | None, corrections: Mapping[str, Any]) -> Run:
+    """The run in runs/<name>/, or the root's if `name` is empty, with `corrections` to what its params.yaml says.
+
+    The root's own params.yaml is never written: with corrections, a variant of it is opened, as open_run_folder does.
+    """
+    if name is None:
+        return open_run_folder(repository, RunRequest.model_validate(corrections))
+    _check_name(name)
+    folder = repository / "runs" / name
+    if not (folder / "params.yaml").is_file():
+        known = sorted(path.parent.name for path in (repository / "runs").glob("*/params.yaml"))
+        raise FuselipError(f"there is no run {folder}; there are: {', '.join(known) or 'none'}")
+    return _write_run_folder(repository, folder, merge(read_corrections(folder / "params.yaml"), corrections))
+
+
 def _make_run_folder(repository: Path, request: RunRequest, root_settings: Settings, same_source: bool) -> Run:
-    name = request.name or request.source or request.recipe or root_settings.prepare.source
-    if not NAME.fullmatch(name):
-        raise SettingsError(f"'{name}' can't name a run; use letters, digits, dots, dashes and underscores")
+    kind = request.source or request.recipe or root_settings.prepare.source
+    name = request.name or "-".join(filter(None, (kind, request.size)))
+    _check_name(name)
     values = _corrections(repository, request, root_settings, same_source)
     folder = repository / "runs" / name
-    relative = folder.relative_to(repository)
-    values["artifacts"] = str(relative / "artifacts")
-    settings = check_settings(merge(read_recipe(values["recipe"]), values), origin=f"run {name}")
+    values["artifacts"] = str(folder.relative_to(repository) / "artifacts")
+    run = _write_run_folder(repository, folder, values)
+    if same_source:
+        _start_from_root(repository, folder, str(root_settings.artifacts), values["artifacts"])
+    return run
+
+
+def _write_run_folder(repository: Path, folder: Path, values: dict[str, Any]) -> Run:
+    """params.yaml with `values` and dvc.yaml in `folder`; nothing is written if the settings are wrong."""
+    settings = check_settings(merge(read_recipe(values["recipe"]), values), origin=f"run {folder.name}")
     # DVC's templates need the data folder, and every section, in this very file.
     values = merge({section: {} for section in SECTIONS}, values)
     values["prepare"] = {**values["prepare"], "root": str(settings.prepare.root)}
-    steering = {"settings": str(relative / "params.yaml"), "repository": os.path.relpath(repository, folder)}
+    written = str(folder.relative_to(repository) / "params.yaml")
+    steering = {"settings": written, "repository": os.path.relpath(repository, folder)}
     _write_if_changed(folder / "params.yaml", yaml.safe_dump({**steering, **values}, sort_keys=False))
     _write_if_changed(folder / "dvc.yaml", (repository / "dvc.yaml").read_text(encoding="utf-8"))
-    if same_source:
-        _start_from_root(repository, folder, str(root_settings.artifacts), values["artifacts"])
     return Run(repository, folder, settings)
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise SettingsError(f"'{name}' can't name a run; use letters, digits, dots, dashes and underscores")
 
 
 def _corrections(repository: Path, request: RunRequest, root_settings: Settings, same_source: bool) -> dict[str, Any]:
@@ -116,13 +211,19 @@ def _corrections(repository: Path, request: RunRequest, root_settings: Settings,
         values = read_corrections(repository / "params.yaml")
         values["recipe"] = root_settings.recipe
     else:
-        values = {"recipe": request.recipe or RECIPE_OF_SOURCE[request.source or root_settings.prepare.source]}
+        values = {"recipe": request.recipe or _recipe_of(request.source or root_settings.prepare.source)}
         if request.source:
             values["prepare"] = {"source": request.source}
     if request.root:
         root = request.root.expanduser()
         values = merge(values, {"prepare": {"root": str(root if root.is_absolute() else _from(repository, root))}})
-    return merge(values, parse_overrides(request.overrides))
+    return merge(values, request.corrections())
+
+
+def _recipe_of(source: str) -> str:
+    if source not in RECIPE_OF_SOURCE:
+        raise SettingsError(f"no recipe is meant for {source}; name one with --recipe: {', '.join(recipe_names())}")
+    return RECIPE_OF_SOURCE[source]
 
 
 def _from(repository: Path, path: Path) -> str:

@@ -1,0 +1,98 @@
+"""Sections of settings as Prefect's forms show them: every field with its range, choices and meaning, and all empty.
+
+What a form leaves empty is the recipe's. Built from the sections of fuselip_core/config.py, so a field that is added
+there appears in the forms; its help says what each recipe has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Optional
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+from pydantic.fields import FieldInfo
+
+from fuselip_core.config import (
+    CodebookSettings,
+    EvaluateSettings,
+    ModelSettings,
+    PrepareSettings,
+    RegisterSettings,
+    Section,
+    TokenizeSettings,
+    TrainSettings,
+    read_recipe,
+    recipe_names,
+)
+
+LONGEST_VALUE = 40
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+# The form offers and enforces these; elsewhere the settings' own check says what is wrong, with its remedy.
+RecipeName = Annotated[str, WithJsonSchema({"type": "string", "enum": recipe_names()})]
+RunName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME_PATTERN})]
+
+
+class Corrections(BaseModel):
+    """Base of the generated models: fields of one section, each empty unless corrected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are not empty, as plain values."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def corrections_of(section: type[Section], name: str) -> type[Corrections]:
+    """A model with the fields of `section`, which stands in recipes as `name`; none is required, none has a default."""
+    fields: dict[str, Any] = {
+        field_name: (
+            Optional[_with_limits(field)],  # noqa: UP045 - `|` can't be used on a value
+            Field(None, description=_help(field, name, field_name), json_schema_extra=without_empty),
+        )
+        for field_name, field in section.model_fields.items()
+    }
+    docstring = " ".join((section.__doc__ or "").split())
+    return create_model(f"{name.capitalize()}Corrections", __base__=Corrections, __doc__=docstring, **fields)
+
+
+def _with_limits(field: FieldInfo) -> Any:
+    """The field's type with its limits, such as a range or a pattern."""
+    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+
+
+def _help(field: FieldInfo, section: str, name: str) -> str:
+    """The field's meaning and the value of each recipe, which counts while the form leaves it empty."""
+    recipes_of: dict[str, list[str]] = {}
+    for recipe in recipe_names():
+        values = read_recipe(recipe).get(section)
+        if isinstance(values, Mapping) and name in values:
+            value = yaml.safe_dump(values[name], default_flow_style=True, width=1000)
+            text = value.removesuffix("...\n").strip()
+            recipes_of.setdefault(text if len(text) <= LONGEST_VALUE else "a value of its own", []).append(recipe)
+    if len(recipes_of) == 1:
+        known = f" Empty: {next(iter(recipes_of))}, as in all recipes."
+    else:
+        each = "; ".join(f"{value} in {', '.join(recipes)}" for value, recipes in recipes_of.items())
+        known = f" Empty: {each}." if each else ""
+    return f"{field.description or ''}{known}"
+
+
+def without_empty(schema: dict[str, Any]) -> None:
+    """Makes a field's schema that of its type alone: the form of a nullable one would first ask if there is a value."""
+    schema.pop("default", None)
+    variants = [each for each in schema.get("anyOf", []) if each != {"type": "null"}]
+    if len(variants) == 1:
+        del schema["anyOf"]
+        schema.update(variants[0])
+
+
+# Stated one by one rather than in a loop, so that they can be named in annotations.
+PrepareCorrections = corrections_of(PrepareSettings, "prepare")
+ModelCorrections = corrections_of(ModelSettings, "model")
+CodebookCorrections = corrections_of(CodebookSettings, "codebook")
+TokenizeCorrections = corrections_of(TokenizeSettings, "tokenize")
+TrainCorrections = corrections_of(TrainSettings, "train")
+EvaluateCorrections = corrections_of(EvaluateSettings, "evaluate")
+RegisterCorrections = corrections_of(RegisterSettings, "register")
