@@ -1,0 +1,140 @@
+"""The stack of docker/compose.yaml at work: PostgreSQL, S3 store, MLflow, Prefect, and two workers, one killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+import stack_flow
+from mlflow import MlflowClient
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Scheduled
+from stack import Stack, whole_stack
+
+RUNS = 8
+WAIT_SECONDS = 300.0
+MARK = "FUSELIP_TEST_WORKER"
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with whole_stack(tmp_path_factory.mktemp("stack")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def prefect(stack: Stack) -> Iterator[SyncPrefectClient]:
+    with temporary_settings({PREFECT_API_URL: stack.api}), get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def mlflow(stack: Stack) -> MlflowClient:
+    client = MlflowClient(stack.tracking)
+    client.create_experiment(stack_flow.MODEL)
+    client.create_registered_model(stack_flow.MODEL)
+    return client
+
+
+def test_eight_runs_survive_the_death_of_a_worker(
+    stack: Stack, prefect: SyncPrefectClient, mlflow: MlflowClient, tmp_path: Path
+) -> None:
+    deployment = stack_flow.counted.from_source(
+        source=str(Path(stack_flow.__file__).parent), entrypoint="stack_flow.py:counted"
+    )
+    make_pool(prefect)
+    identity = deployment.deploy("stack", work_pool_name="fuselip", print_next_steps=False)
+    for name in ("one", "two"):
+        start_worker(stack, name)
+    runs = [
+        prefect.create_flow_run_from_deployment(identity, parameters={"number": n, "folder": str(tmp_path)}).id
+        for n in range(RUNS)
+    ]
+    wait_until(lambda: begun_by(tmp_path, "one", "train"), stack)
+    lost = kill_worker(stack, "one")
+    assert lost >= 2, "the worker and at least one run of it"
+    wait_until(lambda: begun_by(tmp_path, "two", "train"), stack)
+    resume_runs_of(prefect, "one")
+    wait_until(lambda: all(prefect.read_flow_run(run).state.is_completed() for run in runs), stack)
+    ledgers = [[json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in range(RUNS)]
+    for lines in ledgers:
+        done = Counter(line["step"] for line in lines if line["event"] == "done")
+        assert done == dict.fromkeys(stack_flow.STEPS, 1), lines
+    resumed = [lines for lines in ledgers if {line["worker"] for line in lines} == {"one", "two"}]
+    assert resumed, "a run that one worker began was ended by the other"
+    versions = mlflow.search_model_versions(f"name = '{stack_flow.MODEL}'")
+    assert sorted(int(version.tags["number"]) for version in versions) == list(range(RUNS))
+    kept = boto3.client("s3", endpoint_url=stack.store, **keys(stack)).list_objects_v2(Bucket="mlflow")
+    assert sum(entry["Key"].endswith("/model.txt") for entry in kept["Contents"]) == RUNS
+
+
+def test_the_servers_report_to_nobody(stack: Stack) -> None:
+    assert "telemetry" not in stack.said("prefect") + stack.said("mlflow")
+
+
+def make_pool(prefect: SyncPrefectClient) -> None:
+    """The work pool that compose.yaml's worker looks after."""
+    prefect.create_work_pool(WorkPoolCreate(name="fuselip", type="process"))
+
+
+def start_worker(stack: Stack, name: str) -> None:
+    """compose.yaml's worker, but for its name and for as many runs as the test needs at once."""
+    command = [*stack.command("worker"), "--name", name]
+    command[command.index("--limit") + 1] = str(RUNS // 2)
+    stack.start(f"worker-{name}", command, {**stack.environment("worker"), MARK: name})
+
+
+def kill_worker(stack: Stack, name: str) -> int:
+    """SIGKILL to a worker and its runs, as when their machine loses power; returns how many processes there were."""
+    found = 0
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={name}".encode() in place.read_bytes().split(b"\0"):
+                os.kill(int(place.parent.name), signal.SIGKILL)
+                found += 1
+    return found
+
+
+def resume_runs_of(prefect: SyncPrefectClient, worker: str) -> int:
+    """Schedules again what a lost worker had begun; returns how many runs that were."""
+    lost = [
+        run
+        for run in prefect.read_flow_runs()
+        if run.labels.get("prefect.worker.name") == worker and not (run.state and run.state.is_final())
+    ]
+    for run in lost:
+        prefect.set_flow_run_state(run.id, Scheduled(), force=True)
+    return len(lost)
+
+
+def begun_by(ledgers: Path, worker: str, step: str) -> bool:
+    """Whether `worker` is in the middle of `step` of some run."""
+    for path in ledgers.glob("*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if lines and (lines[-1]["event"], lines[-1]["step"], lines[-1]["worker"]) == ("begun", step, worker):
+            return True
+    return False
+
+
+def wait_until(true: Callable[[], bool], stack: Stack) -> None:
+    late = time.monotonic() + WAIT_SECONDS
+    while not true():
+        assert time.monotonic() < late, stack.said("worker-two")
+        time.sleep(0.3)
+
+
+def keys(stack: Stack) -> dict[str, str]:
+    """Keyword arguments of a client of the store."""
+    names = {"aws_access_key_id": "STORE_ACCESS_KEY", "aws_secret_access_key": "STORE_SECRET_KEY"}
+    return {name: stack.values[variable] for name, variable in names.items()} | {"region_name": "us-east-1"}
