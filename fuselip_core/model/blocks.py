@@ -1,6 +1,7 @@
 """The pre-norm transformer block that image tokenizer and joint encoder share.
 
-Parameter names are those of the published checkpoints. Legend: B sequences, L tokens, D width.
+Parameter names are those of the published checkpoints. Both forms of input are read: padded sequences (B, L, D) with a
+mask, and packed ones (T, D) with their layout. Legend: B sequences, L tokens of one, T tokens of all, D width.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fuselip_core.model.packed import Layout, packed_attention
 
 
 class Attention(nn.Module):
@@ -24,10 +27,15 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) → (B, L, D). `mask` is boolean, broadcastable to (B, heads, L, L), true where a key is seen."""
-        batch, length, width = x.shape
+    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D) or, with a `layout`, (T, D) → (T, D).
+
+        `mask` is boolean, broadcastable to (B, heads, L, L), true where a key is seen.
+        """
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if layout is not None:
+            return self.out_proj(packed_attention(projected, self.heads, layout))
+        batch, length, width = x.shape
         shape = (batch, length, self.heads, width // self.heads)
         query, key, value = (part.view(shape).transpose(1, 2) for part in projected.chunk(3, dim=-1))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -47,7 +55,7 @@ class ResidualBlock(nn.Module):
             OrderedDict(c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width))
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) → (B, L, D); `mask` as in Attention."""
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        """(B, L, D) → (B, L, D), or (T, D) → (T, D); `mask` and `layout` as in Attention."""
+        x = x + self.attn(self.ln_1(x), mask, layout)
         return x + self.mlp(self.ln_2(x))

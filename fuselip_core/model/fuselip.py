@@ -1,7 +1,8 @@
 """FuseLIP (arXiv 2506.03096): one bidirectional transformer over image codes and text tokens.
 
 Parameters bear the published names, so that published checkpoints load strictly.
-Legend: B sequences, L tokens, K codes an image, W width, V vocabulary, S pixels a side.
+Legend: B sequences, L tokens, T tokens of all packed sequences, M masked tokens, K codes an image, W width,
+V vocabulary, S pixels a side.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from transformers.utils import ModelOutput
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.blocks import ResidualBlock
 from fuselip_core.model.fuselip_config import FuseLIPConfig
+from fuselip_core.model.linear_cross_entropy import linear_cross_entropy
+from fuselip_core.model.packed import Layout
 from fuselip_core.model.titok import TiTok, TiTokConfig
 from fuselip_core.model.vocabulary import END_OF_TEXT, IGNORED, PAD, join
 from fuselip_core.model.weights import StrictModel
@@ -40,10 +43,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads, mlp_ratio) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, W) → (B, L, W); `mask` is boolean, broadcastable to (B, heads, L, L), true where a key is seen."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        """(B, L, W) → (B, L, W), or (T, W) → (T, W); `mask` and `layout` as in blocks.Attention."""
         for block in self.resblocks:
-            x = block(x, mask)
+            x = block(x, mask, layout)
         return x
 
 
@@ -59,7 +62,15 @@ class MaskPredictionHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., W) → logits (..., V)."""
-        return self.decoder(self.layer_norm(F.gelu(self.dense(hidden)))) + self.bias
+        return self.decoder(self.features(hidden)) + self.bias
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., W) → what the decoder reads (..., W)."""
+        return self.layer_norm(F.gelu(self.dense(hidden)))
+
+    def loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross-entropies of hidden states (M, W) and the tokens they stand for (M)."""
+        return linear_cross_entropy(self.features(hidden), self.decoder.weight, self.bias, labels)
 
 
 class ImageTokenizer(nn.Module):
@@ -151,11 +162,22 @@ class FuseLIPModel(StrictModel):
         rows = self.token_embedding.weight[self.vocabulary.image_offset :]
         rows.copy_(projected * (rows.std() / projected.std()))
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> FuseLIPOutput:
-        """Joint ids (B, L) int64, padded with 0 → embeddings and, with `labels` (B, L), the masked-token loss."""
-        hidden = self.hidden_states(input_ids)
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, layout: Layout | None = None, **_: Any
+    ) -> FuseLIPOutput:
+        """Joint ids (B, L) int64, padded with 0 → embeddings and, with `labels` (B, L), the masked-token loss.
+
+        With a `layout` ids and labels are packed, (T): the same values without the arithmetic of padding. Embeddings
+        are then in the layout's order. A model that reads padding (`mask_padding` false) can't be given packed ids.
+        """
+        if layout is None:
+            hidden = self.hidden_states(input_ids)
+            embeddings = self.pool(hidden, input_ids)
+        else:
+            hidden = self.packed_hidden_states(input_ids, layout)
+            embeddings = F.normalize(self.ln_final(hidden[layout.pooled]).float(), dim=-1)
         loss = None if labels is None else self.masked_loss(hidden, labels)
-        return FuseLIPOutput(loss=loss, embeddings=self.pool(hidden, input_ids))
+        return FuseLIPOutput(loss=loss, embeddings=embeddings)
 
     def embed_ids(self, input_ids: Tensor, normalize: bool = True, padded: bool | None = None) -> Tensor:
         """Joint ids (B, L) int64, padded with 0 → embeddings (B, W) float32; `padded` as in `hidden_states`."""
@@ -169,7 +191,7 @@ class FuseLIPModel(StrictModel):
         """
         length = input_ids.shape[1]
         if length > self.config.context_length:
-            raise FuselipError(f"a sequence of {length} tokens exceeds the context of {self.config.context_length}")
+            raise FuselipError(_too_long(length, self.config.context_length))
         mask = None
         if self.config.mask_padding and padded is not False:
             seen = input_ids != PAD
@@ -177,6 +199,16 @@ class FuseLIPModel(StrictModel):
                 mask = seen[:, None, None, :]
         x = self.token_embedding(input_ids) + self.positional_embedding[:length]
         return self.transformer(x, mask)
+
+    def packed_hidden_states(self, input_ids: Tensor, layout: Layout) -> Tensor:
+        """Packed joint ids (T) int64 → last block's output (T, W), before the final norm."""
+        if layout.longest > self.config.context_length:
+            raise FuselipError(_too_long(layout.longest, self.config.context_length))
+        if not self.config.mask_padding:
+            raise FuselipError("this model reads padding (mask_padding is false), so packed sequences would differ")
+        # Not plain indexing: its gradient adds up with atomics, in another order every time.
+        x = self.token_embedding(input_ids) + F.embedding(layout.positions, self.positional_embedding)
+        return self.transformer(x, None, layout)
 
     def pool(self, hidden: Tensor, input_ids: Tensor, normalize: bool = True) -> Tensor:
         """Hidden states (B, L, W) → embeddings (B, W) float32: the final norm of the first end-of-text token."""
@@ -187,16 +219,22 @@ class FuseLIPModel(StrictModel):
 
     def masked_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (N, W) at masked places → logits (N, V); raises FuselipError without a mask token."""
-        if self.mask_prediction_head is None:
-            raise FuselipError("this model has no mask token to predict behind; build it with mask_token=true")
-        return self.mask_prediction_head(hidden)
+        logits: Tensor = self._prediction_head()(hidden)
+        return logits
 
     def masked_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy where the label (B, L) is not -100; 0, with zero gradient, if it is so everywhere."""
+        """Mean cross-entropy where the label is not -100; 0, with zero gradient, if it is so everywhere.
+
+        `hidden` is (B, L, W) and `labels` (B, L), or packed: (T, W) and (T). Raises FuselipError without a mask token.
+        """
         masked = labels != IGNORED
         chosen = labels[masked]
-        logits = self.masked_logits(hidden[masked]).float()
-        return F.cross_entropy(logits, chosen, reduction="sum") / max(len(chosen), 1)
+        return self._prediction_head().loss_sum(hidden[masked], chosen) / max(len(chosen), 1)
+
+    def _prediction_head(self) -> MaskPredictionHead:
+        if self.mask_prediction_head is None:
+            raise FuselipError("this model has no mask token to predict behind; build it with mask_token=true")
+        return self.mask_prediction_head
 
     def get_input_embeddings(self) -> nn.Module:
         return self.token_embedding
@@ -230,6 +268,10 @@ class FuseLIPModel(StrictModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: modules draw their own weights when built, and loading is strict, so none is ever missing."""
+
+
+def _too_long(length: int, context: int) -> str:
+    return f"a sequence of {length} tokens exceeds the context of {context}"
 
 
 AutoConfig.register(FuseLIPConfig.model_type, FuseLIPConfig)

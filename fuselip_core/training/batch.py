@@ -1,11 +1,11 @@
-"""Where stored tokens meet the joint encoder: sides of pairs become sequences, sequences become embeddings.
+"""Where stored tokens meet the joint encoder: sides of pairs become packed sequences, sequences become embeddings.
 
-Legend: B pairs, K codes an image, L tokens, W width.
+Legend: B pairs, K codes an image, L tokens, T tokens of all sequences, W width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,59 +13,56 @@ from torch import Tensor
 
 from fuselip_core.data.token_store import SideTokens
 from fuselip_core.model.fuselip import FuseLIPModel
-from fuselip_core.model.vocabulary import IGNORED, join, text_sequence
+from fuselip_core.model.packed import Layout, pack
+from fuselip_core.model.vocabulary import join, text_sequence
 from fuselip_core.training.losses import mask_tokens
 
-BUCKET_TOKENS = 16  # texts whose lengths fall into the same multiple share a padded matrix
-MANY_BUCKETS = 1 << 20
 
+def pack_sides(sides: Sequence[SideTokens], model: FuseLIPModel) -> tuple[Tensor, Layout, Tensor]:
+    """Sides of pairs → packed ids (T) int64 and their layout, on the CPU, and the place in it of each row of all sides.
 
-@dataclass
-class EncodedSide:
-    """Embeddings (B, W) of one side; the masked-token loss summed over `masked` hidden tokens."""
-
-    embeddings: Tensor
-    masked_loss_sum: Tensor
-    masked: int
-
-
-def side_sequences(side: SideTokens, model: FuseLIPModel, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """One side of B pairs as [(rows (N) int64, ids (N, L) int64)]: with and without image, and by length of text.
-
-    Apart, because padding costs as much arithmetic as text: a short answer beside image codes or a long caption would
-    cost several times its own.
+    All sides go through the encoder at once: one look-up, one product a layer, one gradient of the embedding table.
     """
-    buckets = np.asarray(side.has_image) * MANY_BUCKETS + -(-side.text_lengths.astype(np.int64) // BUCKET_TOKENS)
-    parts = []
-    for bucket in np.unique(buckets):
-        rows = np.flatnonzero(buckets == bucket)
-        part = side.part(rows)
-        text = text_sequence(_to_tensor(part.text_ids, device), _to_tensor(part.text_lengths, device))
-        images = model.vocabulary.joint_ids(_to_tensor(part.codes, device)) if bucket >= MANY_BUCKETS else None
-        parts.append((_to_tensor(rows, device), join(images, text, model.config.context_length)))
-    return parts
+    groups, places, before = [], [], 0
+    for side in sides:
+        has_image = np.asarray(side.has_image)
+        for images in (True, False):
+            rows = np.flatnonzero(has_image == images)
+            if len(rows):
+                groups.append(_sequences(side.part(rows), images, model))
+                places.append(rows + before)
+        before += len(side)
+    ids, layout, order = pack(groups)
+    return ids, layout, order[torch.from_numpy(np.argsort(np.concatenate(places)))]
 
 
-def _to_tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64)).to(device)
+def _sequences(side: SideTokens, has_images: bool, model: FuseLIPModel) -> Tensor:
+    """Rows that all have an image, or none, as padded joint ids (N, L) int64."""
+    text = text_sequence(_to_tensor(side.text_ids), _to_tensor(side.text_lengths))
+    images = model.vocabulary.joint_ids(_to_tensor(side.codes)) if has_images else None
+    return join(images, text, model.config.context_length)
 
 
-def encode_side(model: FuseLIPModel, side: SideTokens, mask_probability: float, device: torch.device) -> EncodedSide:
-    """Embeds one side; with a `mask_probability` the same pass also predicts the hidden tokens."""
-    pieces, places = [], []
-    loss_sum, masked = torch.zeros((), device=device), 0
-    for rows, ids in side_sequences(side, model, device):
-        labels = None
-        if mask_probability:
-            ids, labels = mask_tokens(ids, model.vocabulary.mask_id, mask_probability)
-        output = model(ids, labels=labels)
-        if labels is not None:
-            count = int((labels != IGNORED).sum())
-            loss_sum, masked = loss_sum + output.loss * count, masked + count
-        pieces.append(output.embeddings)
-        places.append(rows)
-    order = torch.argsort(torch.cat(places))
-    return EncodedSide(torch.cat(pieces)[order], loss_sum, masked)
+def _to_tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def encode_sides(
+    model: FuseLIPModel, sides: Sequence[SideTokens], mask_probability: float, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Embeds sides of pairs → unit-norm embeddings (B, W) a side, and the masked-token loss.
+
+    With a `mask_probability` the same pass also predicts the tokens it hides; the loss is their mean, else 0.
+    """
+    ids, layout, places = pack_sides(sides, model)
+    labels = None
+    if mask_probability:
+        ids, labels = mask_tokens(ids, model.vocabulary.mask_id, mask_probability)
+        labels = labels.to(device, non_blocking=True)
+    output = model(ids.to(device, non_blocking=True), labels=labels, layout=layout.to(device))
+    embeddings = output.embeddings[places.to(device)].split([len(side) for side in sides])
+    loss = torch.zeros((), device=device) if labels is None else output.loss
+    return list(embeddings), loss
 
 
 class TokenEncoder:
@@ -79,6 +76,6 @@ class TokenEncoder:
         """One side of B pairs → unit-norm embeddings (B, W) float32."""
         training = self.model.training
         self.model.eval()
-        embeddings = encode_side(self.model, side, 0.0, self.device).embeddings
+        embeddings, _ = encode_sides(self.model, [side], 0.0, self.device)
         self.model.train(training)
-        return embeddings.float().cpu().numpy()
+        return embeddings[0].float().cpu().numpy()

@@ -29,7 +29,7 @@ from fuselip_core.data.token_store import TokenStore, gather
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.progress import track
-from fuselip_core.training.batch import encode_side
+from fuselip_core.training.batch import encode_sides
 from fuselip_core.training.checkpoint import Checkpoints, random_state, seed_everything, set_random_state
 from fuselip_core.training.losses import equal_targets, sigmoid_contrastive
 from fuselip_core.training.optimizer import build_adamw, learning_rate_at, set_learning_rate
@@ -154,21 +154,17 @@ class Trainer:
         """Contrastive and masked-token loss of the pairs `rows`."""
         view_rng = np.random.default_rng([self.settings.seed, step])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._uses_bfloat16()):
-            sides = [
-                encode_side(self.model, gather(self.store, rows, side, view_rng), self.mask_probability, self.device)
-                for side in ("query", "target")
-            ]
-        query, target = sides
+            sides = [gather(self.store, rows, side, view_rng) for side in ("query", "target")]
+            (query, target), masked = encode_sides(self.model, sides, self.mask_probability, self.device)
         targets = (self.store.pairs.target_text[rows], self.store.pairs.target_image[rows])
         ignored = equal_targets(*(torch.from_numpy(np.asarray(t, dtype=np.int64)).to(self.device) for t in targets))
         contrastive = sigmoid_contrastive(
-            query.embeddings.float(),
-            target.embeddings.float(),
+            query.float(),
+            target.float(),
             self.model.logit_scale.exp(),
             self.model.logit_bias,
             ignored,
         )
-        masked = (query.masked_loss_sum + target.masked_loss_sum) / max(1, query.masked + target.masked)
         return contrastive, masked
 
     def _uses_bfloat16(self) -> bool:
