@@ -30,6 +30,12 @@ class DownloadError(FuselipError):
     """A download that cannot go on; the message says what is missing and what to do."""
 
 
+class GaveUp(DownloadError):
+    """A host or a network that failed again and again; a later call goes on where this one stopped."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
 class TransientError(Exception):
     """A failure that may pass; `retry_after` is the wait in seconds that the server asked for."""
 
@@ -70,7 +76,7 @@ class Patience:
 def persist(attempt: Callable[[], Result], patience: Patience, what: str) -> Result:
     """Calls `attempt` until it raises no TransientError; waits grow exponentially, or as long as the server asks.
 
-    An attempt that brought new bytes starts the count afresh. Raises DownloadError when patience runs out.
+    An attempt that brought new bytes starts the count afresh. Raises GaveUp when patience runs out.
     """
     failures = 0
     backoff = tenacity.wait_exponential_jitter(
@@ -111,7 +117,7 @@ def persist(attempt: Callable[[], Result], patience: Patience, what: str) -> Res
     try:
         return retrying(counted)
     except TransientError as error:
-        raise DownloadError(_gave_up(what, error, failures, patience)) from None
+        raise GaveUp(_gave_up(what, error, failures, patience)) from None
 
 
 def _error_of(state: tenacity.RetryCallState) -> TransientError:
