@@ -143,7 +143,7 @@ def connect() -> DockerClient:
 def request_for(client: DockerClient, words: Sequence[str], repository: Path) -> ContainerRequest:
     """The container for ``fuselip <words>`` called in the current folder."""
     stage = words[0] if words else ""
-    kind = "download" if stage == "prepare" else "train"
+    kind = "download" if stage in ("prepare", "data") else "train"
     environment = _passed_on(repository)
     return ContainerRequest(
         image=os.environ.get(f"FUSELIP_{kind.upper()}_IMAGE", IMAGES[kind]),
