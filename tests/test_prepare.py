@@ -111,7 +111,7 @@ def test_the_same_data_gives_the_same_version(raw: Path, tmp_path: Path) -> None
 
 def damaged(raw: Path, folder: Path, spoil: Callable[[int, bytes], bytes]) -> Path:
     """A copy of `raw` whose training images went through `spoil` (their number, their bytes)."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for path in raw.iterdir():
         if path.name != "train_images.zip":
             (folder / path.name).write_bytes(path.read_bytes())
@@ -256,3 +256,68 @@ def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) ->
     (tmp_path / "prepared" / "pairs-test-00000-of-00001.parquet").unlink()
     with pytest.raises(DataError, match="pairs-test"):
         PreparedData(tmp_path / "prepared")
+
+
+# ---- what must not be replaced, and by whom --------------------------------------------------------------------------
+
+
+def state_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_raw_data_is_never_replaced_by_what_is_made_of_it(raw: Path, tmp_path: Path) -> None:
+    root = damaged(raw, tmp_path / "home" / "raw", lambda number, data: data)
+    before = state_of(tmp_path)
+    for target in (root, root.parent, root / "prepared", tmp_path / "home" / ".." / "home" / "raw"):
+        with pytest.raises(DataError, match="keep them apart"):
+            prepare_data(settings(root), target)
+    assert state_of(tmp_path) == before
+
+
+def test_what_is_no_prepared_data_is_not_replaced(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "notes.txt").write_text("of somebody")
+    before = state_of(tmp_path)
+    for name in ("thesis", "file"):
+        with pytest.raises(DataError, match="holds no prepared data"):
+            prepare_data(settings(raw), tmp_path / name)
+    with pytest.raises(DataError, match="move that away"):
+        prepare_data(settings(raw), tmp_path / "out")
+    with pytest.raises(DataError, match="cannot be made"):
+        prepare_data(settings(raw), tmp_path / "file" / "below" / "out")
+    assert state_of(tmp_path) == before
+
+
+def test_only_one_process_prepares_into_a_folder(raw: Path, tmp_path: Path) -> None:
+    target = tmp_path / "prepared"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(raw), str(target)])
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "prepared.partial").glob("images-*.json")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(DataError, match="another process is preparing data into"):
+            prepare_data(settings(raw, rows_per_shard=5), target)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    # The lock has gone with its holder, though its file is still there.
+    assert (tmp_path / ".prepared.lock").exists()
+    prepare_data(settings(raw, rows_per_shard=5), target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prepared"]
+
+
+def test_the_download_s_licence_and_version_go_along(raw: Path, tmp_path: Path) -> None:
+    root = damaged(raw, tmp_path / "raw", lambda number, data: data)
+    (root / "license_information.csv").unlink()
+    note = {"source": "zenodo:10821435", "revision": "10821435", "licence": "cc-by-nc-4.0", "page": "x", "files": []}
+    (root / "download.json").write_text(json.dumps(note))
+    manifest = prepare_data(settings(root), tmp_path / "out")
+    assert manifest["origin"] == {name: note[name] for name in ("source", "revision", "licence")}
+    rows = next(PreparedData(tmp_path / "out").iter_images("test", ["licence", "attribution"])).to_pylist()
+    assert rows[0] == {"licence": "cc-by-nc-4.0", "attribution": "zenodo:10821435"}
+    (root / ".test_images.zip.partial").write_bytes(b"half of it")
+    with pytest.raises(DataError, match="unfinished download"):
+        prepare_data(settings(root), tmp_path / "out")

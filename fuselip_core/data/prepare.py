@@ -16,7 +16,6 @@ import errno
 import hashlib
 import importlib.metadata
 import json
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -29,8 +28,9 @@ import numpy as np
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.candidates import write_candidates
-from fuselip_core.data.pair import DataError, Pair, Place, SetAside
+from fuselip_core.data.pair import DataError, Pair, SetAside
 from fuselip_core.data.perceptual import HeldOutIndex
+from fuselip_core.data.provenance import Provenance, provenance_of
 from fuselip_core.data.shards import (
     ShardResult,
     ShardTask,
@@ -43,11 +43,12 @@ from fuselip_core.data.sources import list_source
 from fuselip_core.data.splits import Plan, plan_splits
 from fuselip_core.data.spool import Spool
 from fuselip_core.data.tally import Tally
+from fuselip_core.data.work_folder import MANIFEST, close_work, key_of, open_work, reserved
 from fuselip_core.data.workers import process_pool
 from fuselip_core.files import atomic_write, replace_folder, sha256_of, write_json
 from fuselip_core.progress import track
 
-MANIFEST, QUARANTINE, KEY = "manifest.json", "quarantine.jsonl", "key.json"
+QUARANTINE = "quarantine.jsonl"
 PAIRS_A_SHARD = 1 << 20
 # Held-out splits first: their hashes keep copies out of the splits behind them.
 ROUNDS = (("test", "valid"), ("dev",), ("train",))
@@ -65,52 +66,18 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     """
     work = work or target.with_name(f"{target.name}.partial")
     try:
-        plan = plan_splits(list_source(settings.source, settings.root, settings), settings)
-        _open_work(work, plan, settings)
-        results = _write_images(plan, settings, work)
-        manifest = _finish(plan, results, settings, work)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_folder(work, target)
+        with reserved(target, settings.root):
+            plan = plan_splits(list_source(settings.source, settings.root, settings), settings)
+            origin = provenance_of(settings.root)
+            open_work(work, key_of(plan, settings, tool_version(), origin))
+            results = _write_images(plan, settings, work, origin)
+            manifest = _finish(plan, results, settings, work, origin)
+            replace_folder(work, target)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DataError(f"no space left for {work}; free some and run again, finished shards are kept") from error
         raise
     return manifest
-
-
-def _open_work(work: Path, plan: Plan, settings: PrepareSettings) -> None:
-    """Keeps what an earlier run with the same data and settings left in `work`, and nothing else."""
-    key = {"key": _key(plan, settings)}
-    path = work / KEY
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) == key:
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write_json(path, key)
-
-
-def _key(plan: Plan, settings: PrepareSettings) -> str:
-    """Changes with the tool, the settings, the tables, and the size or time of any file that holds images."""
-    digest = hashlib.sha256(f"{tool_version()} {settings.model_dump_json(exclude={'workers'})}".encode())
-    last: Path | None = None
-    for split in plan.splits:
-        for image in plan.images[split]:
-            digest.update(repr(image).encode())
-            if image.place.file != last:
-                last = image.place.file
-                digest.update(_state_of(image.place).encode())
-        for table in (plan.pairs, plan.candidates):
-            for item in table.get(split, ()):
-                digest.update(repr(item).encode())
-    return digest.hexdigest()
-
-
-def _state_of(place: Place) -> str:
-    try:
-        state = place.file.stat()
-    except OSError:
-        return "missing"
-    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def tool_version() -> str:
@@ -121,14 +88,14 @@ def tool_version() -> str:
         return "unknown"
 
 
-def _write_images(plan: Plan, settings: PrepareSettings, work: Path) -> Results:
+def _write_images(plan: Plan, settings: PrepareSettings, work: Path, origin: Provenance) -> Results:
     """Image shards of every split; copies of held-out images stay out of dev and train unless they are to be kept."""
     results: Results = {}
     for number, splits in enumerate(ROUNDS):
         here = [split for split in splits if split in plan.splits]
         index = _index_held_out(work, number, results) if here and settings.shared_images != "keep" else None
         count = sum(_shard_count(plan, split, settings) for split in here)
-        tasks = (task for split in here for task in _tasks(plan, split, settings, work, index))
+        tasks = (task for split in here for task in _tasks(plan, split, settings, work, origin, index))
         done = _run(tasks, count, settings.workers)
         for split in here:
             results[split] = list(islice(done, _shard_count(plan, split, settings)))
@@ -154,12 +121,16 @@ def _shard_count(plan: Plan, split: str, settings: PrepareSettings) -> int:
     return -(-len(plan.images[split]) // settings.rows_per_shard)
 
 
-def _tasks(plan: Plan, split: str, settings: PrepareSettings, work: Path, index: Path | None) -> Iterator[ShardTask]:
+def _tasks(
+    plan: Plan, split: str, settings: PrepareSettings, work: Path, origin: Provenance, index: Path | None
+) -> Iterator[ShardTask]:
     count = _shard_count(plan, split, settings)
     for number, part in enumerate(plan.images[split].parts(settings.rows_per_shard)):
         yield ShardTask(
             path=work / shard_name("images", split, number, count),
             source=settings.source,
+            licence=origin.licence,
+            attribution=origin.source,
             entries=part,
             max_megapixels=settings.max_megapixels,
             held_out=index,
@@ -191,7 +162,7 @@ def _run(tasks: Iterator[ShardTask], count: int, workers: int) -> Iterator[Shard
             yield waiting.popleft().result()
 
 
-def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path) -> dict[str, Any]:
+def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path, origin: Provenance) -> dict[str, Any]:
     """Writes pairs, quarantine and manifest beside the image shards, and takes away what only a resumed run needs."""
     tally = Tally(work, plan, results)
     shards = [_named(result) for split in plan.splits for result in results[split]]
@@ -206,6 +177,7 @@ def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path)
     manifest = {
         "tool_version": tool_version(),
         "source": settings.source,
+        "origin": asdict(origin),
         "settings": _stated(settings),
         "data_version": _data_version(shards),
         "counts": tally.counts,
@@ -214,11 +186,8 @@ def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path)
         "duplicates": tally.duplicates(),
         "notes": plan.notes,
     }
-    for pattern in ("*.parquet.*", ".*.partial", "held_out-*"):
-        for path in work.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (work / KEY).unlink()
     write_json(work / MANIFEST, manifest)
+    close_work(work)
     return manifest
 
 

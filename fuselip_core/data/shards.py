@@ -35,6 +35,7 @@ PAIR_GROUP_ROWS = 1 << 14
 class ShardTask:
     """What one worker writes: `entries` into `path`.
 
+    licence, attribution: of the data set as a whole, for images that state none of their own.
     held_out: folder of a HeldOutIndex, whose images are left out. near: their near duplicates too. fingerprints: leave
     what such an index is built of beside the shard.
     """
@@ -43,6 +44,8 @@ class ShardTask:
     source: str
     entries: tuple[ImageEntry, ...]
     max_megapixels: float
+    licence: str | None = None
+    attribution: str | None = None
     held_out: Path | None = None
     near: bool = False
     fingerprints: bool = False
@@ -141,8 +144,8 @@ def _checked_row(entry: ImageEntry, data: bytes, work: _Work) -> dict[str, Any]:
         "concepts": list(entry.concepts),
         "case": entry.case,
         "source": work.task.source,
-        "licence": entry.licence,
-        "attribution": entry.attribution,
+        "licence": entry.licence or work.task.licence,
+        "attribution": entry.attribution or work.task.attribution,
     }
     return {**row, "row_hash": row_hash(row), "bytes": data}
 

@@ -1,0 +1,36 @@
+"""Where a raw data set came from, as its download left it in ``download.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from fuselip_core.data.pair import DataError
+
+DOWNLOAD_MANIFEST = "download.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """`source` as `fuselip data download` takes it, the version that its host pinned, and the licence of the whole."""
+
+    source: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+
+
+def provenance_of(root: Path) -> Provenance:
+    """What ``download.json`` in `root` says, nothing without one; raises DataError for an unfinished download."""
+    for partial in chain(root.glob(".*.partial"), root.glob("*/.*.partial")):
+        raise DataError(
+            f"{root} has an unfinished download ({partial.name}); run `fuselip data download` again, which goes on "
+            "with it, or remove that file"
+        )
+    try:
+        content = json.loads((root / DOWNLOAD_MANIFEST).read_text(encoding="utf-8"))
+        stated = {name: content.get(name) for name in ("source", "revision", "licence")}
+    except (OSError, ValueError, AttributeError):
+        return Provenance()
+    return Provenance(**{name: value if isinstance(value, str) else None for name, value in stated.items()})
