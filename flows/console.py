@@ -7,60 +7,81 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 from prefect import Flow
 from prefect.client.schemas import State
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from flows.environment import REPOSITORY
-from flows.runs import RunRequest, open_run_folder
-from flows.steps import Ending, RunnerName
+from flows.runner import Ending
+from flows.runs import RunRequest, StageRequest
+from flows.steps import RunnerName
 from flows.summary import print_summary
-from fuselip_core.config import SourceName
+from fuselip_core.config import parse_overrides
 from fuselip_core.errors import FuselipError
 
 
-def run_from_command_line(flow: Flow[Any, Any], arguments: Sequence[str] | None = None) -> None:
-    """Runs `flow` and ends the process: 0 if all went well, 1 with one line on stderr if not, 2 for a wrong option."""
-    options = _parser(flow).parse_args(arguments)
+def run_from_command_line(flow: Flow[Any, Any], kind: type[BaseModel], arguments: Sequence[str] | None = None) -> None:
+    """Runs `flow` with a request of `kind` made of the command line's options, and ends the process.
+
+    The exit code is 0 if all went well, 1 with one line on stderr if not, 2 for a wrong option.
+    """
+    options = vars(_parser(flow, kind).parse_args(arguments))
+    runner = options.pop("runner", None)
     try:
-        request = RunRequest(
-            source=options.source,
-            root=options.root,
-            recipe=options.recipe,
-            overrides=tuple(options.set),
-            name=options.name,
-        )
+        request = _read(kind, options)
         # Looked at before Prefect's server starts, which takes a while.
-        open_run_folder(REPOSITORY, request)
+        if isinstance(request, RunRequest | StageRequest):
+            request.open(REPOSITORY)
     except ValidationError as error:
-        _fail(str(error.errors()[0]["msg"]), code=2)
+        wrong = error.errors()[0]
+        _fail(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}", code=2)
     except FuselipError as error:
         _fail(str(error), code=error.exit_code)
     # Ending this process must end the stage it waits for: an exception does, the signal's default would not.
     signal.signal(signal.SIGTERM, _raise_exit)
     if sys.stderr.isatty():
         _hide_shown_lines()
-    state: State[Any] = flow(request, options.runner, return_state=True)  # type: ignore[assignment]
+    state: State[Any] = flow(request, *([runner] if runner else []), return_state=True)  # type: ignore[assignment]
     if not state.is_completed():
         _fail(state.message or str(state.name), code=1)
     ending = state.result()
     if isinstance(ending, Ending):
         print_summary(ending, Console())
+    else:
+        Console().print(state.message, highlight=False, markup=False, soft_wrap=True)
 
 
-def _parser(flow: Flow[Any, Any]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m flows.{flow.name}", description=flow.description)
-    parser.add_argument("--source", choices=get_args(SourceName), help="kind of data set; params.yaml's if not given")
-    parser.add_argument("--root", type=Path, help="folder of the raw data set; the recipe's if not given")
-    parser.add_argument("--recipe", help="recipe to start from; the source's if not given")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override of a field")
-    parser.add_argument("--name", help="folder below runs/; the source's name if not given")
-    parser.add_argument("--runner", choices=get_args(RunnerName), default="process", help="where stages run")
+def _parser(flow: Flow[Any, Any], kind: type[BaseModel]) -> argparse.ArgumentParser:
+    """An option for each plain field of `kind`; fields of its sections are set by --set."""
+    description = (flow.description or "").partition("Args:")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m flows.{flow.name}", description=description)
+    schema = kind.model_json_schema()["properties"]
+    for name, field in schema.items():
+        if "$ref" in field or name == "overrides":
+            continue
+        option = {"dest": name, "default": argparse.SUPPRESS, "help": field.get("description", "").replace("%", "%%")}
+        if field.get("type") == "boolean":
+            option["action"] = argparse.BooleanOptionalAction
+        elif field.get("type") == "array":
+            option["action"] = "append"
+        else:
+            option |= {"choices": field.get("enum"), "metavar": None if "enum" in field else name.upper()}
+        parser.add_argument(f"--{name.replace('_', '-')}", **option)
+    if any("$ref" in field for field in schema.values()):
+        parser.add_argument("--set", action="append", metavar="SECTION.FIELD=VALUE", help="correction of a field")
+    if "runner" in flow.parameters.properties:
+        parser.add_argument("--runner", choices=get_args(RunnerName), default="process", help="where stages run")
     return parser
+
+
+def _read(kind: type[BaseModel], options: dict[str, Any]) -> BaseModel:
+    overrides = options.pop("set", None) or []
+    if "overrides" in kind.model_fields:
+        return kind.model_validate({**options, "overrides": overrides})
+    return kind.model_validate({**options, **parse_overrides(overrides)})
 
 
 def _hide_shown_lines() -> None:

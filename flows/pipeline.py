@@ -9,19 +9,20 @@ from prefect import flow
 from flows.console import run_from_command_line
 from flows.runs import STAGES, RunRequest
 from flows.steps import RunnerName, finish, run_stages
-from flows.summary import publish
 
 WHOLE_RUN = RunRequest()
 
 
 @flow(name="pipeline")
 def pipeline(request: RunRequest = WHOLE_RUN, runner: RunnerName = "process") -> Any:
-    """From raw data to a registered model; a stage whose inputs have not changed is not run again."""
-    ending = run_stages(request, STAGES, runner)
-    if ending.run and not ending.error:
-        publish(ending.run)
-    return finish(ending)
+    """From raw data to a registered model; a stage whose inputs have not changed is not run again.
+
+    Args:
+        request: What is trained, on what. Everything empty is the pipeline of params.yaml.
+        runner: Where stages run: in a process on the worker's machine, or in the project's containers there.
+    """
+    return finish(run_stages(request, STAGES, runner))
 
 
 if __name__ == "__main__":
-    run_from_command_line(pipeline)
+    run_from_command_line(pipeline, RunRequest)

@@ -7,12 +7,16 @@ its state, 1 it failed. Its own process, since DVC and the stage write to the te
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
+import os
 import re
 import signal
 import sys
 
 UNCHANGED = 3
+# Of Linux's prctl: the signal that this process gets when its parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -21,8 +25,7 @@ def main() -> int:
     parser.add_argument("address", help="dvc.yaml and stage, for example dvc.yaml:train")
     parser.add_argument("--force", action="store_true", help="run the stage even if nothing has changed")
     arguments = parser.parse_args()
-    # SIGTERM comes to the whole group: the stage saves its state, and this process waits for it to tell how it ended.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    _end_with_parent()
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc.stage.exceptions import StageCmdFailedError
@@ -39,6 +42,23 @@ def main() -> int:
         sys.stderr.write(f"error: DVC: {': '.join(reasons)}\n")
         return 1
     return 0 if done else UNCHANGED
+
+
+def _end_with_parent() -> None:
+    """Lets SIGTERM stop the stage alone, and sends it if the flow's process is killed: a stage never runs unseen.
+
+    SIGTERM comes to the whole group: the stage saves its state, and this process waits for it to tell how it ended.
+    From a dying parent it comes to this process only, which passes it on.
+    """
+    parent = os.getppid()
+
+    def pass_on(number: int, frame: object) -> None:
+        if os.getppid() != parent:
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            os.killpg(os.getpgrp(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _exit_code(sentence: str) -> int:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,6 +20,9 @@ from flows.stream import OnLine, stream
 from fuselip_core.errors import Interrupted
 
 Status = Literal["done", "unchanged", "interrupted", "failed"]
+# What a stage waits for before it starts, such as a GPU; given the stage's name and where to say so.
+Slot = Callable[[str, OnLine], AbstractContextManager[None]]
+LINES_KEPT = 5
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,15 @@ class Outcome:
     message: str
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a flow went: what each stage did and, if it failed, why."""
+
+    run: Run | None
+    outcomes: tuple[Outcome, ...]
+    error: str | None = None
+
+
 class Runner(Protocol):
     """Runs one stage of a run to its end."""
 
@@ -38,8 +54,10 @@ class Runner(Protocol):
 class ProcessRunner:
     """Runs the stage through DVC in a child process."""
 
-    def __init__(self, flow_run: str | None = None) -> None:
+    def __init__(self, flow_run: str | None = None, flow_url: str | None = None, slot: Slot | None = None) -> None:
         self.flow_run = flow_run
+        self.flow_url = flow_url
+        self.slot = slot or (lambda stage, on_line: nullcontext())
 
     def run(self, stage: str, run: Run, on_line: OnLine, force: bool = False) -> Outcome:
         address = f"{run.dvc_file}:{stage}"
@@ -50,12 +68,13 @@ class ProcessRunner:
         with dvc_lock(run.repository, f"{address} (process {os.getpid()})", on_line) as descriptor:
             if not force and is_unchanged(run.repository, address):
                 return Outcome(stage, "unchanged", time.monotonic() - start, "nothing has changed")
-            code = stream(command, run.repository, environment, lines, keep_open=(descriptor,))
+            with self.slot(stage, on_line):
+                code = stream(command, run.repository, environment, lines, keep_open=(descriptor,))
         return Outcome(stage, _status(code), time.monotonic() - start, lines.message(code))
 
     def environment(self, repository: Path) -> dict[str, str]:
         """What the stage's process finds in its environment."""
-        return stage_environment(repository, self.flow_run)
+        return stage_environment(repository, self.flow_run, self.flow_url)
 
 
 def is_unchanged(repository: Path, address: str) -> bool:
@@ -72,7 +91,7 @@ def is_unchanged(repository: Path, address: str) -> bool:
         return False
 
 
-def stage_environment(repository: Path, flow_run: str | None = None) -> dict[str, str]:
+def stage_environment(repository: Path, flow_run: str | None = None, flow_url: str | None = None) -> dict[str, str]:
     """This process's environment, with its own tools and the repository's code found first."""
     tools = str(Path(sys.executable).parent)
     environment = {
@@ -80,28 +99,33 @@ def stage_environment(repository: Path, flow_run: str | None = None) -> dict[str
         "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PYTHONPATH": f"{repository}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
     }
-    if flow_run:
-        environment["FUSELIP_FLOW_RUN"] = flow_run
-    return environment
+    told = {"FUSELIP_FLOW_RUN": flow_run, "FUSELIP_FLOW_URL": flow_url}
+    return {**environment, **{name: value for name, value in told.items() if value}}
 
 
 class LastLines:
-    """Passes lines on and remembers the one that tells why a process failed."""
+    """Passes lines on and remembers those that tell why a process failed."""
 
     def __init__(self, on_line: OnLine) -> None:
         self.on_line = on_line
-        self._last = self._error = ""
+        self._last: deque[str] = deque(maxlen=LINES_KEPT)
+        self._error = ""
 
     def __call__(self, line: str) -> None:
-        self._last = line
+        self._last.append(line)
         if line.startswith("error: "):
             self._error = line.removeprefix("error: ")
         self.on_line(line)
 
     def message(self, code: int) -> str:
-        """Why a process that ended with `code` failed; the last line is only a hint, so the code stands beside it."""
-        return self._error or (f"ended with code {code}; its last line was: {self._last}" if code else self._last)
+        """Why a process that ended with `code` failed: its error, or else the code beside its last lines."""
+        if code and not self._error:
+            return f"ended with code {code}; its last lines were: {' / '.join(self._last)}"
+        return self._error or (self._last[-1] if self._last else "")
 
 
 def _status(code: int) -> Status:
-    return {0: "done", UNCHANGED: "unchanged", Interrupted.exit_code: "interrupted"}.get(code, "failed")  # type: ignore[return-value]
+    """A stage that saved its state, or that SIGTERM ended before it had any, was interrupted: it may go on."""
+    if code in (Interrupted.exit_code, 128 + signal.SIGTERM):
+        return "interrupted"
+    return {0: "done", UNCHANGED: "unchanged"}.get(code, "failed")  # type: ignore[return-value]

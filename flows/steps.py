@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -14,54 +14,71 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from flows.artifacts import publish
 from flows.container import ContainerRunner
 from flows.environment import REPOSITORY
-from flows.runner import OnLine, Outcome, ProcessRunner, Runner
-from flows.runs import Run, RunRequest, open_run_folder
+from flows.gpu import gpu_slot
+from flows.names import flow_url, name_flow_run
+from flows.progress import ProgressArtifact
+from flows.runner import Ending, OnLine, Outcome, ProcessRunner, Runner
+from flows.runs import Run
 from flows.sample_data import ensure_sample
 from fuselip_core.errors import FuselipError
 
 RunnerName = Literal["process", "docker"]
+# Only what another try can mend is tried again: a stage that was asked to stop and saved its state, as on a machine
+# that is taken away; a download whose host does not answer. The waits are in seconds.
+INTERRUPTED = "Interrupted"
+RETRY_AFTER = [10, 60, 300]
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a flow went: what each stage did and, if it failed, why."""
+class Request(Protocol):
+    """What a flow is asked for; see flows/runs.py."""
 
-    run: Run | None
-    outcomes: tuple[Outcome, ...]
-    error: str | None = None
+    def open(self, repository: Path) -> Run:
+        """The run that is meant, ready to be reproduced."""
 
 
-def run_stages(request: RunRequest, stages: Sequence[str], runner_name: RunnerName) -> Ending:
+def run_stages(request: Request, stages: Sequence[str], runner_name: RunnerName) -> Ending:
     """Runs `stages` in order until one fails; called from within a flow."""
     outcomes: list[Outcome] = []
     try:
-        run = open_run_folder(REPOSITORY, request)
+        run = request.open(REPOSITORY)
     except FuselipError as wrong:
         return Ending(None, (), str(wrong))
-    if error := _error_of(data_task(run, return_state=True)):
+    name_flow_run(run, with_data="prepare" not in stages)
+    if "prepare" in stages and (error := error_of(data_task(run, return_state=True))):
         return Ending(run, (), error)
     runner = make_runner(runner_name)
     for stage in stages:
         force = stage == "register" and _lost_from_registry(run)
         state = stage_task.with_options(name=stage, task_run_name=stage)(stage, run, runner, force, return_state=True)
-        if error := _error_of(state):
+        if error := error_of(state):
             return Ending(run, tuple(outcomes), error)
         outcomes.append(state.result())
+        if stage == "prepare":
+            name_flow_run(run, with_data=True)
     return Ending(run, tuple(outcomes))
 
 
 def finish(ending: Ending) -> State[Any]:
-    """The flow's last state: failed with the stage's sentence, or completed with the Ending."""
+    """The flow's last state: failed with the stage's sentence, or completed with the Ending and its artifacts made."""
     if ending.error:
         return Failed(message=ending.error)
+    if ending.run:
+        publish(ending.run)
     return Completed(message=", ".join(f"{each.stage} {each.status}" for each in ending.outcomes), data=ending)
 
 
 def make_runner(name: RunnerName) -> Runner:
     """The runner of that name."""
-    return {"process": ProcessRunner, "docker": ContainerRunner}[name](flow_run=flow_run.get_id())
+    kind = {"process": ProcessRunner, "docker": ContainerRunner}[name]
+    return kind(flow_run=flow_run.get_id(), flow_url=flow_url(), slot=gpu_slot)
+
+
+def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Whether a failed task is worth another try."""
+    return state.name == INTERRUPTED
 
 
 @task(name="data", task_run_name="data", cache_policy=NO_CACHE)
@@ -71,28 +88,32 @@ def data_task(run: Run) -> Any:
     if prepare.source != "phantom" or run.repository / prepare.root != run.repository / "data":
         return Completed(message=f"{prepare.source} in {prepare.root}")
     try:
-        drawn = ensure_sample(run.repository, _task_log())
+        drawn = ensure_sample(run.repository, task_log())
     except FuselipError as error:
         return Failed(message=f"data: {error}")
     return Completed(message="drawn" if drawn else "unchanged")
 
 
-@task(cache_policy=NO_CACHE)
+@task(cache_policy=NO_CACHE, retries=len(RETRY_AFTER), retry_delay_seconds=RETRY_AFTER, retry_condition_fn=may_pass)
 def stage_task(stage: str, run: Run, runner: Runner, force: bool = False) -> Any:
     """One DVC stage; completes with its Outcome, or fails with its error sentence."""
-    outcome = runner.run(stage, run, _task_log(), force)
+    progress = ProgressArtifact(stage, task_log())
+    outcome = runner.run(stage, run, progress, force)
     if outcome.status in ("failed", "interrupted"):
-        return Failed(message=f"{stage}: {outcome.message}")
+        name = INTERRUPTED if outcome.status == "interrupted" else None
+        return Failed(name=name, message=f"{stage}: {outcome.message}")
+    progress.close()
     return Completed(message=f"{outcome.status} in {outcome.seconds:.0f} s", data=outcome)
 
 
-def _task_log() -> OnLine:
+def task_log() -> OnLine:
     """Passes lines to the task's log; `shown` tells flows/console.py that a terminal has them already."""
     logger = get_run_logger()
     return lambda line: logger.info("%s", line, extra={"shown": True})
 
 
-def _error_of(state: State[Any]) -> str | None:
+def error_of(state: State[Any]) -> str | None:
+    """What a failed task says; None for one that went well."""
     return None if state.is_completed() else state.message or state.name
 
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves to look at: tables and links on the terminal and as Prefect artifacts."""
+"""What a finished run says on the terminal: its measures beside their controls, and what to type next."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from flows.runner import Ending
 from flows.runs import Run
-from flows.steps import Ending
 from fuselip_core.tracking import tracking_uri
 
 Row = dict[str, str]
@@ -62,20 +62,6 @@ def registered_line(registered: dict[str, Any]) -> str:
     return f"{line}, without the alias: {reasons}"
 
 
-def publish(run: Run) -> None:
-    """Makes the Prefect artifacts of a finished run; called from within its flow."""
-    from prefect.artifacts import create_markdown_artifact, create_table_artifact
-
-    metrics = read_json(run.artifacts / "metrics.json")
-    create_table_artifact(key="metrics", table=comparison_rows(metrics), description=f"Measures of {run.name}")
-    everything = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items()))
-    markdown = (
-        f"**{registered_line(read_json(run.artifacts / 'registered.json'))}**\n\n"
-        f"Report: `{run.artifacts / 'report' / 'index.html'}`\n\n| metric | value |\n| --- | --- |\n{everything}\n"
-    )
-    create_markdown_artifact(key="report", markdown=markdown, description=f"All metrics of {run.name}")
-
-
 def print_summary(ending: Ending, console: Console) -> None:
     """The last screen of a run that went well."""
     run = ending.run
@@ -85,14 +71,17 @@ def print_summary(ending: Ending, console: Console) -> None:
     registered = read_json(run.artifacts / "registered.json")
     shown = os.path.relpath(run.artifacts)
     console.print()
-    console.print(_table(comparison_rows(metrics), title=f"{run.name}, {run.settings.evaluate.split} split"))
+    if metrics:
+        console.print(_table(comparison_rows(metrics), title=f"{run.name}, {run.settings.evaluate.split} split"))
     console.print(f"[bold]Stages[/]    {stages}", soft_wrap=True)
-    console.print(f"[bold]Metrics[/]   {shown}/metrics.json")
-    console.print(f"[bold]Pictures[/]  {shown}/report/index.html")
-    console.print(f"[bold]Model[/]     {registered_line(registered)}")
-    console.print("[bold]Next[/]")
-    for command in next_commands(run, registered):
-        console.print(f"  {command}", highlight=False, soft_wrap=True)
+    if metrics:
+        console.print(f"[bold]Metrics[/]   {shown}/metrics.json")
+        console.print(f"[bold]Pictures[/]  {shown}/report/index.html")
+    if registered:
+        console.print(f"[bold]Model[/]     {registered_line(registered)}")
+        console.print("[bold]Next[/]")
+        for command in next_commands(run, registered):
+            console.print(f"  {command}", highlight=False, soft_wrap=True)
 
 
 def next_commands(run: Run, registered: dict[str, Any]) -> list[str]:

@@ -23,10 +23,9 @@ from flows import steps
 from flows.lock import dvc_lock
 from flows.pipeline import pipeline
 from flows.reproduce import UNCHANGED, _exit_code
-from flows.runner import LastLines, ProcessRunner, stage_environment
+from flows.runner import Ending, LastLines, ProcessRunner, stage_environment
 from flows.runs import STAGES, RunRequest, open_run_folder
 from flows.sample_data import ensure_sample
-from flows.steps import Ending
 from flows.stream import stream
 from flows.summary import comparison_rows, next_commands, registered_line
 from fuselip_core.config import SettingsError, load_settings
@@ -151,7 +150,7 @@ def test_error_line_is_the_message_and_else_the_last(said: list[str]) -> None:
     assert lines.message(1) == "no luck" and said[-1] == "bye"
     other = LastLines(said.append)
     other("only this")
-    assert other.message(139) == "ended with code 139; its last line was: only this"
+    assert other.message(139) == "ended with code 139; its last lines were: only this"
 
 
 @pytest.mark.parametrize(("words", "code"), [("exited with 75", 75), ("exited with -9", 137), ("", 1)])
@@ -359,7 +358,7 @@ def test_flow_leaves_artifacts_in_prefect(finished: Path) -> None:
     with get_client(sync_client=True) as client:
         found = client.request("POST", "/artifacts/filter", json={}).json()
     kinds = {each["key"]: each["type"] for each in found}
-    assert kinds["metrics"] == "table" and kinds["report"] == "markdown"
+    assert kinds["metrics"] == "table" and kinds["results"] == "markdown"
 
 
 # The summary

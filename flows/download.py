@@ -1,0 +1,151 @@
+"""Fetches a data set and lets DVC version it. ``python -m flows.download --help``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas import State
+from prefect.states import Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from flows.console import run_from_command_line
+from flows.environment import REPOSITORY
+from flows.lock import dvc_lock
+from flows.names import flow_url, rename_flow_run
+from flows.parameters import without_empty
+from flows.progress import ProgressArtifact
+from flows.runner import LastLines, stage_environment
+from flows.steps import INTERRUPTED, RunnerName, error_of, may_pass, task_log
+from flows.stream import stream
+from fuselip_core.errors import Interrupted
+
+# Read as it is: the worker's image has not all that fuselip_core/data/hubs.py needs.
+ORIGINS = json.loads((files("fuselip_core.data") / "origins.json").read_text(encoding="utf-8"))
+KNOWN = "; ".join(f"{name}: {origin['note']}" for name, origin in ORIGINS.items())
+Source = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "examples": list(ORIGINS)})]
+RETRY_AFTER = [60, 600]
+
+
+class DownloadRequest(BaseModel):
+    """What is fetched, and where to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Source = Field(
+        "rocov2", description=f"Name of a data set, hub:OWNER/NAME, zenodo:RECORD, or an address. Names: {KNOWN}."
+    )
+    folder: Path = Field(Path("ROCOv2_data"), description="Folder of the files, from the repository's root.")
+    revision: str | None = Field(
+        None,
+        description="Commit, branch or tag of a Hub data set; its main branch if empty.",
+        json_schema_extra=without_empty,
+    )
+    include: tuple[str, ...] = Field((), description="Globs of files to fetch; the data set's own choice if empty.")
+    verify: bool = Field(False, description="Check the checksums of files that are there already.")
+    keep_version: bool = Field(
+        True,
+        description="Let DVC keep this version (`dvc add`), so that a model can be made again from the same bytes; "
+        "takes the data set's size once more where the file system can't share blocks.",
+    )
+
+    def words(self) -> list[str]:
+        """What to say to ``fuselip``."""
+        words = ["data", "download", self.source, "--out", str(self.folder)]
+        words += ["--revision", self.revision] if self.revision else []
+        words += [word for glob in self.include for word in ("--include", glob)]
+        return words + (["--verify"] if self.verify else [])
+
+
+ROCOV2 = DownloadRequest()
+
+
+@flow(name="download")
+def download(request: DownloadRequest = ROCOV2, runner: RunnerName = "process") -> Any:
+    """Fetches a data set whole, goes on where an earlier run stopped, and lets DVC keep the version.
+
+    Args:
+        request: What is fetched, and where to.
+        runner: Where it runs: in a process on the worker's machine, or in the project's download container there.
+    """
+    rename_flow_run(f"download-{request.source.split(':')[-1].strip('/').split('/')[-1]}")
+    if error := _misplaced(request, runner):
+        return Failed(message=error)
+    fetched = fetch_task(request, runner, return_state=True)
+    if error := error_of(fetched):
+        return Failed(message=error)
+    kept = keep_task(request.folder, return_state=True) if _is_ours(request) and request.keep_version else None
+    if kept and (error := error_of(kept)):
+        return Failed(message=error)
+    _publish(fetched.result(), kept)
+    return Completed(message=f"{request.source} is in {request.folder}")
+
+
+@task(
+    name="fetch",
+    task_run_name="fetch",
+    cache_policy=NO_CACHE,
+    retries=len(RETRY_AFTER),
+    retry_delay_seconds=RETRY_AFTER,
+    retry_condition_fn=may_pass,
+)
+def fetch_task(request: DownloadRequest, runner: RunnerName) -> Any:
+    """Completes with what the verb says of the data set; a network that fails is tried again later."""
+    module = "flows.container" if runner == "docker" else "fuselip_core"
+    progress = ProgressArtifact("download", task_log())
+    lines = LastLines(progress)
+    environment = stage_environment(REPOSITORY, flow_url=flow_url()) | {"FUSELIP_REPOSITORY": str(REPOSITORY)}
+    code = stream([sys.executable, "-m", module, *request.words()], REPOSITORY, environment, lines)
+    if code:
+        name = INTERRUPTED if code == Interrupted.exit_code else None
+        return Failed(name=name, message=f"download: {lines.message(code)}")
+    progress.close()
+    return Completed(message=f"{request.source} fetched", data=_read_summary(lines.message(0)))
+
+
+@task(name="keep", task_run_name="keep", cache_policy=NO_CACHE)
+def keep_task(folder: Path) -> Any:
+    """Lets DVC keep the version: ``<folder>.dvc`` names its bytes, and is there to be committed."""
+    lines = LastLines(task_log())
+    command = [sys.executable, "-m", "dvc", "add", "--quiet", str(folder)]
+    with dvc_lock(REPOSITORY, f"{folder}.dvc (process {os.getpid()})", lines) as descriptor:
+        code = stream(command, REPOSITORY, stage_environment(REPOSITORY), lines, keep_open=(descriptor,))
+    if code:
+        return Failed(message=f"dvc add {folder}: {lines.message(code)}")
+    return Completed(message=f"{folder}.dvc")
+
+
+def _is_ours(request: DownloadRequest) -> bool:
+    return (REPOSITORY / request.folder).resolve().is_relative_to(REPOSITORY.resolve())
+
+
+def _misplaced(request: DownloadRequest, runner: RunnerName) -> str | None:
+    if runner == "docker" and not _is_ours(request):
+        return f"the download container sees only {REPOSITORY}; choose a folder below it, not {request.folder}"
+    if (REPOSITORY / request.folder).resolve() == REPOSITORY.resolve():
+        return "the data set needs a folder of its own below the repository, such as ROCOv2_data"
+    return None
+
+
+def _read_summary(line: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {}
+
+
+def _publish(summary: dict[str, Any], kept: State[Any] | None) -> None:
+    lines = [f"- {name}: {value}" for name, value in summary.items()]
+    lines += [f"- version: `{kept.message}`, to be committed"] if kept else []
+    create_markdown_artifact(key="download", markdown="\n".join(lines) + "\n", description="What was fetched")
+
+
+if __name__ == "__main__":
+    run_from_command_line(download, DownloadRequest)

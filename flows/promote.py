@@ -1,0 +1,67 @@
+"""Moves the alias of a registered model to another version. ``python -m flows.promote --help``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.console import run_from_command_line
+from flows.names import rename_flow_run
+from flows.parameters import without_empty
+from flows.steps import error_of
+from fuselip_core.errors import FuselipError
+
+
+class PromoteRequest(BaseModel):
+    """Which version the alias is to mean."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field("fuselip-rocov2", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model.")
+    version: int | None = Field(
+        None, ge=1, description="Version to promote; the newest if empty.", json_schema_extra=without_empty
+    )
+    alias: str = Field(
+        "champion", pattern=r"^[a-z][a-z0-9_-]*$", description="Alias to move; what is served follows it."
+    )
+    despite_gates: bool = Field(False, description="Move the alias even if the version missed a gate.")
+
+
+NEWEST = PromoteRequest()
+
+
+@flow(name="promote")
+def promote(request: PromoteRequest = NEWEST) -> Any:
+    """Moves an alias of MLflow's registry, back as well as forward.
+
+    Args:
+        request: Which version the alias is to mean.
+    """
+    rename_flow_run(f"promote-{request.name}")
+    moved = alias_task(request, return_state=True)
+    if error := error_of(moved):
+        return Failed(message=error)
+    create_markdown_artifact(key="promotion", markdown=f"{moved.message}\n", description="What the alias means now")
+    return Completed(message=moved.message)
+
+
+@task(name="alias", task_run_name="alias", cache_policy=NO_CACHE)
+def alias_task(request: PromoteRequest) -> Any:
+    """Completes with what the alias means now and meant before."""
+    from fuselip_core.registry import promote as move
+
+    try:
+        moved = move(request.name, request.version, request.alias, request.despite_gates)
+    except FuselipError as error:
+        return Failed(message=str(error))
+    before = f"version {moved['before']}" if moved["before"] else "nothing"
+    return Completed(message=f"{moved['name']}@{moved['alias']} is version {moved['version']}, it was {before}")
+
+
+if __name__ == "__main__":
+    run_from_command_line(promote, PromoteRequest)
