@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 256  # 256 x 53,505 logits are 55 MB; larger chunks are no faster
+ROWS_AT_ONCE = 512  # x 53,505 logits are 110 MB; larger chunks are hardly faster
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -38,10 +38,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + ROWS_AT_ONCE)
                 part, label = hidden[rows].to(dtype), labels[rows, None]
                 logits = (part @ matrix.T).float().add_(bias)
-                log_sum = logits.logsumexp(dim=1, keepdim=True)
+                error = logits.softmax(dim=1)
+                # torch's softmax is several times faster than its exp and logsumexp, and its top holds the sum.
+                log_sum = logits.amax(dim=1, keepdim=True) - error.amax(dim=1, keepdim=True).log()
                 total += (log_sum - logits.gather(1, label)).sum()
+                del logits
                 if wanted:
-                    error = logits.sub_(log_sum).exp_()
                     error.scatter_add_(1, label, error.new_full(label.shape, -1.0))
                     grads[2] += error.sum(dim=0)
                     error = error.to(dtype)
