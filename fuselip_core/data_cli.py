@@ -27,14 +27,25 @@ def download(
     out: Annotated[Path | None, typer.Option(help="Folder; ./<name of the source> if empty.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a Hub data set.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Glob of files to fetch; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may be repeated.")] = None,
+    connections: Annotated[int, typer.Option(min=1, max=32, help="Files fetched at once.")] = 4,
     verify: Annotated[bool, typer.Option("--verify", help="Check the checksums of files that are there.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Ask the host for a newer version.")] = False,
 ) -> None:
     """Fetch a data set whole; goes on where an earlier call stopped."""
     from fuselip_core.data.download import DownloadSettings
     from fuselip_core.data.download import download as fetch
+    from fuselip_core.data.hubs import folder_name_of
 
-    settings = DownloadSettings(revision=revision, include=tuple(include or ()), verify="full" if verify else "quick")
-    target = out or Path(source.split(":")[-1].rstrip("/").split("/")[-1].split("@")[0])
+    settings = DownloadSettings(
+        revision=revision,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        connections=connections,
+        verify="full" if verify else "quick",
+        refresh=refresh,
+    )
+    target = out or Path(folder_name_of(source))
     manifest = fetch(source, target, settings)
     _show({"folder": target, "files": len(manifest.files), "bytes": manifest.size, "licence": manifest.licence})
 

@@ -59,9 +59,14 @@ def test_folder_of_older_tools(zenodo: Path, tmp_path: Path) -> None:
         (folder / f"{name}.jpg").write_bytes(data)
         (folder / f"{name}.jpg.txt").write_text(f"{caption}\n", encoding="utf-8")
     (tmp_path / "train" / "without.jpg").write_bytes(b"")
+    (tmp_path / "train" / "alone.jpg.txt").write_text("a caption whose picture is lost")
+    twin = next(name for name, (split, _, _) in expected.items() if split == "train")
+    (tmp_path / "train" / f"{twin}.png").write_bytes(b"another picture of that name")
+    (tmp_path / "train" / f"{twin}.png.txt").write_text("another caption")
     listing = list_rocov2(tmp_path)
     assert content(listing) == expected
-    assert [(item.id, item.reason) for item in listing.set_aside] == [("without", "missing_caption")]
+    found = {item.id: item.reason for item in listing.set_aside}
+    assert found == {"without": "missing_caption", "alone.jpg": "missing_image", twin: "repeated_id"}
 
 
 def test_parquet_of_the_hub(zenodo: Path, tmp_path: Path) -> None:
@@ -79,6 +84,10 @@ def test_parquet_of_the_hub(zenodo: Path, tmp_path: Path) -> None:
         )
     listing = list_rocov2(tmp_path)
     assert content(listing) == expected
+    assert "these files name no article" in listing.notes[0]
+    shutil.copy(zenodo / "license_information.csv", tmp_path)
+    listing = list_rocov2(tmp_path)
+    assert not listing.notes and all(image.case.startswith("PMC") for image in listing.images)
     assert {image.modality for image in listing.images} == {"CT"}
     with ImageReader(1 << 20) as reader:  # a shard may begin in the middle of a file
         last = [image for image in listing.images if image.split == "train"][-1]
@@ -96,6 +105,14 @@ def test_what_does_not_fit_together_is_set_aside(zenodo: Path, tmp_path: Path) -
         ("ROCOv2_nowhere", "missing_image"),
         (lines[1].split(",")[0], "missing_caption"),
     ]
+
+
+def test_pictures_that_share_a_name_are_not_lost_in_silence(zenodo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zenodo, tmp_path, dirs_exist_ok=True)
+    with zipfile.ZipFile(tmp_path / "test_images.zip", "a") as archive:
+        name = next(iter(archive.namelist()))
+        archive.writestr(f"{Path(name).with_suffix('.png')}", b"another")
+    assert [(item.id, item.reason) for item in list_rocov2(tmp_path).set_aside] == [(Path(name).stem, "repeated_id")]
 
 
 def test_members_that_would_leave_their_folder_are_not_read(zenodo: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -67,6 +68,7 @@ def usable() -> dict[str, bytes]:
         "tiff": encoded(grey(6), "TIFF"),
         "turned": encoded(colour, "JPEG", exif=Image.Exif()),
         "webp": encoded(colour, "WEBP"),
+        "megapixels_100": encoded(Image.new("1", (12_500, 8_000)), "PNG"),
     }
 
 
@@ -99,7 +101,9 @@ def test_each_is_used_or_set_aside(tmp_path: Path) -> None:
         archive.writestr("C:\\escape.jpg", good["cmyk"])
     (root / "train_captions.csv").write_text("\n".join(lines), encoding="utf-8")
     settings = PrepareSettings.model_validate({"source": "rocov2", "root": root, "workers": 1})
-    manifest = prepare_data(settings, tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning for each large picture would bury everything else
+        manifest = prepare_data(settings, tmp_path / "out")
     quarantine = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     reasons = {item["id"]: item["reason"] for item in quarantine if item["id"] in bad}
     assert reasons == {name: reason for name, (_, reason) in bad.items()}

@@ -13,7 +13,7 @@ import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, cast
 
 import pyarrow as pa
@@ -37,6 +37,7 @@ PUBLISHED_SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "
 PUBLISHED_COUNTS = {"train": 59_958, "valid": 9_904, "test": 9_927}
 MOST_DIFFERENCE = 0.1  # what differs more is a part of ROCOv2, or another data set in its layout
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+LICENCES = "license_information.csv"
 HUB_COLUMNS = ("image", "image_id", "caption")
 
 
@@ -75,7 +76,7 @@ def _compare_counts(listing: Listing) -> None:
 def list_zenodo(root: Path) -> Listing:
     """The published layout; images may be zipped or extracted, and any split may be missing."""
     listing = Listing()
-    licences = _read_licences(root / "license_information.csv")
+    licences = _read_licences(root / LICENCES)
     for name, split in PUBLISHED_SPLITS.items():
         if (root / f"{name}_captions.csv").exists():
             _list_zenodo_split(root, name, split, licences, listing)
@@ -86,7 +87,7 @@ def _list_zenodo_split(
     root: Path, name: str, split: str, licences: Mapping[str, Mapping[str, str]], listing: Listing
 ) -> None:
     places, refused = _places(root, name)
-    listing.set_aside.extend(SetAside(member, split, "unsafe_member", reason) for member, reason in refused)
+    listing.set_aside.extend(SetAside(item, split, *reason) for item, *reason in refused)
     concepts = _read_concepts(root / f"{name}_concepts.csv")
     manual = _read_concepts(root / f"{name}_concepts_manual.csv")
     seen: set[str] = set()
@@ -118,12 +119,13 @@ def _list_zenodo_split(
         listing.set_aside.append(SetAside(identifier, split, "missing_caption", f"not in {name}_captions.csv"))
 
 
-def _places(root: Path, name: str) -> tuple[dict[str, Place], tuple[tuple[str, str], ...]]:
-    """Image id → place (an extracted folder is preferred to its archive), and members that are refused, with why."""
+def _places(root: Path, name: str) -> tuple[dict[str, Place], list[tuple[str, str, str]]]:
+    """Image id → place (an extracted folder is preferred to its archive); and (name, reason, detail) of the refused."""
+    refused: list[tuple[str, str, str]] = []
     for folder in (root / name, root / f"{name}_images"):
         if folder.is_dir():
             files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-            return {path.stem: Place(path) for path in files}, ()
+            return _by_id([(path, Place(path)) for path in files], refused), refused
     archive = root / f"{name}_images.zip"
     if not archive.exists():
         raise DataError(
@@ -134,7 +136,19 @@ def _places(root: Path, name: str) -> tuple[dict[str, Place], tuple[tuple[str, s
     # Members are read by name and never extracted, so that no path of an archive touches the disk.
     paths = [PurePosixPath(info.filename) for info in members.safe]
     pictures = [path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-    return {path.stem: Place(archive, member=str(path)) for path in pictures}, members.refused
+    refused += [(member, "unsafe_member", reason) for member, reason in members.refused]
+    return _by_id([(path, Place(archive, member=str(path))) for path in pictures], refused), refused
+
+
+def _by_id(places: Sequence[tuple[PurePath, Place]], refused: list[tuple[str, str, str]]) -> dict[str, Place]:
+    """The first picture of each id; `refused` takes the others."""
+    first: dict[str, Place] = {}
+    for path, place in places:
+        if path.stem in first:
+            refused.append((path.stem, "repeated_id", f"{path.name} is named like another picture"))
+        else:
+            first[path.stem] = place
+    return first
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
@@ -185,18 +199,30 @@ def _list_sidecars(root: Path) -> Listing:
     """Folders of images with the caption of `ID.jpg` in `ID.jpg.txt`; they name no case."""
     listing = Listing()
     for name, split in PUBLISHED_SPLITS.items():
-        images = (path for path in sorted((root / name).glob("*")) if path.suffix.lower() in SUFFIXES)
-        for path in images:
-            text = path.with_name(f"{path.name}.txt")
-            if not text.exists():
-                listing.set_aside.append(SetAside(path.stem, split, "missing_caption", f"no {text.name}"))
-                continue
-            image = ImageEntry(path.stem, split, case=path.stem, place=Place(path))
-            listing.images.append(image)
-            # One bad byte in one text of 80,000 is no reason to stop.
-            caption = text.read_bytes().decode("utf-8", errors="replace")
-            listing.pairs.append(caption_pair(image, one_line(caption)))
+        seen: set[str] = set()
+        for path in sorted((root / name).glob("*")):
+            if path.suffix.lower() in SUFFIXES:
+                _list_sidecar(path, split, seen, listing)
+            elif path.suffix == ".txt" and not path.with_suffix("").exists():
+                listing.set_aside.append(SetAside(path.stem, split, "missing_image", f"no picture beside {path.name}"))
     return listing
+
+
+def _list_sidecar(path: Path, split: str, seen: set[str], listing: Listing) -> None:
+    text = path.with_name(f"{path.name}.txt")
+    fault = None if text.exists() else ("missing_caption", f"no {text.name}")
+    # The same name may come in two splits; whether that is the same picture shows later.
+    if path.stem in seen:
+        fault = "repeated_id", f"{path.name} is named like another picture"
+    if fault:
+        listing.set_aside.append(SetAside(path.stem, split, *fault))
+        return
+    seen.add(path.stem)
+    image = ImageEntry(path.stem, split, case=path.stem, place=Place(path))
+    listing.images.append(image)
+    # One bad byte in one text of 80,000 is no reason to stop.
+    caption = text.read_bytes().decode("utf-8", errors="replace")
+    listing.pairs.append(caption_pair(image, one_line(caption)))
 
 
 def _parquet_files(root: Path) -> dict[str, list[Path]]:
@@ -210,9 +236,14 @@ def _parquet_files(root: Path) -> dict[str, list[Path]]:
 
 
 def _list_parquet(root: Path, files: Mapping[str, Sequence[Path]]) -> Listing:
-    """The Hub's files. They name no article; `license_information.csv` beside them adds it."""
+    """The Hub's files. They name no article; LICENCES beside them adds it."""
     listing = Listing()
-    licences = _read_licences(root / "license_information.csv")
+    licences = _read_licences(root / LICENCES)
+    if not licences:
+        listing.notes.append(
+            f"these files name no article; with {LICENCES} of the Zenodo record beside them, images of one article "
+            "count as one case"
+        )
     for name, paths in files.items():
         seen: set[str] = set()
         for path in paths:

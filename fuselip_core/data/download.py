@@ -12,6 +12,7 @@ import fnmatch
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -32,6 +33,8 @@ from fuselip_core.data.transfer import Fetch
 from fuselip_core.files import sha256_of, write_json
 
 MANIFEST = "download.json"
+# Notes are written beside, then renamed (files.atomic_write): ``..<file>.partial.json.<process>.partial``.
+DRAFT = re.compile(r"\.(\..+\.partial\.json|download\.json)\.\d+\.partial")
 # Libraries that log whole addresses, which carry signatures of temporary access.
 CHATTY_LOGGERS = ("httpx", "httpcore", "httpx2", "httpcore2")
 
@@ -98,7 +101,16 @@ def download(source: str, target: Path, settings: DownloadSettings | None = None
     origin = origin_of(source)
     with _locked(target), _quiet_libraries():
         present = None if settings.refresh else _complete(target, origin, settings)
+        if present is None:
+            _sweep(target)
         return present or _fetch_all(origin, target, settings)
+
+
+def _sweep(target: Path) -> None:
+    """Takes away the drafts of notes that a killed process was writing; bytes of files stay."""
+    for path in target.rglob(".*.partial"):
+        if DRAFT.fullmatch(path.name):
+            path.unlink()
 
 
 def read_manifest(target: Path) -> DownloadManifest | None:

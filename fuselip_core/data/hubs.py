@@ -100,6 +100,15 @@ def origin_of(source: str) -> Origin:
     )
 
 
+def folder_name_of(source: str) -> str:
+    """A folder to download `source` into where none is given: its name, without what an address may hide."""
+    if source.startswith(("https://", "http://")):
+        name = PurePosixPath(unquote(urlsplit(source).path)).stem
+    else:
+        name = source.partition("@")[0].rpartition(":")[2].rpartition("/")[2]
+    return name if name.strip(".") else "download"
+
+
 def list_files(
     source: str, revision: str | None, client: httpx.Client, endpoints: Endpoints, patience: Patience
 ) -> Listing:

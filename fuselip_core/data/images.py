@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +33,7 @@ DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+MOST_MEGAPIXELS = 178  # what Pillow opens at most, whatever is allowed
 CROP_ATTEMPTS = 10
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -53,7 +57,7 @@ def decode(data: bytes, max_megapixels: float) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise UnreadableImage("too_large", _one_line(error)) from error
+        raise UnreadableImage("too_large", f"more than {MOST_MEGAPIXELS} million pixels") from error
     except DECODER_ERRORS as error:
         raise UnreadableImage("not_an_image", f"no picture of a known format in {len(data)} bytes") from error
     megapixels = image.width * image.height / 1e6
@@ -66,6 +70,14 @@ def decode(data: bytes, max_megapixels: float) -> Image.Image:
         return _to_8_bits(image)
     except DECODER_ERRORS as error:
         raise UnreadableImage("damaged_image", _one_line(error)) from error
+
+
+@contextlib.contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Keeps the decoders' warnings (large pictures, odd metadata) to themselves: pictures are judged by `decode`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from fuselip_core.data.spool import Spool
 from fuselip_core.errors import FuselipError
 
+REMEDY = "download it there, or name its folder (--root of `fuselip data prepare`, else prepare.root)"
 SPLITS = ("train", "dev", "valid", "test")  # dev: held out of train for model selection, where a data set has no third
 
 # Whole captions that say nothing: forgotten form fields of teaching files and exports.
@@ -154,9 +155,9 @@ def fault_of_caption(caption: str, min_words: int) -> str | None:
 def require_folder(root: Path, what: str) -> None:
     """Raises DataError if `root` is no folder or is empty."""
     if not root.is_dir():
-        raise DataError(f"no folder {root} with {what}; download it there or give its place with prepare.root=FOLDER")
+        raise DataError(f"no folder {root} with {what}; {REMEDY}")
     if not any(root.iterdir()):
-        raise DataError(f"the folder {root} is empty; download {what} there or give another with prepare.root=FOLDER")
+        raise DataError(f"the folder {root} is empty, where {what} should be; {REMEDY}")
 
 
 def require_columns(columns: Sequence[str] | None, needed: Sequence[str], path: Path) -> None:

@@ -23,7 +23,7 @@ class Provenance:
 
 def provenance_of(root: Path) -> Provenance:
     """What ``download.json`` in `root` says, nothing without one; raises DataError for an unfinished download."""
-    for partial in chain(root.glob(".*.partial"), root.glob("*/.*.partial")):
+    for partial in chain(root.glob(".[!.]*.partial"), root.glob("*/.[!.]*.partial")):
         raise DataError(
             f"{root} has an unfinished download ({partial.name}); run `fuselip data download` again, which goes on "
             "with it, or remove that file"

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fuselip_core.data.columns import table_of
-from fuselip_core.data.images import UnreadableImage, decode
+from fuselip_core.data.images import UnreadableImage, decode, quiet_decoders
 from fuselip_core.data.pair import ImageEntry, Pair, Place, SetAside
 from fuselip_core.data.perceptual import THUMBNAIL, Fingerprint, HeldOutIndex, fingerprint
 from fuselip_core.data.places import Derived, ImageReader
@@ -81,7 +81,7 @@ def write_image_shard(task: ShardTask, show: bool = False) -> ShardResult:
         return _read_result(sidecar)
     work = _Work(task, HeldOutIndex(task.held_out) if task.held_out else None)
     reader = ImageReader.within(task.max_megapixels)
-    with atomic_write(task.path) as partial, _group_writer(partial) as write, reader:
+    with atomic_write(task.path) as partial, _group_writer(partial) as write, reader, quiet_decoders():
         for entry in track(task.entries, task.path.stem) if show else task.entries:
             try:
                 write(_checked_row(entry, reader.read(entry.place), work))

@@ -61,12 +61,19 @@ def source_names() -> tuple[str, ...]:
 
 def list_source(name: str, root: Path, settings: PrepareSettings | None = None) -> Listing:
     """All of a data set but its pixels; raises DataError for an unknown name or a folder that is not that data set."""
-    if name in SOURCES_WITH_SETTINGS:
-        listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
-    elif name in SOURCES:
-        listing = SOURCES[name](root)
-    else:
+    if name not in source_names():
         raise DataError(f"unknown source '{name}'; there are: {', '.join(source_names())}")
+    try:
+        if name in SOURCES_WITH_SETTINGS:
+            listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
+        else:
+            listing = SOURCES[name](root)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        # Tables of another form than published surface where a value is looked for; --debug shows where.
+        raise DataError(
+            f"{root} holds tables that are not in the published form of {name} ({type(error).__name__}); "
+            "compare them with the published files"
+        ) from error
     if not listing.images:
         raise DataError(f"{root} holds no image with a text that could be read as {name}; see the published layout")
     return listing

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fuselip_core.data.archives import leaves_folder
-from fuselip_core.data.captions import read_table
+from fuselip_core.data.captions import SUFFIXES, read_table
 from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
@@ -30,7 +30,7 @@ from fuselip_core.data.pair import (
 from fuselip_core.data.vqa import CLOSED_ANSWERS, fault_of_question, normalise_answer
 
 SPLIT_OF = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+IMAGE_SUFFIXES = frozenset(SUFFIXES)
 TEXT_SUFFIXES = frozenset({".txt", ".json"})
 MOST_TEXT_BYTES = 1 << 20  # a caption or its metadata; what is longer is no caption
 
@@ -161,6 +161,10 @@ def entry_of(table: Path, split: str, path: str) -> ImageEntry | None:
     return ImageEntry(path, split, case=path, place=Place(table.parent / path))
 
 
+def _fault_of_path(path: str) -> str:
+    return "outside_folder" if path else "empty_path"
+
+
 def _first_time(path: str, seen: set[int]) -> bool:
     """True unless the path came before; remembers a hash, since tables have millions of long paths."""
     before = len(seen)
@@ -173,7 +177,7 @@ def _list_captions(table: Path, split: str, listing: Listing) -> None:
     for row in read_table(table, ("path", "caption")):
         path = row["path"].strip()
         image = entry_of(table, split, path)
-        fault = "outside_folder" if image is None else None if _first_time(path, seen) else "repeated_id"
+        fault = _fault_of_path(path) if image is None else None if _first_time(path, seen) else "repeated_id"
         if image is None or fault:
             listing.set_aside.append(SetAside(path, split, fault or "", f"in {table.name}"))
             continue
@@ -187,7 +191,7 @@ def _list_questions(table: Path, split: str, listing: Listing) -> None:
         path = row["path"].strip()
         question, answer = one_line(row["question"]), normalise_answer(row["answer"])
         image = entry_of(table, split, path)
-        fault = "outside_folder" if image is None else fault_of_question(question, answer)
+        fault = _fault_of_path(path) if image is None else fault_of_question(question, answer)
         if image is None or fault:
             listing.set_aside.append(SetAside(f"{path}/question-{number}", split, fault or "", f"in {table.name}"))
             continue

@@ -33,9 +33,8 @@ def reserved(target: Path, root: Path) -> Iterator[None]:
 
 def _refuse_to_replace(target: Path, root: Path) -> None:
     """Prepared data replaces what stands in its place: that may be earlier prepared data and nothing else."""
-    here, raw = target.resolve(), root.resolve()
-    if raw.is_relative_to(here) or (raw.is_dir() and here.is_relative_to(raw)):
-        raise DataError(f"{target} would hold the prepared data and {root} holds the raw data; keep them apart")
+    if root.resolve().is_relative_to(target.resolve()):
+        raise DataError(f"{target} holds the raw data, which the prepared data would replace; name another folder")
     if (target.exists() and not target.is_dir()) or _holds_something_else(target):
         raise DataError(f"{target} exists and holds no prepared data, so it is not replaced; name another folder")
 
