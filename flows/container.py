@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 from flows.runner import OnLine, ProcessRunner
 from fuselip_core.config import Settings, load_settings
 from fuselip_core.errors import FuselipError
+from fuselip_core.made_from import changes_of, commit_of
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -274,9 +274,15 @@ def _lines(container: Container) -> Any:
 def _passed_on(repository: Path) -> dict[str, str]:
     """The part of this process's environment that a stage may need, its own code first."""
     passed = {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON)}
-    command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {**passed, "PYTHONPATH": str(repository), **({"FUSELIP_COMMIT": commit} if commit else {})}
+    # The image has no git to say which code it runs.
+    if commit := commit_of(repository):
+        passed["FUSELIP_COMMIT"] = commit
+    if changes := changes_of(repository):
+        patch = repository / ".dvc" / "tmp" / "changes.patch"
+        patch.parent.mkdir(parents=True, exist_ok=True)
+        patch.write_bytes(changes)
+        passed["FUSELIP_CHANGES"] = str(patch)
+    return {**passed, "PYTHONPATH": str(repository)}
 
 
 def _settings_of(words: Sequence[str]) -> Settings | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,8 +24,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        _flush(partial)
+        with _full_disk_named(path):
+            yield partial
+            _flush(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -38,13 +40,39 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                _flush(file)
+        with _full_disk_named(path):
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _flush(file)
         replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """Turns what libraries raise on a full disk, each its own, into the OSError that says so."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if "No space left" in str(error) or shutil.disk_usage(path.parent).free < CHUNK_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
+def take_space(path: Path) -> None:
+    """Takes the space that the sparse file `path` will fill, or raises OSError.
+
+    Writing to a mapped file on a full disk would end the process by a signal, without a word.
+    """
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -9,6 +9,8 @@ import hashlib
 import logging
 import math
 import os
+import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fuselip_core.config import Gate, Settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import sha256_of
+from fuselip_core.made_from import STATE_FOLDER, write_state
 from fuselip_core.tracking import experiment_id, mlflow_client, run_of, tracking_uri
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ REQUIREMENTS = (
     "torchvision",
     "transformers",
 )
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 # Always the newest version, whether it passed or not; MLflow keeps the word "latest" for itself.
 NEWEST_ALIAS = "candidate"
 
@@ -75,14 +79,27 @@ def register_model(settings: Settings, model: Path, metrics: Mapping[str, float]
     `width` is the embedding's D. Returns what registered.json holds: name, version, alias (None if it stays where it
     was), gates, run_id, model_uri, tracking_uri. The same model with the same metrics is no second version.
     """
+    from mlflow.exceptions import MlflowException
+
     if not model.is_dir():
         raise FuselipError(f"no trained model in {model}; run the train stage first")
+    try:
+        return _register(settings, model, metrics, width)
+    except MlflowException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FuselipError(
+            f"the registry {tracking_uri()} did not take the model ({reason}); see that it answers and run the same "
+            "command again, which only registers"
+        ) from error
+
+
+def _register(settings: Settings, model: Path, metrics: Mapping[str, float], width: int) -> dict[str, Any]:
     name, uri = settings.register_.name, tracking_uri()
     client = mlflow_client(uri)
     fingerprint = _fingerprint(model, metrics)
     found = _version_of(client, name, fingerprint)
     if found is None:
-        found = _log_version(client, settings, model, metrics, width)
+        found = _log_version(client, settings, model, metrics, width, fingerprint)
         client.set_model_version_tag(name, found.version, "fingerprint", fingerprint)
     gates = check_gates(settings.register_.gates, metrics)
     passed = all(gate.passed for gate in gates)
@@ -104,6 +121,32 @@ def register_model(settings: Settings, model: Path, metrics: Mapping[str, float]
     }
 
 
+def promote(name: str, version: int | None, alias: str, despite_gates: bool = False) -> dict[str, Any]:
+    """Moves `alias` of the registered model `name` to `version`, or to the newest one if it is None.
+
+    Returns name, version, alias and, as `before`, the version that had the alias. Raises FuselipError if there is no
+    such version, or if a gate of it was missed and `despite_gates` is not set.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_client(tracking_uri())
+    try:
+        if version is None:
+            found = client.get_model_version_by_alias(name, NEWEST_ALIAS)
+        else:
+            found = client.get_model_version(name, str(version))
+    except MlflowException as error:
+        wanted = f"version {version} of {name}" if version else f"model {name}"
+        raise FuselipError(f"there is no {wanted} on {tracking_uri()}; its Models page lists what there is") from error
+    if found.tags.get("gates") == "failed" and not despite_gates:
+        raise FuselipError(
+            f"{name} version {found.version} missed a gate; set despite_gates to move {alias} to it anyway"
+        )
+    before = client.get_registered_model(name).aliases.get(alias)
+    client.set_registered_model_alias(name, alias, found.version)
+    return {"name": name, "version": int(found.version), "alias": alias, "before": int(before) if before else None}
+
+
 def is_registered(registered: Mapping[str, Any]) -> bool:
     """Whether the version that a registered.json names is still in the registry it names."""
     from mlflow.exceptions import MlflowException
@@ -116,12 +159,39 @@ def is_registered(registered: Mapping[str, Any]) -> bool:
     return True
 
 
+def fetch_state(uri: str, folder: Path) -> tuple[str, str, Path]:
+    """Name and version of the model that `uri` (models:/NAME@ALIAS or /VERSION) means, and where in `folder` its state
+    now lies; raises FuselipError where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    asked = MODEL_URI.fullmatch(uri)
+    if not asked:
+        raise FuselipError(f"'{uri}' names no registered model; write models:/NAME@champion or models:/NAME/3")
+    client = mlflow_client(tracking_uri())
+    try:
+        if asked["alias"]:
+            found = client.get_model_version_by_alias(asked["name"], asked["alias"])
+        else:
+            found = client.get_model_version(asked["name"], asked["version"])
+        if "state" not in found.tags:
+            raise FuselipError(f"{uri} was registered before models kept their state; register it again")
+        place = client.download_artifacts(found.run_id, found.tags["state"], str(folder))
+    except MlflowException as error:
+        reason = " ".join(str(error).split())
+        raise FuselipError(f"{tracking_uri()} has no {uri} ({reason}); see MLFLOW_TRACKING_URI") from error
+    return found.name, str(found.version), Path(place)
+
+
 def _log_version(
-    client: MlflowClient, settings: Settings, model: Path, metrics: Mapping[str, float], width: int
+    client: MlflowClient, settings: Settings, model: Path, metrics: Mapping[str, float], width: int, fingerprint: str
 ) -> ModelVersion:
     import mlflow
 
     run_id = _run_for(client, settings)
+    state = f"{STATE_FOLDER}/{fingerprint[:12]}"
+    with tempfile.TemporaryDirectory() as folder:
+        made_from = write_state(Path(folder), settings, metrics)
+        client.log_artifacts(run_id, folder, state)
     mlflow.set_tracking_uri(tracking_uri())
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), _without_advice():
         logged = mlflow.pyfunc.log_model(
@@ -135,7 +205,8 @@ def _log_version(
             metadata={"recipe": settings.recipe, "family": settings.model.family, "size": settings.model.size},
         )
     found = client.get_model_version(settings.register_.name, str(logged.registered_model_version))
-    for key, value in {**run_of(settings.artifacts).get("tags", {}), **_short(metrics)}.items():
+    commit = {"state": state, "git_commit": made_from["commit"], "git_dirty": str(made_from["changed"]).lower()}
+    for key, value in {**run_of(settings.artifacts).get("tags", {}), **_short(metrics), **commit}.items():
         client.set_model_version_tag(found.name, found.version, key, str(value))
     return found
 

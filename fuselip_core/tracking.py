@@ -214,25 +214,27 @@ def run_of(artifacts: Path, stage: str = "train") -> dict[str, Any]:
 
 
 def _describe(settings: Settings, name: str) -> dict[str, Any]:
-    data_version = _data_version(settings.artifacts)
+    data = data_version(settings.artifacts)
     tags = {
         "stage": name,
         "recipe": settings.recipe,
         "family": settings.model.family,
         "size": settings.model.size,
-        "data_version": data_version,
+        "data_version": data,
         **_git_tags(),
     }
-    if flow_run := os.environ.get("FUSELIP_FLOW_RUN"):
-        tags["prefect_flow_run"] = flow_run
+    for tag, variable in (("prefect_flow_run", "FUSELIP_FLOW_RUN"), ("prefect_flow_url", "FUSELIP_FLOW_URL")):
+        if value := os.environ.get(variable):
+            tags[tag] = value
     return {
-        "name": f"{name}-{settings.model.size}-{data_version[:8]}",
+        "name": f"{name}-{settings.model.size}-{data[:8]}",
         "experiment": f"fuselip-{settings.recipe}",
         "tags": tags,
     }
 
 
-def _data_version(artifacts: Path) -> str:
+def data_version(artifacts: Path) -> str:
+    """Hash of the prepared data below `artifacts`, or `unknown`."""
     try:
         manifest = json.loads((artifacts / "prepared" / "manifest.json").read_text(encoding="utf-8"))
         return str(manifest["data_version"])

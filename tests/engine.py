@@ -30,11 +30,11 @@ def engine() -> DockerClient:
     return client
 
 
-def build(name: str, tag: str = "latest", buildkit: bool = True) -> str:
-    """Builds Dockerfile.<name> as users do and returns what the builder said."""
+def build(name: str, tag: str = "latest", buildkit: bool = True, folder: Path = REPOSITORY) -> str:
+    """Builds Dockerfile.<name> of `folder` as users do and returns what the builder said."""
     command = [DOCKER, "build", "-f", f"Dockerfile.{name}", "-t", f"bacor_fuselip_{name}:{tag}", "."]
     environment = {**os.environ, "DOCKER_BUILDKIT": str(int(buildkit))}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr
 

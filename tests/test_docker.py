@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sqlite3
 import subprocess
-import threading
 import time
 from pathlib import Path
 
 import pytest
 from engine import BASE, DOCKER, build, engine, labels_of, run
+from repository_copy import copy_repository
 
 from fuselip_core.errors import Interrupted
 
@@ -125,25 +124,29 @@ def test_the_training_image_refuses_in_one_sentence(mounted: Mounted) -> None:
         assert done.stderr.count("\n") == 1, done.stderr
 
 
+def stopped_in_training(mounted: Mounted, words: tuple[str, ...]) -> tuple[int, str]:
+    """Exit code and stderr of a container that gets `docker stop -t 60` after its first training step."""
+    name = f"fuselip-test-{os.getpid()}"
+    options = ("--rm", "--name", name, "-u", f"{USER}:{USER}", *CLOSED, *mounted.options)
+    curves = mounted.models / ".work" / "fuselip-rocov2-tiny" / "checkpoints" / "history.jsonl"
+    log = mounted.place / "stderr"
+    with log.open("w") as stderr:
+        child = subprocess.Popen([DOCKER, "run", *options, "bacor_fuselip_train", *words], stderr=stderr)
+    late = time.monotonic() + 500
+    while child.poll() is None and not (curves.is_file() and curves.stat().st_size):
+        assert time.monotonic() < late, log.read_text()[-2000:]
+        time.sleep(0.05)
+    subprocess.run([DOCKER, "stop", "-t", "60", name], capture_output=True)
+    return child.wait(timeout=100), log.read_text()
+
+
 @pytest.mark.long
 def test_another_user_trains_stops_resumes_and_registers(mounted: Mounted) -> None:
     """docker stop in the middle of training saves a checkpoint; docker run again ends with a registered model."""
-    words = ("tiny", *SHORT, "train.steps=8")
-    name = ("--name", f"fuselip-test-{os.getpid()}", *CLOSED, *mounted.options)
-    command = [DOCKER, "run", "--rm", "-u", f"{USER}:{USER}", *name, "bacor_fuselip_train", *words]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    late = threading.Timer(500, child.send_signal, (signal.SIGTERM,))
-    late.daemon = True
-    late.start()
-    assert child.stderr
-    said = []
-    for line in child.stderr:
-        said.append(line)
-        if line.startswith("training: "):
-            subprocess.run([DOCKER, "stop", "--time", "120", name[1]], check=True, capture_output=True)
-    late.cancel()
-    assert child.wait() == Interrupted.exit_code, said[-5:]
-    assert "saved; the same command goes on from there" in said[-1]
+    words = ("tiny", *SHORT, "train.steps=16")
+    code, said = stopped_in_training(mounted, words)
+    assert code == Interrupted.exit_code, said[-2000:]
+    assert "saved; the same command goes on from there" in said.splitlines()[-1]
     done = run("bacor_fuselip_train", *words, options=(*CLOSED, *mounted.options))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "going on from step" in done.stderr and "codebook: nothing has changed" in done.stderr
@@ -180,8 +183,18 @@ def test_torch_compile_finds_its_compiler(mounted: Mounted) -> None:
 
 
 @pytest.mark.long
-def test_a_second_build_after_a_change_takes_no_new_libraries(mounted: Mounted) -> None:
+@pytest.mark.parametrize("buildkit", [True, False])
+def test_a_second_build_after_a_change_takes_no_new_libraries(mounted: Mounted, tmp_path: Path, buildkit: bool) -> None:
+    changed = copy_repository(tmp_path / "repository")
+    with (changed / "fuselip_core" / "stages.py").open("a") as module:
+        module.write("# changed\n")
+    client = engine()
+    if not buildkit and not client.images.list("bacor_fuselip_train:legacy"):
+        pytest.skip("the legacy builder has built no training image here that it could start from")
     start = time.monotonic()
-    said = build("train")
-    assert "CACHED" in said and "Collecting torch" not in said
-    assert time.monotonic() - start < 300
+    try:
+        said = build("train", "changed", buildkit, changed)
+    finally:
+        client.images.remove("bacor_fuselip_train:changed")
+    assert ("CACHED" if buildkit else "Using cache") in said and "Collecting torch" not in said
+    assert time.monotonic() - start < 120

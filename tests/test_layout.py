@@ -29,7 +29,7 @@ RANKS = (
     ("config", "errors", "files", "progress"),
     ("data", "model"),
     ("training", "evaluation"),
-    ("run_log", "tracking", "registry", "serving"),
+    ("run_log", "tracking", "made_from", "registry", "serving"),
     ("stages", "chain", "embed_table", "mounts"),
     ("cli", "data_cli", "container", "__main__"),
     ("flows",),

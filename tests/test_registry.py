@@ -141,3 +141,11 @@ def test_model_states_its_requirements_and_holds_no_pickle(register: Register, t
     assert "torch==" in requirements and "open-clip-torch==" in requirements and "pillow==" in requirements
     assert not list(folder.rglob("*.pkl"))
     assert (folder / "code" / "fuselip_core" / "model").is_dir()
+
+
+def test_a_registry_that_is_away_is_one_sentence(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(
+        FuselipError, match=r"the registry http://127\.0\.0\.1:9 did not take the model .*only registers"
+    ):
+        register({"recall": 0.4})

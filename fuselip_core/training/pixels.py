@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fuselip_core.data.images import decode, to_pixels
 from fuselip_core.data.prepared import PreparedData
+from fuselip_core.files import take_space
 from fuselip_core.progress import track
 
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
@@ -83,6 +84,7 @@ class PixelCache:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
+        take_space(path)
         batches = decoded_batches(prepared, split, evaluation_view(size), batch_rows=256, stop=count)
         for first, batch in track(batches, f"decoding {split} images", total=-(-count // 256)):
             self.pixels[first : first + len(batch)] = batch[:, 0]

@@ -1,0 +1,54 @@
+"""Files that are whole or absent, and what a full disk looks like: a real one, of one megabyte."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fuselip_core.files import atomic_folder, atomic_write, take_space
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_what_a_library_raises_on_a_full_disk_is_named(small_disk: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {"weight": torch.zeros(1 << 20)}
+    with pytest.raises(OSError) as safetensors, atomic_folder(small_disk / "model") as folder:
+        save_file(weights, folder / "model.safetensors")
+    with pytest.raises(OSError) as pickled, atomic_write(small_disk / "state.pt") as partial:
+        torch.save(weights, partial)
+    assert {each.value.errno for each in (safetensors, pickled)} == {errno.ENOSPC}
+    assert safetensors.value.filename == str(small_disk / "model")
+    assert not list(small_disk.iterdir()), "nothing half written stays"
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "file") as partial:
+        partial.write_text(str(1 / 0))
+
+
+def test_space_for_a_mapped_file_is_taken_or_refused(small_disk: Path) -> None:
+    path = small_disk / "pixels.npy"
+    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(1 << 19,))
+    take_space(path)
+    mapped[:] = 1
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(1 << 22,))
+    with pytest.raises(OSError, match="No space left") as refused:
+        take_space(path)
+    assert refused.value.filename == str(path)
