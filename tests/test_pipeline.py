@@ -1,0 +1,108 @@
+"""The main job as a user types it, for real and small: drawn data in, a registered model out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from repository_copy import copy_repository, dvc, run_flow
+
+from fuselip_core.data.phantom import draw_data_set
+
+SMALL = {
+    "prepare": {"root": "data"},
+    "codebook": {"steps": 4, "batch_size": 16},
+    "train": {"steps": 6, "batch_size": 16, "validate_every": 6, "checkpoint_every": 6},
+    "evaluate": {"examples": 2},
+}
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with a small sample and few steps."""
+    folder = copy_repository(tmp_path_factory.mktemp("pipeline") / "repository")
+    draw_data_set(folder / "data", 0, {"train": 64, "valid": 24, "test": 24})
+    (folder / "data.dvc").unlink(missing_ok=True)
+    dvc(folder, "add", "-q", "data")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump({**params, **SMALL}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(small: Path) -> Done:
+    return run_flow(small)
+
+
+def client(folder: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{folder}/mlflow/mlflow.db")
+
+
+def test_main_job_ends_with_a_registered_model(small: Path, first: Done) -> None:
+    assert first.returncode == 0, first.stderr[-3000:]
+    metrics = json.loads((small / "artifacts" / "metrics.json").read_text())
+    assert all(isinstance(value, int | float) for value in metrics.values())
+    for name in (
+        "retrieval/image_to_text/recall_at_1",
+        "retrieval/image_to_text/chance_at_1",
+        "retrieval_shuffled/text_to_image/recall_at_1",
+        "answers/fused/accuracy",
+        "answers/question_only/accuracy",
+    ):
+        assert name in metrics
+    registered = json.loads((small / "artifacts" / "registered.json").read_text())
+    version = client(small).get_model_version(registered["name"], str(registered["version"]))
+    run = client(small).get_run(version.run_id)
+    assert run.data.params["train.steps"] == "6"
+    assert run.data.metrics["retrieval/image_to_text/recall_at_1"] == metrics["retrieval/image_to_text/recall_at_1"]
+    assert len(run.data.tags["prefect_flow_run"]) == 36
+    assert (small / "artifacts" / "report" / "index.html").is_file()
+
+
+def test_summary_says_what_to_look_at_and_to_type_next(first: Done) -> None:
+    for words in ("recall@1", "chance", "artifacts/metrics.json", "report/index.html", "fuselip-sample version 1"):
+        assert words in first.stdout
+    assert "mlflow ui" in first.stdout and "models serve" in first.stdout and "make demo SET=" in first.stdout
+
+
+def test_everything_made_is_versioned_or_ignored(small: Path, first: Done) -> None:
+    assert first.returncode == 0
+    assert "up to date" in dvc(small, "status")
+    status = subprocess.run(["git", "status", "--porcelain"], cwd=small, capture_output=True, text=True, check=True)
+    changed = {line.split()[-1] for line in status.stdout.splitlines()}
+    assert changed <= {"dvc.lock", "data.dvc", "params.yaml", ".gitignore"}, changed
+
+
+def test_second_run_skips_everything_but_a_lost_registration(small: Path, first: Done) -> None:
+    assert first.returncode == 0
+    shutil.rmtree(small / "mlflow" / "artifacts")
+    (small / "mlflow" / "mlflow.db").unlink()
+    again = run_flow(small)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "train unchanged" in again.stdout and "evaluate unchanged" in again.stdout
+    registered = json.loads((small / "artifacts" / "registered.json").read_text())
+    assert client(small).get_model_version(registered["name"], str(registered["version"]))
+
+
+def test_wrong_parameter_ends_before_anything_starts(small: Path) -> None:
+    done = run_flow(small, "--set", "train.stepz=1")
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip().splitlines()[-1]
+        == "error: run phantom: train.stepz: there is no such field; did you mean steps?"
+    )
+
+
+def test_failing_stage_ends_with_its_sentence(small: Path) -> None:
+    done = run_flow(small, "--set", "train.batch_size=100000", "--name", "too-large")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()
+    errors = [line for line in last if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: train: ")
+    assert "Traceback" not in done.stderr
