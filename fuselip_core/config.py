@@ -189,6 +189,9 @@ class EvaluateSettings(Section):
     batch_size: int = Field(128, ge=1, description="Sequences a forward pass.")
     examples: int = Field(12, ge=0, description="Examples shown in the report.")
     seed: int = Field(0, ge=0, description="Seed of shuffled controls.")
+    candidates: tuple[Path, ...] = Field(
+        (), description="Folders of prepared evaluation sets (SugarCrepe, MMEB, ...) whose questions are asked as well."
+    )
 
 
 class Gate(Section):

@@ -129,15 +129,17 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     """Trained encoder → measures beside chance and controls in metrics.json, and a page to read in report/."""
     from fuselip_core.data.prepared import PreparedData
     from fuselip_core.data.token_store import TokenStore
+    from fuselip_core.evaluation.candidates import measure_candidates
     from fuselip_core.evaluation.report import write_report
     from fuselip_core.evaluation.tasks import evaluate as measure
+    from fuselip_core.model.embedder import Embedder
     from fuselip_core.model.fuselip import FuseLIPModel
     from fuselip_core.model.hub import load_pretrained
     from fuselip_core.tracking import open_run
     from fuselip_core.training.batch import TokenEncoder
 
     artifacts = settings.artifacts
-    model, _ = load_pretrained(_trained_model(settings), _device())
+    model, processor = load_pretrained(_trained_model(settings), _device())
     if not isinstance(model, FuseLIPModel):
         raise FuselipError(
             f"{artifacts / 'model'} is a late-fusion model, which this stage cannot read from tokens yet"
@@ -145,6 +147,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     store = TokenStore(artifacts / "tokens", settings.evaluate.split)
     prepared = PreparedData(artifacts / "prepared")
     result = measure(TokenEncoder(model, _device()), store, prepared, settings.evaluate)
+    for data in (prepared, *map(PreparedData, settings.evaluate.candidates)):
+        measure_candidates(Embedder(model, processor), data, settings.evaluate, result)
     metrics = {**result.metrics, **_read_json(artifacts / "codebook" / "codebook.json")}
     metrics.update(_read_json(artifacts / "model" / "training.json"))
     with open_run(settings, "evaluate") as run:

@@ -98,6 +98,26 @@ def test_sides_with_and_without_image_keep_their_rows(run: Settings) -> None:
             torch.testing.assert_close(embeddings, torch.cat(single), atol=1e-6, rtol=0)
 
 
+def test_evaluation_sets_are_asked_as_well(run: Settings, tmp_path: Path) -> None:
+    from training_data import write_sugarcrepe
+
+    from fuselip_core.data.prepare import prepare_data
+
+    write_sugarcrepe(tmp_path / "crepe")
+    asked = check_settings({"prepare": {"source": "sugarcrepe", "root": tmp_path / "crepe"}}, origin="test").prepare
+    prepare_data(asked, tmp_path / "prepared-crepe")
+    for name in ("prepared", "tokens", "codebook", "model", "history.jsonl"):
+        (tmp_path / name).symlink_to(run.artifacts / name)
+    evaluate = run.evaluate.model_copy(update={"candidates": (tmp_path / "prepared-crepe",)})
+    metrics = stages.evaluate(run.model_copy(update={"artifacts": tmp_path, "evaluate": evaluate}))
+    assert metrics["candidates/sugarcrepe/add_att/questions"] == 4
+    assert metrics["candidates/sugarcrepe/mean_chance"] == 0.5
+    before = json.loads((run.artifacts / "metrics.json").read_text())
+    assert before.items() <= metrics.items(), "the measures of the run's own data stay as they were"
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Evaluation sets" in page and "sugarcrepe/add_att" in page
+
+
 def test_codes_of_another_tokenizer_do_not_train(run: Settings, tmp_path: Path) -> None:
     for name in ("prepared", "tokens"):
         (tmp_path / name).symlink_to(run.artifacts / name)

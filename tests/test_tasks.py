@@ -33,6 +33,7 @@ class FakePrepared:
 
     def __init__(self, images: int, train: Sequence[Row] = (), splits: tuple[str, ...] = ("train", "test")) -> None:
         self.images, self.train, self.splits = images, list(train), splits
+        self.manifest: dict[str, dict[str, object]] = {"counts": {}}
 
     def iter_images(self, split: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         ids = [f"image {row}" for row in range(self.images)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import zipfile
 from pathlib import Path
 
@@ -57,6 +58,24 @@ def _write_split(folder: Path, split: str, names: list[str], shapes: list[str], 
     for kind in ("concepts", "concepts_manual"):
         with _table(folder / f"{split}_{kind}.csv", "ID", "CUIs") as concepts:
             concepts.writerows([name, "C0040405"] for name, _ in rows)
+
+
+def write_sugarcrepe(folder: Path) -> None:
+    """Two of SugarCrepe's lists in their published form, about four pictures."""
+    (folder / "val2017").mkdir(parents=True)
+    rng = np.random.default_rng(1)
+    for number, shape in enumerate(SHAPES):
+        draw(shape, rng).save(folder / "val2017" / f"{number:012d}.jpg")
+    for name in ("add_att", "swap_obj"):
+        rows = {
+            str(number): {
+                "filename": f"{number:012d}.jpg",
+                "caption": f"The {shape} half is bright.",
+                "negative_caption": f"The {SHAPES[(number + 1) % 4]} half is bright.",
+            }
+            for number, shape in enumerate(SHAPES)
+        }
+        (folder / f"{name}.json").write_text(json.dumps(rows))
 
 
 class _table:

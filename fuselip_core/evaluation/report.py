@@ -19,6 +19,7 @@ from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.evaluation.sections import (
     Metrics,
     answer_section,
+    candidates_section,
     data_section,
     has_task,
     interval_text,
@@ -46,6 +47,7 @@ def write_report(artifacts: Path, result: EvaluationResult, metrics: Metrics, se
         parts = [
             *retrieval_section(folder, result, pictures),
             *answer_section(folder, result, pictures),
+            *candidates_section(result),
             *training_section(folder, artifacts, metrics),
             *tokenizer_section(folder, artifacts, metrics),
             data_section(prepared.manifest),
@@ -66,9 +68,10 @@ def _header(settings: Settings, result: EvaluationResult, prepared: PreparedData
     about = (
         f"Measured on the {result.split} split: {counts.get('images', 0):,} images, {pairs}. Recipe {settings.recipe}."
     )
-    tasks = [task for task in ("retrieval", "answers") if has_task(result, task)]
+    tasks = [task for task in ("retrieval", "answers", "candidates") if has_task(result, task)]
     shown = [*tasks, "training", "tokenizer", "data", "settings"]
-    links = [tag("a", name.capitalize(), href=f"#{name}") for name in shown]
+    titles = {"candidates": "Evaluation sets"}
+    links = [tag("a", titles.get(name, name.capitalize()), href=f"#{name}") for name in shown]
     title = tag("h1", f"{_family(model.family)} {model.size} on {settings.prepare.source}")
     return tag("header", tag("div", title, tag("p", about, klass="soft"), tag("nav", *links), klass="wrap"))
 

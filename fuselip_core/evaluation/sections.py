@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -101,6 +102,33 @@ def _answer_card(example: AnswerExample, pictures: Pictures) -> Html:
         tag("p", f"Answer: {example.answer} (place {example.rank:,}{kind})", klass="soft"),
     ]
     return tag("article", pictures[example.image], tag("div", *text, _candidates(example.top)), klass="example")
+
+
+def candidates_section(result: EvaluationResult) -> list[Html]:
+    """Accuracy of every evaluation set beside chance and controls; nothing where none was measured."""
+    metrics = result.metrics
+    tasks = [name.split("/", 1)[1].rsplit("/", 1)[0] for name in metrics if re.match(r"candidates/.*/questions$", name)]
+    if not tasks:
+        return []
+    rows = [
+        (
+            task,
+            *(_share(result, f"candidates/{task}/{part}") for part in ("accuracy", "image_only", "text_only")),
+            percent(metrics[f"candidates/{task}/chance"]),
+            f"{metrics[f'candidates/{task}/questions']:,.0f}",
+        )
+        for task in sorted(tasks)
+    ]
+    for name in sorted(name for name in metrics if re.match(r"candidates/.*/mean_accuracy$", name)):
+        chance = percent(metrics[name.replace("mean_accuracy", "mean_chance")])
+        rows.append((f"{name.split('/')[1]}, mean of its tasks", percent(metrics[name]), "", "", chance, ""))
+    explained = tag(
+        "p",
+        "Each question has a list of options, of which one is right. Right means that it scores above every other. "
+        "Where a question has an image and a text, the controls ask with either alone.",
+    )
+    numbers = table(["Task", "Accuracy", "Image only", "Text only", "Chance", "Questions"], rows)
+    return [section("candidates", "Evaluation sets", explained, numbers)]
 
 
 def training_section(folder: Path, artifacts: Path, metrics: Metrics) -> list[Html]:

@@ -13,6 +13,7 @@ from fuselip_core.data.prepared import PreparedData
 from fuselip_core.data.token_store import TokenStore
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.answers import measure_answers, question_rows, quick_answers
+from fuselip_core.evaluation.candidates import has_candidates
 from fuselip_core.evaluation.embed import SideEncoder
 from fuselip_core.evaluation.metrics import Array
 from fuselip_core.evaluation.result import EvaluationResult
@@ -28,7 +29,7 @@ def evaluate(
     """
     result = EvaluationResult(store.split)
     has_captions, has_questions = len(caption_rows(store)) > 0, len(question_rows(store)) > 0
-    if not has_captions and not has_questions:
+    if not has_captions and not has_questions and not has_candidates(prepared, store.split):
         raise FuselipError(
             f"split '{store.split}' of {store.folder} has neither captions nor questions to measure; "
             "set evaluate.split to one that has"

@@ -1,0 +1,172 @@
+"""Questions of evaluation sets with a list of options each: SugarCrepe, crops of Open Images, MMEB, ImageNet, edits.
+
+A question counts if its right option scores above every other one; a tie is wrong. Beside accuracy stand chance and,
+where a question has an image and a text, what either alone achieves.
+
+Legend: Q questions of a task, S distinct sides (image, text or both), D width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from fuselip_core.config import EvaluateSettings
+from fuselip_core.data.images import decode
+from fuselip_core.data.pair import Side
+from fuselip_core.data.prepared import PreparedData
+from fuselip_core.evaluation.metrics import Array, rank_answers
+from fuselip_core.evaluation.result import EvaluationResult
+from fuselip_core.progress import track
+
+PREFIX = "candidates"
+MAX_MEGAPIXELS = 178.0  # prepare has seen to the limit; here nothing that was prepared is refused
+
+
+class SideEmbedder(Protocol):
+    """What choosing needs of a model (model/embedder.py)."""
+
+    def embed(self, images: Sequence[Image.Image | None], texts: Sequence[str | None], batch_size: int) -> Array:
+        """Sides, one a row → embeddings (S, D) float32 of unit norm."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Which of the options of the list `options` belongs to `query`? `answer` is the place of the right one."""
+
+    query: Side
+    options: str
+    answer: int
+
+
+def has_candidates(prepared: PreparedData, split: str) -> bool:
+    """Whether a split has questions with options."""
+    return bool(prepared.manifest["counts"].get(split, {}).get("candidates"))
+
+
+def measure_candidates(
+    embedder: SideEmbedder, prepared: PreparedData, settings: EvaluateSettings, result: EvaluationResult
+) -> None:
+    """Adds accuracy, chance and controls of every task in every split of `prepared` that has questions."""
+    for split in prepared.splits:
+        if has_candidates(prepared, split):
+            _measure_split(embedder, prepared, split, settings, result)
+
+
+def _measure_split(
+    embedder: SideEmbedder, prepared: PreparedData, split: str, settings: EvaluateSettings, result: EvaluationResult
+) -> None:
+    tasks = _questions(prepared, split)
+    options = prepared.options(split)
+    asked = [question.query for questions in tasks.values() for question in questions]
+    sides = set(asked).union(*options.values(), *map(_parts, asked))
+    rows = {side: row for row, side in enumerate(sorted(sides, key=lambda side: (side.image or "", side.text or "")))}
+    embeddings = _embed_all(embedder, prepared, split, rows, settings.batch_size)
+    lists = {name: embeddings[[rows[side] for side in listed]] for name, listed in options.items()}
+    for task, questions in tasks.items():
+        _measure_task(task, questions, rows, embeddings, lists, settings.seed, result)
+    _add_means(list(tasks), result)
+
+
+def _questions(prepared: PreparedData, split: str) -> dict[str, list[Question]]:
+    """The questions of each task, in their order."""
+    tasks: dict[str, list[Question]] = defaultdict(list)
+    for row in prepared.candidates(split).to_pylist():
+        query = Side(row["query_image"], row["query_text"])
+        tasks[row["task"]].append(Question(query, row["options"], row["answer"]))
+    return dict(sorted(tasks.items()))
+
+
+def _parts(side: Side) -> Iterable[Side]:
+    """The image alone and the text alone of a side that has both."""
+    return (replace(side, text=None), replace(side, image=None)) if side.image and side.text else ()
+
+
+def _embed_all(
+    embedder: SideEmbedder, prepared: PreparedData, split: str, rows: Mapping[Side, int], batch_size: int
+) -> Array:
+    """Embeddings (S, D) of all sides, a batch of pictures at a time."""
+    found: dict[int, Array] = {}
+    batches = _batches(prepared, split, rows, batch_size)
+    for sides, pictures in track(batches, f"embed candidates of {split}"):
+        embedded = embedder.embed(pictures, [side.text for side in sides], batch_size)
+        found |= {rows[side]: row for side, row in zip(sides, embedded, strict=True)}
+    return np.stack([found[row] for row in range(len(rows))])
+
+
+def _batches(
+    prepared: PreparedData, split: str, rows: Mapping[Side, int], batch_size: int
+) -> Iterator[tuple[list[Side], list[Image.Image | None]]]:
+    """Sides with their decoded pictures, in the order of the shards; those without a picture first."""
+    of_image: dict[str | None, list[Side]] = defaultdict(list)
+    for side in rows:
+        of_image[side.image].append(side)
+    plain = of_image.pop(None, [])
+    for start in range(0, len(plain), batch_size):
+        part = plain[start : start + batch_size]
+        yield part, [None] * len(part)
+    sides: list[Side] = []
+    pictures: list[Image.Image | None] = []
+    for batch in prepared.iter_images(split, columns=["image_id", "bytes"], batch_rows=batch_size):
+        for row in batch.to_pylist():
+            if here := of_image.get(row["image_id"]):
+                picture = decode(row["bytes"], MAX_MEGAPIXELS)
+                sides += here
+                pictures += [picture] * len(here)
+        if sides:
+            yield sides, pictures
+            sides, pictures = [], []
+
+
+def _measure_task(
+    task: str,
+    questions: Sequence[Question],
+    rows: Mapping[Side, int],
+    embeddings: Array,
+    lists: Mapping[str, Array],
+    seed: int,
+    result: EvaluationResult,
+) -> None:
+    name = f"{PREFIX}/{task}"
+    # Questions about one picture are no independent draws.
+    names = [question.query.image or f"question {number}" for number, question in enumerate(questions)]
+    pictures = np.unique(np.array(names), return_inverse=True)[1].ravel()
+    result.add_share(f"{name}/accuracy", _right(questions, rows, embeddings, lists), pictures, seed)
+    result.metrics[f"{name}/chance"] = float(np.mean([1 / len(lists[question.options]) for question in questions]))
+    result.metrics[f"{name}/questions"] = float(len(questions))
+    if all(question.query.image and question.query.text for question in questions):
+        for control, lacking in (("image_only", "text"), ("text_only", "image")):
+            alone = [replace(question, query=replace(question.query, **{lacking: None})) for question in questions]
+            result.add_share(f"{name}/{control}", _right(alone, rows, embeddings, lists), pictures, seed)
+
+
+def _add_means(tasks: Sequence[str], result: EvaluationResult) -> None:
+    """The mean over the tasks of a benchmark, each counting alike, as benchmarks with many tasks are published."""
+    benchmarks: dict[str, list[str]] = defaultdict(list)
+    for task in tasks:
+        benchmarks[task.partition("/")[0]].append(task)
+    for benchmark, parts in benchmarks.items():
+        if len(parts) > 1:
+            for what in ("accuracy", "chance"):
+                values = [result.metrics[f"{PREFIX}/{task}/{what}"] for task in parts]
+                result.metrics[f"{PREFIX}/{benchmark}/mean_{what}"] = float(np.mean(values))
+
+
+def _right(
+    questions: Sequence[Question], rows: Mapping[Side, int], embeddings: Array, lists: Mapping[str, Array]
+) -> Array:
+    """(Q) bool: whether the right option scores above every other one. Questions with one list are ranked together."""
+    by_list: dict[str, list[int]] = defaultdict(list)
+    for number, question in enumerate(questions):
+        by_list[question.options].append(number)
+    right = np.zeros(len(questions), dtype=bool)
+    for name, numbers in by_list.items():
+        queries = embeddings[[rows[questions[number].query] for number in numbers]]
+        correct = np.array([questions[number].answer for number in numbers])
+        right[numbers] = rank_answers(queries, lists[name], correct) == 1
+    return right
