@@ -81,9 +81,10 @@ def test_inspect_writes_a_page_that_needs_nothing_else(folders: tuple[Path, Path
     page = Page(content)
     assert not page.open
     assert len(page.addresses) == 12 and all(address.startswith("data:image/jpeg") for address in page.addresses)
-    for words in ("Counts", "Modality", "Words a text", "Samples of train", "Samples of test"):
+    for words in ("Counts", "Modality", "Licence", "Words a text", "Samples of train", "Samples of test"):
         assert words in page.text
-    assert not re.search(r"https?://", content.replace("http://www.w3.org", ""))
+    # Licences may be addresses; nothing is loaded from one.
+    assert not re.search(r"(?:src|href|url|@import)[=(\s'\"]*https?:", content)
     assert Image.open(tmp_path / "look" / "contact-sheet.png").width > 800
 
 
@@ -98,6 +99,26 @@ def test_inspect_escapes_what_a_data_set_says(folders: tuple[Path, Path], tmp_pa
     assert run(app, ["data", "inspect", str(tmp_path / "out")]).exit_code == 0
     content = (tmp_path / "out-inspection" / "index.html").read_text()
     assert "<script>" not in content and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in content
+
+
+def test_inspect_shows_any_script_and_folds_long_texts(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    draw_data_set(raw, seed=1, counts={"train": 3})
+    captions = raw / "train_captions.csv"
+    lines = captions.read_text().splitlines()
+    texts = (
+        "Röntgen, Ödem, Ελληνικά, рентген, 胸部, صورة",
+        " ".join(f"word{number}" for number in range(200)),
+        "x" * 900,
+    )
+    rows = [f'{line.split(",")[0]},"{text}"' for line, text in zip(lines[1:], texts, strict=True)]
+    captions.write_text("\n".join([lines[0], *rows]), encoding="utf-8")
+    assert run(app, prepare_command(raw, tmp_path / "out")).exit_code == 0
+    assert run(app, ["data", "inspect", str(tmp_path / "out")]).exit_code == 0
+    page = Page((tmp_path / "out-inspection" / "index.html").read_text(encoding="utf-8"))
+    assert texts[0] in page.text
+    assert all(f"word{number} " in page.text for number in range(199)) and page.text.count("x" * 220) == 4
+    assert Image.open(tmp_path / "out-inspection" / "contact-sheet.png").height > 200
 
 
 def test_diff_names_rows(folders: tuple[Path, Path], tmp_path: Path) -> None:

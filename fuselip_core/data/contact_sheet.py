@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
+import importlib.util
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,9 +18,9 @@ from fuselip_core.data.images import UnreadableImage, decode
 from fuselip_core.files import atomic_write
 
 CELL, TEXT_LINES, COLUMNS, MARGIN = 200, 4, 6, 12
-FONT_SIZE, LINE = 13, 17
+FONT, FONT_SIZE, LINE = "DejaVuSans.ttf", 12, 16
 INK, PAPER, FRAME = "#1f2933", "#ffffff", "#000000"
-LETTERS_A_LINE = 30
+LETTERS_A_LINE = 29
 
 
 def thumbnail(data: bytes | None, side: int = CELL) -> Image.Image | None:
@@ -44,7 +47,7 @@ def write_sheet(path: Path, pairs: Sequence[Mapping[str, Any]], pictures: Mappin
     height = CELL + TEXT_LINES * LINE + 2 * MARGIN
     rows = max(1, -(-len(shown) // COLUMNS))
     sheet = Image.new("RGB", (COLUMNS * (CELL + MARGIN) + MARGIN, rows * height + MARGIN), PAPER)
-    font = ImageFont.load_default(FONT_SIZE)
+    font = _font()
     pen = ImageDraw.Draw(sheet)
     for number, pair in enumerate(shown):
         left = MARGIN + (number % COLUMNS) * (CELL + MARGIN)
@@ -57,6 +60,17 @@ def write_sheet(path: Path, pairs: Sequence[Mapping[str, Any]], pictures: Mappin
             pen.text((left, top + CELL + 6 + line * LINE), words, fill=INK, font=font)
     with atomic_write(path) as partial:
         sheet.save(partial, "PNG", optimize=True)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """DejaVu Sans, of the system or of matplotlib, for letters of many scripts; else the few of Pillow's own font."""
+    matplotlib = importlib.util.find_spec("matplotlib")
+    folder = Path(matplotlib.origin or "").parent / "mpl-data" / "fonts" / "ttf" if matplotlib else Path()
+    for path in (FONT, str(folder / FONT)):
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(path, FONT_SIZE)
+    return ImageFont.load_default(FONT_SIZE)
 
 
 def text_of(pair: Mapping[str, Any]) -> str:

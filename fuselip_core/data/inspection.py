@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fuselip_core.data.contact_sheet import data_uri, thumbnail, write_sheet
+from fuselip_core.data.images import quiet_decoders
 from fuselip_core.data.pair import SPLITS
 from fuselip_core.data.prepared import PreparedData
 from fuselip_core.data.statistics import Statistics, bytes_of, draw_pairs, draw_questions, gather
@@ -20,13 +21,18 @@ from fuselip_core.files import atomic_write
 
 PAGE, SHEET = "index.html", "contact-sheet.png"
 STYLE = Path(__file__).with_name("inspection.css")
-QUARANTINE_SHOWN = 8
-CHART_WIDTH, CHART_HEIGHT, BARS = 420, 150, 30
+QUARANTINE_SHOWN, SHARES_SHOWN, LETTERS_SHOWN = 8, 12, 220
+CHART_WIDTH, CHART_HEIGHT, BARS = 300, 110, 30
 
 
 def inspect_data(folder: Path, out: Path, samples: int = 12, seed: int = 0) -> dict[str, Any]:
     """Writes index.html and contact-sheet.png into `out` and returns the counts; raises DataError."""
     prepared = PreparedData(folder)
+    with quiet_decoders():
+        return _inspect(prepared, out, samples, seed)
+
+
+def _inspect(prepared: PreparedData, out: Path, samples: int, seed: int) -> dict[str, Any]:
     found = gather(prepared)
     drawn = {
         split: draw_pairs(prepared, split, samples, seed) + draw_questions(prepared, split, samples, seed)
@@ -44,6 +50,7 @@ def inspect_data(folder: Path, out: Path, samples: int = 12, seed: int = 0) -> d
         _counts(prepared),
         _lengths(found),
         _shares("Modality", found.modalities),
+        _shares("Licence", found.licences),
         _sizes(found),
         _set_aside(prepared),
         *(_samples(split, drawn[split], pictures[split]) for split in prepared.splits if drawn[split]),
@@ -172,7 +179,8 @@ def _histogram(title: str, counts: Counter[int], most: int, unit: str, divisor: 
 
 
 def _shares(title: str, parts: Mapping[str, Counter[str]]) -> str:
-    names = [name for name, _ in sum(parts.values(), Counter[str]()).most_common()]
+    total = sum(parts.values(), Counter[str]())
+    names = [name for name, _ in total.most_common(SHARES_SHOWN)]
     head = "".join(f"<th>{escape(split)}</th>" for split in parts)
     rows = []
     for name in names:
@@ -182,8 +190,10 @@ def _shares(title: str, parts: Mapping[str, Counter[str]]) -> str:
             bar = f"<i style='width:{share:.1%}'></i>"
             cells.append(f"<td class='bar'>{bar}<span>{counts[name]:,} <small>{share:.1%}</small></span></td>")
         rows.append(f"<tr><td>{escape(name)}</td>{''.join(cells)}</tr>")
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f"<section><h2>{escape(title)}</h2><div class='scroll'>{table}</div></section>"
+    table = f"<table class='shares'><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    rest = len(total) - len(names)
+    more = f"<p class='soft'>And {rest:,} more.</p>" if rest else ""
+    return f"<section><h2>{escape(title)}</h2><div class='scroll'>{table}</div>{more}</section>"
 
 
 def _set_aside(prepared: PreparedData) -> str:
@@ -197,9 +207,8 @@ def _set_aside(prepared: PreparedData) -> str:
             if len(examples[item["reason"]]) < QUARANTINE_SHOWN:
                 examples[item["reason"]].append(f"{item['id']} ({item['split']}) {item['detail']}".strip())
     rows = "".join(
-        f"<tr><td>{escape(reason.replace('_', ' '))}</td><td>{count:,}</td><td class='text'><details>"
-        f"<summary>{escape(examples[reason][0])}</summary>{'<br>'.join(map(escape, examples[reason][1:]))}"
-        "</details></td></tr>"
+        f"<tr><td>{escape(reason.replace('_', ' '))}</td><td>{count:,}</td>"
+        f"<td class='text'>{_folded([escape(example) for example in examples[reason]])}</td></tr>"
         for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
     )
     head = "<tr><th>Reason</th><th>Samples</th><th class='text'>Examples</th></tr>"
@@ -207,9 +216,25 @@ def _set_aside(prepared: PreparedData) -> str:
     return f"<section><h2>Set aside</h2><div class='scroll'>{table}</div></section>"
 
 
+def _folded(lines: Sequence[str]) -> str:
+    """The first line, and the others folded away behind it."""
+    first, *rest = lines
+    return f"<details><summary>{first}</summary>{'<br>'.join(rest)}</details>" if rest else first
+
+
 def _samples(split: str, pairs: Sequence[Mapping[str, Any]], pictures: Mapping[str, bytes]) -> str:
     cards = "".join(_card(pair, pictures) for pair in islice(pairs, 200))
     return f"<section><h2>Samples of {escape(split)}</h2><div class='cards'>{cards}</div></section>"
+
+
+def _text(text: str) -> str:
+    """A text whole, its end folded away where it is long."""
+    if len(text) <= LETTERS_SHOWN + 40:
+        return f"<p>{escape(text)}</p>" if text else ""
+    cut = text.rfind(" ", 0, LETTERS_SHOWN)
+    cut = cut if cut > LETTERS_SHOWN // 2 else LETTERS_SHOWN
+    begin, rest = escape(text[:cut]), escape(text[cut:].strip())
+    return f"<details><summary>{begin} …</summary><p>{rest}</p></details>"
 
 
 def _card(pair: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
@@ -218,8 +243,7 @@ def _card(pair: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
         small = thumbnail(pictures.get(pair[f"{side}_image"] or ""), 280)
         name = escape(pair[f"{side}_image"] or "", quote=True)
         picture = f"<img src='{data_uri(small)}' alt='{name}' title='{name}'>" if small else ""
-        text = f"<p>{escape(pair[f'{side}_text'])}</p>" if pair[f"{side}_text"] else ""
-        sides.append(f"<div class='{side}'>{picture}{text}</div>")
+        sides.append(f"<div class='{side}'>{picture}{_text(pair[f'{side}_text'] or '')}</div>")
     return (
         f"<article><h4>{escape(pair['kind'])} <small>{escape(pair['pair_id'])}</small></h4>{''.join(sides)}</article>"
     )

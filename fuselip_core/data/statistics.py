@@ -48,14 +48,15 @@ class Statistics:
     modalities: dict[str, Counter[str]]
     sizes: dict[str, Counter[int]]  # longer side in pixels
     shapes: dict[str, Counter[float]]  # width through height, to a tenth
-    licences: Counter[str]
+    licences: dict[str, Counter[str]]
 
 
 def gather(prepared: PreparedData) -> Statistics:
     """Counts over all splits, without reading a picture."""
-    found = Statistics({}, {}, {}, {}, Counter())
+    found = Statistics({}, {}, {}, {}, {})
     for split in prepared.splits:
-        found.modalities[split], found.sizes[split], found.shapes[split] = Counter(), Counter(), Counter()
+        found.modalities[split], found.licences[split] = Counter(), Counter()
+        found.sizes[split], found.shapes[split] = Counter(), Counter()
         for batch in prepared.iter_images(split, ["modality", "width", "height", "licence"], 1 << 16):
             _add_images(split, batch, found)
         for batch in pair_batches(prepared, split, ["kind", *SIDES]):
@@ -72,7 +73,7 @@ def _add_images(split: str, batch: pa.RecordBatch, found: Statistics) -> None:
         found.modalities[split][row["modality"] or UNKNOWN] += 1
         found.sizes[split][max(row["width"], row["height"])] += 1
         found.shapes[split][round(row["width"] / row["height"], 1)] += 1
-        found.licences[row["licence"] or UNKNOWN] += 1
+        found.licences[split][row["licence"] or UNKNOWN] += 1
 
 
 def shard_paths(prepared: PreparedData, table: str, split: str) -> list[Path]:
