@@ -79,6 +79,9 @@ class PrepareSettings(Section):
         120.0, gt=0, le=178, description="Larger images are set aside, in megapixels; Pillow opens no larger than 178."
     )
     min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are set aside.")
+    extra_pairs: tuple[Literal["concepts"], ...] = Field(
+        (), description="Kinds of pairs made of a captioned image beside its caption: the names of its concepts."
+    )
     limit: int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
     dev_share: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
@@ -185,7 +188,7 @@ class TrainSettings(Section):
 class EvaluateSettings(Section):
     """Measures on a held-out split."""
 
-    split: Literal["valid", "test"] = Field("test", description="Split that is measured.")
+    split: Literal["dev", "valid", "test"] = Field("test", description="Split that is measured; dev to choose settings.")
     batch_size: int = Field(128, ge=1, description="Sequences a forward pass.")
     examples: int = Field(12, ge=0, description="Examples shown in the report.")
     seed: int = Field(0, ge=0, description="Seed of shuffled controls.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.benchmarks import list_imagenet, list_open_images, list_sugarcrepe, list_tgit
 from fuselip_core.data.captions import list_rocov2
+from fuselip_core.data.concept_pairs import add_concept_pairs
 from fuselip_core.data.hq_edit import list_hq_edit
 from fuselip_core.data.mmeb import list_mmeb
 from fuselip_core.data.pair import DataError, Listing
@@ -68,6 +69,8 @@ def list_source(name: str, root: Path, settings: PrepareSettings | None = None) 
             listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
         else:
             listing = SOURCES[name](root)
+        if settings and "concepts" in settings.extra_pairs:
+            add_concept_pairs(root, listing)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         # Tables of another form than published surface where a value is looked for; --debug shows where.
         raise DataError(

@@ -1,0 +1,40 @@
+"""Pairs of an image and the names of its concepts (modality, plane, body part, finding) beside its caption.
+
+Few images teach little of how captions are worded; the same few words for many images teach what is seen. Images of the
+same concepts are no wrong answers for each other, since the training's loss passes over equal targets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fuselip_core.data.captions import read_table
+from fuselip_core.data.pair import DataError, ImageEntry, Listing, Pair, Side, one_line
+
+NAMES = "cui_mapping.csv"
+
+
+def add_concept_pairs(root: Path, listing: Listing) -> None:
+    """Adds to each image with concepts the pair image → names, in an order that does not depend on the table's.
+
+    Raises DataError if `root` holds no table of names. Codes without a name are passed over and counted in a note.
+    """
+    if not (root / NAMES).is_file():
+        raise DataError(f"{root} has no {NAMES} with the names of concepts; put it there, or take it from extra_pairs")
+    names = {
+        row["CUI"].strip(): one_line(row["Canonical name"])
+        for row in read_table(root / NAMES, ("CUI", "Canonical name"))
+    }
+    nameless = 0
+    for image in listing.images:
+        known = sorted({names[code] for code in image.concepts if names.get(code)})
+        nameless += len(set(image.concepts)) - sum(bool(names.get(code)) for code in set(image.concepts))
+        if known:
+            listing.pairs.append(_pair(image, "; ".join(known)))
+    if nameless:
+        listing.notes.append(f"{nameless} concepts of images have no name in {NAMES} and are in no pair")
+
+
+def _pair(image: ImageEntry, text: str) -> Pair:
+    sides = Side(image=image.image_id), Side(text=text)
+    return Pair(f"{image.image_id}/concepts", image.split, "concepts", image.image_id, image.case, *sides)
