@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import json
@@ -44,6 +43,9 @@ SetOption = Annotated[
     typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override of one field; may be repeated."),
 ]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe to start from; see `fuselip recipes list`.")]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="tiny, small, base or large; the recipe's if empty.", metavar="SIZE")
+]
 ArtifactsOption = Annotated[Path | None, typer.Option("--artifacts", help="Folder of every stage's output.")]
 
 
@@ -60,11 +62,12 @@ def _add_stage(name: str, help_text: str) -> None:
         settings: SettingsOption = None,
         overrides: SetOption = None,
         recipe: RecipeOption = None,
+        size: SizeOption = None,
         artifacts: ArtifactsOption = None,
     ) -> None:
         if settings is None and recipe is None and Path("params.yaml").is_file():
             settings = Path("params.yaml")
-        values = config.load_settings(settings, overrides or (), recipe, artifacts)
+        values = config.load_settings(settings, overrides or (), recipe, artifacts, size)
         stages = importlib.import_module("fuselip_core.stages")
         summary = getattr(stages, name)(values)
         typer.echo(json.dumps(summary, indent=2 if sys.stdout.isatty() else None, default=str))
@@ -101,26 +104,33 @@ def sync(artifacts: ArtifactsOption = None) -> None:
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """Names of the recipes."""
-    for name in config.recipe_names():
-        typer.echo(name)
+    """Names of the recipes and what they are for."""
+    names = config.recipe_names()
+    for name in names:
+        typer.echo(f"{name:{max(map(len, names))}}  {config.recipe_title(name)}")
 
 
 @recipes.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="Recipe to print.")]) -> None:
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="Recipe to print.")],
+    size: SizeOption = None,
+) -> None:
     """Every field of a recipe with its value and meaning."""
-    typer.echo(config.describe_settings(config.load_settings(recipe=name)))
+    typer.echo(config.describe_settings(config.load_settings(recipe=name, size=size)))
 
 
 @recipes.command("diff")
 def diff_recipes(
     left: Annotated[str, typer.Argument(help="Recipe to compare.")],
-    right: Annotated[str, typer.Argument(help="Recipe to compare it with.")],
+    right: Annotated[str, typer.Argument(help="Recipe to compare it with; the same one at another --to-size will do.")],
+    size: SizeOption = None,
+    to_size: Annotated[str | None, typer.Option("--to-size", help="Size of the second; --size if empty.")] = None,
 ) -> None:
-    """Fields in which two recipes differ."""
-    lines = [config.describe_settings(config.load_settings(recipe=name)).splitlines() for name in (left, right)]
-    for line in difflib.unified_diff(lines[0], lines[1], left, right, lineterm="", n=0):
-        typer.echo(line)
+    """Fields in which two recipes differ: name, value in the first, value in the second."""
+    first = config.load_settings(recipe=left, size=size)
+    second = config.load_settings(recipe=right, size=to_size or size)
+    for name, values in config.differences(first, second).items():
+        typer.echo(f"{name}: {' → '.join(values)}")
 
 
 def main() -> None:

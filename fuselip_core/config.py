@@ -15,9 +15,35 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.corrections import (
+    RECIPE_FOLDER,
+    SettingsError,
+    corrected_recipe,
+    merge,
+    parse_overrides,
+    read_corrections,
+    read_recipe,
+    recipe_names,
+    recipe_title,
+)
 
-RECIPE_FOLDER = Path(__file__).parent / "recipes"
+__all__ = [
+    "RECIPE_FOLDER",
+    "SECTIONS",
+    "Settings",
+    "SettingsError",
+    "check_settings",
+    "corrected_recipe",
+    "describe_settings",
+    "differences",
+    "load_settings",
+    "merge",
+    "parse_overrides",
+    "read_corrections",
+    "read_recipe",
+    "recipe_names",
+    "recipe_title",
+]
 
 Size = Literal["tiny", "small", "base", "large"]
 Family = Literal["fuselip", "siglip-sf", "siglip-mlf"]
@@ -40,12 +66,6 @@ SourceName = Literal[
     "dicom",
 ]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class SettingsError(FuselipError):
-    """A recipe, a settings file or an override is wrong; the message says where and what to do."""
-
-    exit_code = 2
 
 
 class Section(BaseModel):
@@ -159,18 +179,53 @@ class TrainSettings(Section):
     initial_embedding_std: float = Field(0.02, gt=0, description="Spread of token embeddings at the start.")
     initial_scale: float = Field(10.0, ge=1.0, le=100.0, description="Factor of similarities at the start.")
     initial_bias: float = Field(-10.0, le=0.0, description="What is added to scaled similarities at the start.")
-    steps: int = Field(500, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(128, ge=2, description="Pairs a step.")
+    steps: int | None = Field(500, ge=1, description="Optimiser steps; or give epochs.")
+    epochs: float | None = Field(None, gt=0, description="Length in passes over the mixture's pairs; or give steps.")
+    batch_size: int = Field(128, ge=2, description="Pairs a step, of all processes together.")
+    accumulation: int = Field(
+        1, ge=1, description="Parts a process computes its pairs in, each against all of the batch: less memory."
+    )
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="Factor of the learning rate from a layer to the one below."
+    )
     weight_decay: float = Field(0.2, ge=0, description="On matrices only.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of first and second moments.")
-    warmup_share: Share = Field(0.1, description="Share of the steps over which the learning rate rises.")
+    epsilon: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
+    warmup_share: Share | None = Field(
+        0.1, description="Share of the steps over which the learning rate rises; or give warmup_steps."
+    )
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Steps over which the learning rate rises; or give warmup_share."
+    )
     clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
     mask_probability: Share = Field(0.1, description="Share of tokens hidden for masked multimodal modelling.")
     mask_weight: float = Field(0.25, ge=0, description="Weight of the masked-token loss; 0 turns it off.")
-    mixture: dict[str, float] = Field(
-        {"caption": 1.0}, description="Weight of each kind of pair in a batch (caption, vqa, ...)."
+    all_combinations: bool = Field(
+        False, description="Queries are also each other's negatives, and so are targets (a published option)."
     )
+    mixture: dict[str, float] = Field(
+        {"caption": 1.0},
+        description="Weight of each kind of pair (caption, vqa, ...; name:kind for a store named in `tokens`).",
+    )
+    mixture_by: Literal["share", "passes"] = Field(
+        "share", description="Weights are shares of a batch, or how often an epoch passes over the kind (0.5: half)."
+    )
+    tokens: dict[str, Path] = Field(
+        {}, description="Further token stores by name, made with the same codebook: general pairs to replay, say."
+    )
+    grouped: bool = Field(False, description="Keep variants of one image together in a batch, as hard negatives.")
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay a step of the averaged weights that are measured and saved; 0: of none.",
+    )
+    interpolate: Share = Field(
+        1.0, description="Share of the trained weights in the saved model; the rest are those it started from."
+    )
+    preflight: bool = Field(True, description="Check schedule, first loss and gradients before the first step.")
+    overfit_check: bool = Field(False, description="Before training, see that 128 pairs can be learned by heart.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA.")
     validate_every: int = Field(100, ge=1, description="Steps between looks at the validation split.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
@@ -182,18 +237,44 @@ class TrainSettings(Section):
     def _mixture_has_weight(self) -> TrainSettings:
         if not self.mixture or min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0:
             raise ValueError("mixture needs at least one kind with a positive weight and none below zero")
+        named = {kind.split(":")[0] for kind in self.mixture if ":" in kind}
+        if unknown := sorted(named - set(self.tokens)):
+            raise ValueError(f"mixture names {', '.join(unknown)}, which `tokens` has no folder for; add it")
+        return self
+
+    @model_validator(mode="after")
+    def _length_is_said_once(self) -> TrainSettings:
+        for names in (("steps", "epochs"), ("warmup_steps", "warmup_share")):
+            if sum(getattr(self, name) is not None for name in names) != 1:
+                raise ValueError(f"give either {names[0]} or {names[1]}, and null for the other")
+        if self.warmup_steps is not None and self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} does not end within the run's {self.steps} steps; "
+                "give a warmup_share, or more steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainSettings:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+        if self.interpolate < 1 and self.init is None:
+            raise ValueError("interpolate below 1 mixes in the weights of `init`, which is empty; name a checkpoint")
         return self
 
 
 class EvaluateSettings(Section):
     """Measures on a held-out split."""
 
-    split: Literal["dev", "valid", "test"] = Field("test", description="Split that is measured; dev to choose settings.")
+    split: Literal["dev", "valid", "test"] = Field("test", description="Split that is measured; dev for choices.")
     batch_size: int = Field(128, ge=1, description="Sequences a forward pass.")
     examples: int = Field(12, ge=0, description="Examples shown in the report.")
     seed: int = Field(0, ge=0, description="Seed of shuffled controls.")
     candidates: tuple[Path, ...] = Field(
         (), description="Folders of prepared evaluation sets (SugarCrepe, MMEB, ...) whose questions are asked as well."
+    )
+    retention: Path | None = Field(
+        None, description="Artifacts of a run on general data: what the adaptation keeps of train.init's ability there."
     )
 
 
@@ -230,13 +311,6 @@ class Settings(BaseModel):
 
 SECTIONS = ("prepare", "model", "codebook", "tokenize", "train", "evaluate", "register")
 _SECTION_FIELDS = {"register_" if name == "register" else name for name in SECTIONS}
-# Keys of params.yaml that steer DVC's templates and are no settings of the run.
-TEMPLATE_KEYS = ("settings", "repository")
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
 def load_settings(
@@ -244,24 +318,21 @@ def load_settings(
     overrides: Sequence[str] = (),
     recipe: str | None = None,
     artifacts: Path | None = None,
+    size: str | None = None,
 ) -> Settings:
     """Recipe, corrected by the settings file at `path`, corrected by `overrides` such as ``train.steps=100``.
 
-    `recipe` and `artifacts` replace the file's. Raises SettingsError naming the file, the field and what is allowed.
+    `recipe`, `artifacts` and `size` replace the file's. Raises SettingsError naming the file, the field and what is
+    allowed.
     """
-    corrections = read_corrections(path) if path else {}
-    name = str(recipe or corrections.get("recipe", "sample"))
-    values = merge(read_recipe(name), merge(corrections, parse_overrides(overrides)))
-    values["recipe"] = name
+    corrections = merge(read_corrections(path) if path else {}, parse_overrides(overrides))
+    corrections["recipe"] = str(recipe or corrections.get("recipe", "sample"))
+    if size:
+        corrections = merge(corrections, {"model": {"size": size}})
+    values = corrected_recipe(corrections)
     if artifacts:
         values["artifacts"] = artifacts
-    return check_settings(values, origin=str(path or f"recipe {name}"))
-
-
-def read_corrections(path: Path) -> dict[str, Any]:
-    """What a settings file such as params.yaml says about the run, without the keys that steer DVC's templates."""
-    content = _read_yaml(path)
-    return {key: {} if value is None else value for key, value in content.items() if key not in TEMPLATE_KEYS}
+    return check_settings(values, origin=str(path or f"recipe {corrections['recipe']}"))
 
 
 def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
@@ -280,13 +351,30 @@ def describe_settings(settings: Settings) -> str:
         fields = _section_class(section).model_fields
         lines.append(f"{section}:")
         for name, value in values.items():
-            text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-            lines.append(f"  {name}: {text}  # {fields[name].description}")
+            lines.append(f"  {name}: {_as_yaml(value)}  # {fields[name].description}")
     return "\n".join(lines)
+
+
+def differences(first: Settings, second: Settings) -> dict[str, tuple[str, str]]:
+    """Fields, named section.field, in which two runs differ, with both values as YAML; their recipes' names aside."""
+    pages = [settings.model_dump(mode="json", by_alias=True, include=_SECTION_FIELDS) for settings in (first, second)]
+    return {
+        f"{section}.{name}": (_as_yaml(value), _as_yaml(pages[1][section][name]))
+        for section, values in pages[0].items()
+        for name, value in values.items()
+        if value != pages[1][section][name]
+    }
+
+
+def _as_yaml(value: Any) -> str:
+    """A value on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def _complaint(item: ErrorDetails) -> str:
     place = ".".join(map(str, item["loc"]))
+    if item["type"] == "value_error":  # said by a section about several of its fields
+        return f"{place}: {item['msg'].removeprefix('Value error, ')}"
     if item["type"] != "extra_forbidden":
         return f"{place}: {item['msg']}, not {item['input']!r}"
     known = list(_section_class(str(item["loc"][0])).model_fields) if len(item["loc"]) > 1 else list(SECTIONS)
@@ -298,56 +386,3 @@ def _section_class(name: str) -> type[BaseModel]:
     field = Settings.model_fields["register_" if name == "register" else name].annotation
     assert isinstance(field, type) and issubclass(field, BaseModel)
     return field
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """The nested mapping of a recipe; raises SettingsError for an unknown name."""
-    path = RECIPE_FOLDER / f"{name}.yaml"
-    if path.parent != RECIPE_FOLDER or not path.is_file():
-        raise SettingsError(f"unknown recipe '{name}'; there are: {', '.join(recipe_names())}")
-    return _read_yaml(path)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SettingsError(f"no settings file at {path}; give another with --settings") from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path} must hold a mapping of sections")
-    return content
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """``["train.steps=100"]`` → {"train": {"steps": 100}}; raises SettingsError for one that can't be read."""
-    values: dict[str, Any] = {}
-    for override in overrides:
-        values = merge(values, _parse_override(override))
-    return values
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    """``train.steps=100`` → {"train": {"steps": 100}}; the value is read as YAML."""
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise SettingsError(f"'{text}' is no override; write it as section.field=value, for example train.steps=100")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"the value of '{text}' is no valid YAML") from error
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return dict(nested)
-
-
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep merge of mappings; anything else in `top` replaces what is in `base`."""
-    merged = dict(base)
-    for key, value in top.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "mixture":
-            merged[key] = merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged

@@ -86,8 +86,10 @@ def test_unknown_verb_is_a_usage_error(fuselip: Any) -> None:
 
 def test_recipes_are_listed_shown_and_compared(fuselip: Any) -> None:
     assert "vqa-rad" in fuselip("recipes", "list").out.split()
-    assert "Optimiser steps." in fuselip("recipes", "show", "sample").out
-    assert "+  source: vqa-rad" in fuselip("recipes", "diff", "sample", "vqa-rad").out
+    assert "Optimiser steps; or give epochs." in fuselip("recipes", "show", "sample").out
+    assert "prepare.source: phantom → vqa-rad" in fuselip("recipes", "diff", "sample", "vqa-rad").out
+    sizes = fuselip("recipes", "diff", "fuselip-rocov2", "fuselip-rocov2", "--size", "small", "--to-size", "base").out
+    assert "model.size: small → base" in sizes and "train.init: chs20/FuseLIP-S-CC12M-MM → chs20/FuseLIP-B" in sizes
 
 
 def test_sample_refuses_to_overwrite(fuselip: Any) -> None:

@@ -13,6 +13,7 @@ from fuselip_core.config import (
     Settings,
     SettingsError,
     describe_settings,
+    differences,
     load_settings,
     merge,
     recipe_names,
@@ -24,7 +25,7 @@ def test_recipe_states_every_field(name: str) -> None:
     """A default that no recipe states would change runs behind DVC's back, which compares the recipes' values."""
     stated = yaml.safe_load((RECIPE_FOLDER / f"{name}.yaml").read_text())
     everything = Settings().model_dump(by_alias=True)
-    assert set(stated) == set(SECTIONS)
+    assert set(stated) == {*SECTIONS, "sizes"}
     for section in SECTIONS:
         assert set(stated[section]) == set(everything[section]), f"{name}: {section}"
 
@@ -35,6 +36,58 @@ def test_every_field_says_its_meaning(name: str) -> None:
     assert "None" not in described
     assert yaml.safe_load(described)["train"]["steps"] == load_settings(recipe=name).train.steps
     assert all("#" in line for line in described.splitlines() if line.startswith("  "))
+
+
+PUBLISHED = [f"{family}-{data}" for family in ("fuselip", "siglip-sf", "siglip-mlf") for data in ("cc3m", "cc12m")]
+ADAPTED = [f"{family}-rocov2" for family in ("fuselip", "siglip-sf", "siglip-mlf")]
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
+@pytest.mark.parametrize("name", PUBLISHED + ADAPTED)
+def test_recipe_holds_at_every_size(name: str, size: str) -> None:
+    settings = load_settings(recipe=name, size=size)
+    assert (settings.model.size, settings.model.family) == (size, name.rpartition("-")[0])
+    assert settings.evaluate.split != "dev" or settings.prepare.dev_share > 0
+    if settings.model.family != "fuselip":
+        assert settings.train.mask_weight == 0, "the baselines predict no tokens"
+    if settings.train.init is None:
+        assert not any("adaptation/" in gate.metric for gate in settings.register_.gates), "nothing before to compare"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_pretraining_is_as_published(name: str) -> None:
+    """Section 4 and the training scripts of FuseLIP (arXiv 2506.03096)."""
+    train = load_settings(recipe=name).train
+    cc12m = name.endswith("cc12m")
+    assert (train.learning_rate, train.warmup_steps, train.clip_norm, train.batch_size) == (1e-3, 12_000, 1.0, 2048)
+    assert (train.weight_decay, train.epochs) == ((0.5, 16) if cc12m else (1.0, 8))
+    assert (train.steps, train.warmup_share, train.mixture_by, train.grouped) == (None, None, "passes", True)
+    assert train.mixture["vg:vqa"] == (1.0 if cc12m else 0.5)
+    if name.startswith("fuselip"):
+        assert (train.mask_probability, train.mask_weight) == (0.1, 0.25)
+
+
+def test_a_size_changes_what_the_recipe_says_and_a_correction_wins(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("recipe: fuselip-rocov2\nmodel: {size: base}\n")
+    base = load_settings(path)
+    assert base.train.init == base.codebook.init == "chs20/FuseLIP-B-CC12M-MM"
+    assert load_settings(path, ["train.init=mine"]).train.init == "mine"
+    assert load_settings(path, size="tiny").train.init is None
+    assert load_settings(path, ["model.size=large"]).train.interpolate == 1.0
+
+
+def test_a_correction_in_steps_takes_back_epochs_and_the_other_way_round() -> None:
+    train = load_settings(recipe="fuselip-cc3m", overrides=["train.steps=100", "train.warmup_share=0.1"]).train
+    assert (train.steps, train.epochs, train.warmup_share, train.warmup_steps) == (100, None, 0.1, None)
+    train = load_settings(recipe="sample", overrides=["train.steps=9", "train.epochs=2"]).train
+    assert (train.steps, train.epochs) == (None, 2.0)
+
+
+def test_recipes_are_compared_field_by_field() -> None:
+    found = differences(load_settings(recipe="fuselip-cc3m"), load_settings(recipe="fuselip-cc12m"))
+    assert found["train.epochs"] == ("8.0", "16.0") and found["train.weight_decay"] == ("1.0", "0.5")
+    assert not differences(load_settings(recipe="sample"), load_settings(recipe="sample"))
 
 
 def test_params_of_the_repository_are_valid_and_complete(repository: Path) -> None:
@@ -69,6 +122,11 @@ def test_recipe_and_artifacts_replace_the_files(tmp_path: Path) -> None:
         ("train.steps=many", ["train.steps", "'many'"]),
         ("model.size=huge", ["model.size", "'tiny', 'small', 'base' or 'large'"]),
         ("train.mixture={vqa: 0}", ["mixture needs at least one kind"]),
+        ("train.mixture={caption: 1, web:caption: 1}", ["mixture names web", "no folder"]),
+        ("train={steps: 5, epochs: 2}", ["either steps or epochs"]),
+        ("train={steps: 50, warmup_steps: 50}", ["warmup_steps 50", "within the run's 50 steps"]),
+        ("train.accumulation=7", ["batch_size 128 is no multiple of accumulation 7"]),
+        ("train.interpolate=0.5", ["interpolate below 1", "name a checkpoint"]),
         ("train=5", ["train"]),
         ("train.steps", ["section.field=value"]),
         ("train.steps=[1", ["no valid YAML"]),
