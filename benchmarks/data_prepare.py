@@ -10,13 +10,16 @@ of its own; the peak is that of the process and of its largest worker. The last 
 
 from __future__ import annotations
 
+import sys
+
+sys.path.append(sys.path.pop(0))  # behind Python's own modules, one of which is called tokenize
+
 import argparse
 import io
 import json
 import os
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
