@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """``["train.steps=100"]`` → {"train": {"steps": 100}}; raises SettingsError for one that can't be read."""
     values: dict[str, Any] = {}
     for override in overrides:
-        values = merge(values, _parse_override(override))
+        # Overrides of one mapping add up; only against the recipe is a mapping of WHOLE one value.
+        values = merge(values, _parse_override(override), whole=())
     return values
 
 
@@ -98,12 +99,12 @@ def _parse_override(text: str) -> dict[str, Any]:
     return dict(nested)
 
 
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep merge of mappings; anything else in `top`, and a mapping named in WHOLE, replaces what is in `base`."""
+def merge(base: Mapping[str, Any], top: Mapping[str, Any], whole: Collection[str] = WHOLE) -> dict[str, Any]:
+    """Deep merge of mappings; anything else in `top`, and a mapping named in `whole`, replaces what is in `base`."""
     merged = dict(base)
     for key, value in top.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in WHOLE:
-            merged[key] = merge(merged[key], value)
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key not in whole:
+            merged[key] = merge(merged[key], value, whole)
         else:
             merged[key] = value
     for pair in ALTERNATIVES:

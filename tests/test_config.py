@@ -162,3 +162,9 @@ def test_merge_replaces_lists_and_a_mixture_whole() -> None:
     base = {"a": {"b": 1, "c": [1, 2]}, "mixture": {"x": 1}}
     assert merge(base, {"a": {"c": [3]}, "mixture": {"y": 1}}) == {"a": {"b": 1, "c": [3]}, "mixture": {"y": 1}}
     assert base["a"] == {"b": 1, "c": [1, 2]}
+
+
+def test_overrides_of_one_mixture_add_up_and_replace_the_recipes() -> None:
+    words = ["train.mixture.vqa=0.3", "train.mixture.region=0.7"]
+    assert load_settings(recipe="sample", overrides=words).train.mixture == {"vqa": 0.3, "region": 0.7}
+    assert load_settings(recipe="sample", overrides=words[:1]).train.mixture == {"vqa": 0.3}
