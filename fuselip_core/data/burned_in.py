@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,15 +32,19 @@ def refuse_text(pixels: NDArray[np.uint8], reader: Reader | None = None) -> None
         raise UnreadableImage("burned_in_text", f"{found} pieces of text were found in the picture")
 
 
+def require_reader() -> None:
+    """Raises FuselipError where the extra `ocr` is not installed; costs nothing."""
+    if importlib.util.find_spec("rapidocr") is None:
+        raise FuselipError(
+            "looking for burned-in text needs rapidocr; install fuselip-rocov2[ocr], or set prepare.dicom.ocr=false"
+        )
+
+
 @functools.cache
 def _reader() -> Reader:
     """rapidocr with the models of its own wheel; one for the process, as loading takes seconds."""
-    try:
-        rapidocr: Any = importlib.import_module("rapidocr")
-    except ImportError:
-        raise FuselipError(
-            "looking for burned-in text needs rapidocr; install fuselip-rocov2[ocr], or set ocr to false"
-        ) from None
+    require_reader()
+    rapidocr: Any = importlib.import_module("rapidocr")
     engine = rapidocr.RapidOCR(params={"Global.log_level": "error"})
 
     def read(pixels: NDArray[np.uint8]) -> list[tuple[str, float]]:

@@ -11,6 +11,7 @@ import hmac
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -129,11 +130,19 @@ def scrub(text: str, known: Iterable[str] = ()) -> str:
     words of every known value (a person's name is found in any order of its parts, in capitals or not).
     """
     for word in sorted(_words(known), key=len, reverse=True):
-        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", GAP, text, flags=re.IGNORECASE)
+        before, after = "" if _runs_on(word[0]) else r"(?<!\w)", "" if _runs_on(word[-1]) else r"(?!\w)"
+        text = re.sub(f"{before}{re.escape(word)}{after}", GAP, text, flags=re.IGNORECASE)
     for pattern in _PATTERNS:
         text = pattern.sub(GAP, text)
     text = re.sub(rf"{GAP}(?:[\s,^/-]*{GAP})+", GAP, text)
     return " ".join(text.split())
+
+
+def _runs_on(letter: str) -> bool:
+    """Whether a letter is of a script that puts no spaces between words: Chinese, Japanese, Thai and the like."""
+    return unicodedata.east_asian_width(letter) in "WF" or unicodedata.name(letter, "").startswith(
+        ("THAI", "LAO", "KHMER")
+    )
 
 
 def _words(known: Iterable[str]) -> set[str]:

@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydicom import Dataset
 
 from fuselip_core import config
+from fuselip_core.data.burned_in import refuse_text, require_reader
 from fuselip_core.data.deidentify import Pseudonyms, load_key, scrub
 from fuselip_core.data.dicom_cases import DicomHeader, group_cases, patient_key, split_cases
 from fuselip_core.data.dicom_file import discreet, read_dataset
@@ -82,8 +83,6 @@ class DicomPlace(Place):
         with discreet():
             pixels = render(read_dataset(self.file), self.frame, preset, self.max_megapixels)
         if self.ocr:
-            from fuselip_core.data.burned_in import refuse_text
-
             refuse_text(pixels)
         stream = io.BytesIO()
         # Fast compression: the pictures are read many times more often than they are written, but never shipped far.
@@ -108,6 +107,8 @@ def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
     """
     require_folder(root, "DICOM files")
     settings = settings or _settings_of(root)
+    if settings.ocr:
+        require_reader()
     pseudonyms = Pseudonyms(load_key(settings.key_file))
     table = TextTable.read(_table_path(root, settings))
     scan = _scan(root, settings)
@@ -139,7 +140,7 @@ def _settings_of(root: Path, stated: Mapping[str, Any] | None = None) -> DicomSe
         raise DataError(f"{path} is no valid YAML; write lines such as 'window: lung'") from None
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise DataError(f"{path}: {'; '.join(lines)}") from None
+        raise DataError(f"{path if path.exists() else 'prepare.dicom'}: {'; '.join(lines)}") from None
     return settings
 
 
@@ -271,9 +272,10 @@ def find_files(root: Path, ids: set[str], settings: DicomSettings | None = None)
 def _note(listing: Listing, scan: _Scan, table: TextTable, cases: int, settings: DicomSettings) -> None:
     flagged = sum(reason == "burned_in_text" for _, reason, _ in scan.set_aside)
     listing.notes.append(
-        f"{flagged} DICOM files were set aside because they say they carry burned-in text"
-        + ("" if settings.ocr else "; the others were not looked at (ocr)")
-        + "; neither that nor scrubbed text guarantees that no identity is left, so have samples looked at"
+        f"{flagged} DICOM files were set aside because their headers say that text is burned in; "
+        + ("all other pictures were" if settings.ocr else "no other picture was")
+        + " searched for text (prepare.dicom.ocr). Neither this nor scrubbed descriptions guarantee that no identity "
+        "is left: look at the pictures before they leave your hands"
     )
     if table.count:
         listing.notes.append(f"{len(table.used)} of {table.count} rows of the table of texts name a file that is used")

@@ -98,7 +98,8 @@ def _value(dataset: Dataset, name: str) -> str:
 
 
 def _body(dataset: Dataset, terms: Mapping[str, Any], known: Sequence[str]) -> str:
-    body = _without_gaps(scrub(_value(dataset, "BodyPartExamined").lower(), known))
+    named = _value(dataset, "BodyPartExamined")
+    body = terms["bodies"].get(named.upper().replace(" ", "")) or _without_gaps(scrub(named.lower(), known))
     side = terms["sides"].get((_value(dataset, "ImageLaterality") or _value(dataset, "Laterality")).upper(), "")
     return f"{side} {body}".strip() if body else ""
 

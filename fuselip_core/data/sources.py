@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from fuselip_core.config import PrepareSettings
@@ -64,19 +64,24 @@ def list_source(name: str, root: Path, settings: PrepareSettings | None = None) 
     """All of a data set but its pixels; raises DataError for an unknown name or a folder that is not that data set."""
     if name not in source_names():
         raise DataError(f"unknown source '{name}'; there are: {', '.join(source_names())}")
+    if name in SOURCES_WITH_SETTINGS:
+        listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
+    else:
+        listing = _list_tables(name, root, extra_pairs=settings.extra_pairs if settings else ())
+    if not listing.images:
+        raise DataError(f"{root} holds no image with a text that could be read as {name}; see the published layout")
+    return listing
+
+
+def _list_tables(name: str, root: Path, extra_pairs: Collection[str]) -> Listing:
     try:
-        if name in SOURCES_WITH_SETTINGS:
-            listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
-        else:
-            listing = SOURCES[name](root)
-        if settings and "concepts" in settings.extra_pairs:
+        listing = SOURCES[name](root)
+        if "concepts" in extra_pairs:
             add_concept_pairs(root, listing)
+        return listing
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         # Tables of another form than published surface where a value is looked for; --debug shows where.
         raise DataError(
             f"{root} holds tables that are not in the published form of {name} ({type(error).__name__}); "
             "compare them with the published files"
         ) from error
-    if not listing.images:
-        raise DataError(f"{root} holds no image with a text that could be read as {name}; see the published layout")
-    return listing
