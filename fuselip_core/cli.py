@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from fuselip_core import config, data_cli
+from fuselip_core import config, data_cli, vqa_cli
 from fuselip_core.errors import FuselipError
 
 STAGE_HELP = {
@@ -34,6 +34,7 @@ recipes = typer.Typer(help="The recipes that come with the package.", no_args_is
 app.add_typer(recipes, name="recipes")
 app.add_typer(data_cli.app, name="data")
 
+app.add_typer(vqa_cli.app, name="vqa")
 SettingsOption = Annotated[
     Path | None,
     typer.Option("--settings", help="Settings file; params.yaml of this folder unless --recipe is given."),

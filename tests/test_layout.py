@@ -28,10 +28,10 @@ MODULES = module_files()
 RANKS = (
     ("config", "errors", "files", "progress"),
     ("data", "model"),
-    ("training", "evaluation"),
+    ("training", "evaluation", "generation"),
     ("run_log", "tracking", "made_from", "registry", "serving"),
     ("stages", "chain", "embed_table", "mounts"),
-    ("cli", "data_cli", "container", "__main__"),
+    ("cli", "data_cli", "vqa_cli", "container", "__main__"),
     ("flows",),
 )
 MOST_LINES = 60

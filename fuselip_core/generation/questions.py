@@ -1,0 +1,115 @@
+"""`fuselip vqa generate`: captions → questions and answers, on every GPU, going on where a killed run stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fuselip_core.data.captions import read_table
+from fuselip_core.data.concept_questions import questions_of
+from fuselip_core.data.generated_questions import CaptionRow, Work, Write, caption_rows, generate, version_of
+from fuselip_core.data.pair import one_line
+from fuselip_core.errors import FuselipError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for. captions: prepared data, or a table path,caption. model None: from concepts, without one.
+
+    names: a table CUI,Canonical name for the concepts of prepared data.
+    """
+
+    captions: Path
+    out: Path
+    model: str | None
+    names: Path | None = None
+    questions: int = 3
+    part_rows: int = 256
+    batch_size: int = 16
+    max_new_tokens: int = 256
+    seed: int = 0
+
+
+def run(job: Job) -> bool:
+    """The whole job: as the one process that torchrun started here, else one for each GPU; True if it is complete."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    gpus = _gpus() if job.model is not None else 0
+    if world == 1 and gpus > 1:
+        import torch.multiprocessing
+
+        torch.multiprocessing.spawn(_one_of, args=(job, gpus), nprocs=gpus)  # type: ignore[no-untyped-call]
+        return run_part(job, 0, 1, write=_nothing_left)
+    return run_part(job, rank, world)
+
+
+def run_part(job: Job, rank: int, world: int, write: Write | None = None) -> bool:
+    """The share of process `rank`; True if with it all is done. `write` takes the place of the job's own generator."""
+    names = _names(job.names) if job.model is None else None
+    work = Work(job.part_rows, job.batch_size, rank, world, _identity(job))
+    return generate(lambda: caption_rows(job.captions, names), write or _writer(job, rank), job.out, work)
+
+
+def _one_of(rank: int, job: Job, world: int) -> None:
+    run_part(job, rank, world)
+
+
+def _nothing_left(rows: Sequence[CaptionRow]) -> list[str]:
+    raise FuselipError(f"{len(rows)} captions are still without questions; start the same command again")
+
+
+def _writer(job: Job, rank: int) -> Write:
+    """The generator, loaded when the first caption is due: a finished job needs none."""
+    if job.model is None:
+        return lambda rows: [_from_concepts(row, job.seed) for row in rows]
+    loaded: list[Write] = []
+
+    def write(rows: Sequence[CaptionRow]) -> Sequence[str]:
+        if not loaded:
+            loaded.append(_model(job, rank))
+        return loaded[0](rows)
+
+    return write
+
+
+def _model(job: Job, rank: int) -> Write:
+    import torch
+
+    from fuselip_core.generation.instruction_model import InstructionModel
+
+    assert job.model is not None
+    gpus = _gpus()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)) % gpus) if gpus else torch.device("cpu")
+    return InstructionModel(job.model, device, job.max_new_tokens, job.questions)
+
+
+def _from_concepts(row: CaptionRow, seed: int) -> str:
+    """Questions without a language model, in the form in which a model writes them: both are checked alike."""
+    pairs = questions_of(row.image_id, row.caption, row.concepts, row.modality, seed)
+    return json.dumps([{"question": question, "answer": answer} for question, answer in pairs])
+
+
+def _names(path: Path | None) -> dict[str, str]:
+    if path is None:
+        return {}
+    return {row["CUI"].strip(): one_line(row["Canonical name"]) for row in read_table(path, ("CUI", "Canonical name"))}
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What the questions depend on."""
+    identity: dict[str, Any] = {"captions": version_of(job.captions), "model": job.model}
+    if job.model is None:
+        return identity | {"names": version_of(job.names) if job.names else None, "seed": job.seed}
+    from fuselip_core.generation.instruction_model import prompt_digest
+
+    settings = {name: getattr(job, name) for name in ("questions", "batch_size", "max_new_tokens")}
+    return identity | settings | {"prompt": prompt_digest()}
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,55 @@
+"""The verbs of `fuselip vqa`: questions and answers made from captions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fuselip_core.errors import FuselipError
+
+DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
+app = typer.Typer(help="Questions and answers made from captions.", no_args_is_help=True)
+
+
+@app.callback()
+def _verbs() -> None:
+    """Keeps `generate` a verb of its own although it is the only one."""
+
+
+@app.command()
+def generate(
+    captions: Annotated[Path, typer.Argument(help="Prepared data, or a CSV table with the columns path,caption.")],
+    out: Annotated[Path, typer.Option(help="Folder of the questions; the same again goes on there.")],
+    generator: Annotated[
+        Literal["model", "concepts"],
+        typer.Option(help="An instruction model, or rules over concepts and words of the caption."),
+    ] = "model",
+    model: Annotated[
+        str, typer.Option(help="Hub id or folder of an instruction model.")
+    ] = "meta-llama/Llama-3.1-8B-Instruct",
+    names: Annotated[Path | None, typer.Option(help="cui_mapping.csv with the names of concepts.")] = None,
+    questions: Annotated[int, typer.Option(min=1, max=20, help="Questions asked of the model for a caption.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Captions at once.")] = 16,
+    part_rows: Annotated[int, typer.Option(min=1, help="Captions that a killed run loses at most.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=8, help="Longest output of the model, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Which closed questions the rules draw.")] = 0,
+) -> None:
+    """Captions to questions and answers: path,question,answer tables and prepared pairs."""
+    from fuselip_core.generation.questions import Job, run
+
+    if not captions.exists():
+        raise FuselipError(f"no captions at {captions}; give a prepared folder or a table path,caption")
+    if generator == "concepts" and captions.is_dir() and names is None:
+        raise FuselipError("rules over concepts need their names; give the data set's cui_mapping.csv with --names")
+    chosen = model if generator == "model" else None
+    job = Job(captions, out, chosen, names, questions, part_rows, batch_size, max_new_tokens, seed)
+    if not run(job):
+        typer.echo(f"this process's share is done; {out} is complete when the other processes are", err=True)
+        return
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    shown = {"folder": str(out), "counts": manifest["counts"], "quarantine": manifest["quarantine"]}
+    typer.echo(json.dumps(shown, indent=2 if sys.stdout.isatty() else None))
