@@ -186,17 +186,15 @@ def read_words(words: list[str], verb: str) -> tuple[config.Settings, str]:
     overrides = [word for word in options.words if "=" in word] + options.set
     recipe = options.recipe or recipe_of_size(sizes[0] if sizes else None)
     root = f"prepare.root={_workspace() / 'ROCOv2_data'}"
-    size = [f"model.size={sizes[0]}"] if sizes else []
-    settings = config.load_settings(recipe=recipe, overrides=[root, *size, *overrides])
+    settings = config.load_settings(recipe=recipe, overrides=[root, *overrides], size=sizes[0] if sizes else None)
     name = options.name or f"{settings.register_.name}-{settings.model.size}"
     work = Path(os.environ.get("FUSELIP_WORK", _workspace() / "models" / ".work")) / name
     return settings.model_copy(update={"artifacts": work}), name
 
 
 def recipe_of_size(size: str | None) -> str:
-    """The recipe that adapts to ROCOv2 at `size`; the tiny one's settings where a size has none of its own."""
-    wanted = f"rocov2-{size or 'small'}"
-    return wanted if wanted in config.recipe_names() else "rocov2-tiny"
+    """The recipe that adapts to ROCOv2 at `size`, small if None; the tiny one starts from nothing and needs no GPU."""
+    return "rocov2-tiny" if size == "tiny" else "fuselip-rocov2"
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:

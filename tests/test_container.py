@@ -59,6 +59,17 @@ def test_recipe_and_its_own_size_are_kept(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "recipe", "size"),
+    [([], "fuselip-rocov2", "small"), (["base"], "fuselip-rocov2", "base"), (["tiny"], "rocov2-tiny", "tiny")],
+)
+def test_what_is_not_named_adapts_to_rocov2(workspace: Path, words: list[str], recipe: str, size: str) -> None:
+    settings, name = container.read_words(words, "train")
+    assert (settings.recipe, settings.model.size, name) == (recipe, size, f"fuselip-rocov2-{size}")
+    published = {"small": "chs20/FuseLIP-S-CC12M-MM", "base": "chs20/FuseLIP-B-CC12M-MM"}
+    assert settings.train.init == published.get(size)
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [(["smal"], "did you mean small"), (["tiny", "base"], "one size"), (["train.stepz=3"], "did you mean steps")],
 )

@@ -35,6 +35,22 @@ WAITS_FOR_TERM = (
 )
 
 
+# Stands in for the stages: at work until it is stopped.
+AT_WORK = """
+import sys
+import time
+
+
+def prepare(settings):
+    print("step 1", file=sys.stderr, flush=True)
+    time.sleep(300)
+"""
+
+
+class Cancelled(Exception):
+    """What a flow's engine raises in the thread that waits for a stage when the run is cancelled."""
+
+
 def python(code: str, folder: Path, gpus: bool = False) -> ContainerRequest:
     """A container of the base image that runs `code`."""
     labels = {"fuselip.repository": str(folder), "fuselip.stage": "train"}
@@ -121,6 +137,34 @@ def test_what_a_killed_run_left_is_stopped_and_removed(tmp_path: Path) -> None:
         assert client.containers.list(all=True, filters={"id": other.id})
     finally:
         other.remove(force=True)
+
+
+def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> None:
+    """Through all that stands between: DVC's process, DVC, the shell, the client of the engine."""
+    client = engine()
+    if not client.images.list(name="bacor_fuselip_download"):
+        pytest.skip("needs the image bacor_fuselip_download; tests/test_docker.py builds it")
+    from flows.runs import RunRequest, open_run_folder
+
+    repository = copy_repository(tmp_path / "repository")
+    (repository / "fuselip_core" / "stages.py").write_text(AT_WORK)
+    (tmp_path / "sample").mkdir()
+    run = open_run_folder(repository, RunRequest(source="phantom", root=tmp_path / "sample", name="boxed"))
+    mine = {"label": f"fuselip.repository={repository}"}
+    lines: list[str] = []
+
+    def cancel(line: str) -> None:
+        lines.append(line)
+        if line == "step 1":
+            assert len(client.containers.list(filters=mine)) == 1
+            raise Cancelled
+
+    start = time.monotonic()
+    with pytest.raises(Cancelled):
+        ContainerRunner().run("prepare", run, cancel)
+    assert not client.containers.list(all=True, filters=mine)
+    assert time.monotonic() - start < 280, "ended by itself"
+    assert any("the same command goes on from what is done" in line for line in lines), lines
 
 
 def test_a_stage_in_a_container_is_up_to_date_for_dvc(tmp_path: Path) -> None:
