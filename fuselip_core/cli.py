@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,8 +34,8 @@ app = typer.Typer(
 recipes = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
 app.add_typer(data_cli.app, name="data")
-
 app.add_typer(vqa_cli.app, name="vqa")
+
 SettingsOption = Annotated[
     Path | None,
     typer.Option("--settings", help="Settings file; params.yaml of this folder unless --recipe is given."),
@@ -101,6 +102,15 @@ def sync(artifacts: ArtifactsOption = None) -> None:
 
     if unsent := send(artifacts or Path("artifacts")):
         raise FuselipError(f"{unsent} runs are still not sent; check MLFLOW_TRACKING_URI and try again")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Make a registered model once more from its recorded state, and compare: reproduce models:/NAME@champion.",
+)
+def reproduce(context: typer.Context) -> None:
+    """Hands over to the flows, which know DVC; a process of its own, since the core knows nothing of them."""
+    os.execv(sys.executable, [sys.executable, "-m", "flows.reproduce_model", *context.args])  # noqa: S606
 
 
 @recipes.command("list")
