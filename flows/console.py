@@ -34,7 +34,7 @@ def run_from_command_line(flow: Flow[Any, Any], kind: type[BaseModel], arguments
         request = _read(kind, options)
         # Looked at before Prefect's server starts, which takes a while.
         if isinstance(request, RunRequest | StageRequest):
-            request.open(REPOSITORY)
+            request.plan(REPOSITORY)
     except ValidationError as error:
         wrong = error.errors()[0]
         _fail(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}", code=2)

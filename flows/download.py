@@ -14,13 +14,14 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed, Failed
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from flows.console import run_from_command_line
 from flows.environment import REPOSITORY
 from flows.lock import dvc_lock
 from flows.names import flow_url, rename_flow_run
-from flows.parameters import without_empty
+from flows.parameters import Form, without_empty
+from flows.presence import sign
 from flows.progress import ProgressArtifact
 from flows.runner import LastLines, stage_environment
 from flows.steps import INTERRUPTED, RunnerName, error_of, may_pass, task_log
@@ -34,10 +35,8 @@ Source = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "examp
 RETRY_AFTER = [60, 600]
 
 
-class DownloadRequest(BaseModel):
+class DownloadRequest(Form):
     """What is fetched, and where to."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Source = Field(
         "rocov2", description=f"Name of a data set, hub:OWNER/NAME, zenodo:RECORD, or an address. Names: {KNOWN}."
@@ -75,6 +74,7 @@ def download(request: DownloadRequest = ROCOV2, runner: RunnerName = "process") 
         request: What is fetched, and where to.
         runner: Where it runs: in a process on the worker's machine, or in the project's download container there.
     """
+    sign()
     rename_flow_run(f"download-{request.source.split(':')[-1].strip('/').split('/')[-1]}")
     if error := _misplaced(request, runner):
         return Failed(message=error)

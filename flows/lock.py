@@ -1,4 +1,4 @@
-"""One DVC command at a time in a repository."""
+"""One DVC command at a time in a repository, and one flow at a time on a run's folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,27 @@ def dvc_lock(repository: Path, owner: str, on_wait: OnLine) -> Iterator[int]:
 
     DVC refuses a second command while one is at work. Here the second waits, and says for whom.
     """
-    path = repository / ".dvc" / "tmp" / "flow.lock"
+    with _locked(repository / ".dvc" / "tmp" / "flow.lock", owner, on_wait) as descriptor:
+        yield descriptor
+
+
+@contextlib.contextmanager
+def run_lock(repository: Path, folder: Path, owner: str, on_wait: OnLine) -> Iterator[None]:
+    """Holds the run in `folder` from first stage to last: another flow would change its params.yaml meanwhile."""
+    name = "root" if folder == repository else folder.name
+    with _locked(repository / ".dvc" / "tmp" / f"run-{name}.lock", owner, on_wait):
+        yield
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, what: str) -> Iterator[None]:
+    """Lets one process at a time do `what`; the others wait."""
+    with _locked(folder / f"{what}.lock", what, lambda line: None):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, owner: str, on_wait: OnLine) -> Iterator[int]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         _wait_for(file.fileno(), path, on_wait)

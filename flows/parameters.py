@@ -7,10 +7,19 @@ there appears in the forms; its help says what each recipe has.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Optional
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    create_model,
+    model_serializer,
+)
 from pydantic.fields import FieldInfo
 
 from fuselip_core.config import (
@@ -34,14 +43,22 @@ RecipeName = Annotated[str, WithJsonSchema({"type": "string", "enum": recipe_nam
 RunName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME_PATTERN})]
 
 
-class Corrections(BaseModel):
-    """Base of the generated models: fields of one section, each empty unless corrected."""
+class Form(BaseModel):
+    """Base of what a flow is asked for: unknown names are refused, and what is empty is not written down."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None}
+
+
+class Corrections(Form):
+    """Base of the generated models: fields of one section, each empty unless corrected."""
+
     def given(self) -> dict[str, Any]:
         """The fields that are not empty, as plain values."""
-        return self.model_dump(mode="json", exclude_none=True)
+        return self.model_dump(mode="json")
 
 
 def corrections_of(section: type[Section], name: str) -> type[Corrections]:
@@ -54,7 +71,7 @@ def corrections_of(section: type[Section], name: str) -> type[Corrections]:
         for field_name, field in section.model_fields.items()
     }
     docstring = " ".join((section.__doc__ or "").split())
-    return create_model(f"{name.capitalize()}Corrections", __base__=Corrections, __doc__=docstring, **fields)
+    return create_model(name.capitalize(), __base__=Corrections, __doc__=docstring, **fields)
 
 
 def _with_limits(field: FieldInfo) -> Any:
@@ -66,7 +83,7 @@ def _help(field: FieldInfo, section: str, name: str) -> str:
     """The field's meaning and the value of each recipe, which counts while the form leaves it empty."""
     recipes_of: dict[str, list[str]] = {}
     for recipe in recipe_names():
-        values = read_recipe(recipe).get(section)
+        values = _recipe(recipe).get(section)
         if isinstance(values, Mapping) and name in values:
             value = yaml.safe_dump(values[name], default_flow_style=True, width=1000)
             text = value.removesuffix("...\n").strip()
@@ -77,6 +94,12 @@ def _help(field: FieldInfo, section: str, name: str) -> str:
         each = "; ".join(f"{value} in {', '.join(recipes)}" for value, recipes in recipes_of.items())
         known = f" Empty: {each}." if each else ""
     return f"{field.description or ''}{known}"
+
+
+@cache
+def _recipe(name: str) -> Mapping[str, Any]:
+    """Read once: there is a help text for each of a hundred fields."""
+    return read_recipe(name)
 
 
 def without_empty(schema: dict[str, Any]) -> None:

@@ -8,19 +8,17 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flows.console import run_from_command_line
 from flows.names import rename_flow_run
-from flows.parameters import without_empty
+from flows.parameters import Form, without_empty
 from flows.steps import error_of
 from fuselip_core.errors import FuselipError
 
 
-class PromoteRequest(BaseModel):
+class PromoteRequest(Form):
     """Which version the alias is to mean."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field("fuselip-rocov2", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model.")
     version: int | None = Field(

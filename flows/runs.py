@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flows.lock import dvc_lock
 from flows.parameters import (
@@ -23,6 +23,7 @@ from flows.parameters import (
     CodebookCorrections,
     Corrections,
     EvaluateCorrections,
+    Form,
     ModelCorrections,
     PrepareCorrections,
     RecipeName,
@@ -39,11 +40,11 @@ from fuselip_core.config import (
     Size,
     SourceName,
     check_settings,
+    corrected_recipe,
     load_settings,
     merge,
     parse_overrides,
     read_corrections,
-    read_recipe,
     recipe_names,
 )
 from fuselip_core.errors import FuselipError
@@ -54,10 +55,8 @@ RECIPE_OF_SOURCE: dict[str, str] = {"phantom": "sample", "rocov2": "rocov2-tiny"
 logger = logging.getLogger("fuselip")
 
 
-class RunRequest(BaseModel):
+class RunRequest(Form):
     """What is to be trained, on what; everything empty is the pipeline of params.yaml in the repository's root."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     recipe: RecipeName | None = Field(
         None, description="Recipe to start from; the source's if empty.", json_schema_extra=without_empty
@@ -94,15 +93,13 @@ class RunRequest(BaseModel):
                 values = merge(values, {section: given})
         return merge(values, parse_overrides(self.overrides))
 
-    def open(self, repository: Path) -> Run:
-        """The run's folder, its settings checked; see `open_run_folder`."""
-        return open_run_folder(repository, self)
+    def plan(self, repository: Path) -> Plan:
+        """The run that is meant, checked and not written yet; see `plan_run`."""
+        return plan_run(repository, self)
 
 
-class StageRequest(BaseModel):
+class StageRequest(Form):
     """A run that is there already, and what is to be different in the stage that runs again."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     run: RunName | None = Field(
         None,
@@ -114,9 +111,9 @@ class StageRequest(BaseModel):
         """Fields that differ from what the run has, by section."""
         return {}
 
-    def open(self, repository: Path) -> Run:
-        """The run, its corrections written into its params.yaml; raises FuselipError if there is no such run."""
-        return reopen_run(repository, self.run, self.corrections())
+    def plan(self, repository: Path) -> Plan:
+        """The run with its corrections, checked and not written yet; see `plan_again`."""
+        return plan_again(repository, self.run, self.corrections())
 
 
 @dataclass(frozen=True)
@@ -141,68 +138,83 @@ class Run:
         return str((self.folder / "dvc.yaml").relative_to(self.repository))
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A run that is checked and not written yet. `values` is what its params.yaml will say; None: as it stands."""
+
+    run: Run
+    values: dict[str, Any] | None = None
+    like_root: Settings | None = None
+
+    def write(self) -> Run:
+        """Writes the run folder's files; a variant of the root's pipeline takes over what that has done."""
+        run = self.run
+        if self.values is None:
+            return run
+        written = run.folder / "params.yaml"
+        steering = {
+            "settings": str(written.relative_to(run.repository)),
+            "repository": os.path.relpath(run.repository, run.folder),
+        }
+        # DVC's templates need the data folder, and every section, in this very file.
+        values = merge({section: {} for section in SECTIONS}, self.values)
+        values["prepare"] = {**values["prepare"], "root": str(run.settings.prepare.root)}
+        _write_if_changed(written, yaml.safe_dump({**steering, **values}, sort_keys=False))
+        _write_if_changed(run.folder / "dvc.yaml", (run.repository / "dvc.yaml").read_text(encoding="utf-8"))
+        if self.like_root:
+            _start_from_root(run, str(self.like_root.artifacts))
+        return run
+
+
 def open_run_folder(repository: Path, request: RunRequest) -> Run:
-    """The run that `request` means, its settings checked and, for a run folder, its files written.
+    """The run that `request` means, its settings checked and, for a run folder, its files written; see `plan_run`."""
+    return plan_run(repository, request).write()
+
+
+def plan_run(repository: Path, request: RunRequest) -> Plan:
+    """The run that `request` means: the root's pipeline, or a folder runs/<name>/.
 
     Raises SettingsError for settings that are wrong and FuselipError for a data folder that is missing.
     """
-    root_settings = load_settings(repository / "params.yaml")
-    same_source = request.source in (None, root_settings.prepare.source) and request.recipe in (
-        None,
-        root_settings.recipe,
-    )
+    root = load_settings(repository / "params.yaml")
+    same_source = request.source in (None, root.prepare.source) and request.recipe in (None, root.recipe)
     if same_source and not request.corrections() and request.root is None and request.name is None:
-        run = Run(repository, repository, root_settings)
+        plan = Plan(Run(repository, repository, root))
     else:
-        run = _make_run_folder(repository, request, root_settings, same_source)
-    _check_data_folder(run)
-    return run
+        kind = request.source or request.recipe or root.prepare.source
+        folder = _run_folder(repository, request.name or "-".join(filter(None, (kind, request.size))))
+        values = _corrections(repository, request, root, same_source)
+        values["artifacts"] = str(folder.relative_to(repository) / "artifacts")
+        plan = Plan(_checked(repository, folder, values), values, root if same_source else None)
+    _check_data_folder(plan.run)
+    return plan
 
 
-def reopen_run(repository: Path, name: str | None, corrections: Mapping[str, Any]) -> Run:
+def plan_again(repository: Path, name: str | None, corrections: Mapping[str, Any]) -> Plan:
     """The run in runs/<name>/, or the root's if `name` is empty, with `corrections` to what its params.yaml says.
 
-    The root's own params.yaml is never written: with corrections, a variant of it is opened, as open_run_folder does.
+    The root's own params.yaml is never written: with corrections, a variant of it is meant. Raises FuselipError if
+    there is no such run.
     """
     if name is None:
-        return open_run_folder(repository, RunRequest.model_validate(corrections))
-    _check_name(name)
-    folder = repository / "runs" / name
+        return plan_run(repository, RunRequest.model_validate(corrections))
+    folder = _run_folder(repository, name)
     if not (folder / "params.yaml").is_file():
         known = sorted(path.parent.name for path in (repository / "runs").glob("*/params.yaml"))
         raise FuselipError(f"there is no run {folder}; there are: {', '.join(known) or 'none'}")
-    return _write_run_folder(repository, folder, merge(read_corrections(folder / "params.yaml"), corrections))
+    values = merge(read_corrections(folder / "params.yaml"), corrections)
+    return Plan(_checked(repository, folder, values), values)
 
 
-def _make_run_folder(repository: Path, request: RunRequest, root_settings: Settings, same_source: bool) -> Run:
-    kind = request.source or request.recipe or root_settings.prepare.source
-    name = request.name or "-".join(filter(None, (kind, request.size)))
-    _check_name(name)
-    values = _corrections(repository, request, root_settings, same_source)
-    folder = repository / "runs" / name
-    values["artifacts"] = str(folder.relative_to(repository) / "artifacts")
-    run = _write_run_folder(repository, folder, values)
-    if same_source:
-        _start_from_root(repository, folder, str(root_settings.artifacts), values["artifacts"])
-    return run
-
-
-def _write_run_folder(repository: Path, folder: Path, values: dict[str, Any]) -> Run:
-    """params.yaml with `values` and dvc.yaml in `folder`; nothing is written if the settings are wrong."""
-    settings = check_settings(merge(read_recipe(values["recipe"]), values), origin=f"run {folder.name}")
-    # DVC's templates need the data folder, and every section, in this very file.
-    values = merge({section: {} for section in SECTIONS}, values)
-    values["prepare"] = {**values["prepare"], "root": str(settings.prepare.root)}
-    written = str(folder.relative_to(repository) / "params.yaml")
-    steering = {"settings": written, "repository": os.path.relpath(repository, folder)}
-    _write_if_changed(folder / "params.yaml", yaml.safe_dump({**steering, **values}, sort_keys=False))
-    _write_if_changed(folder / "dvc.yaml", (repository / "dvc.yaml").read_text(encoding="utf-8"))
+def _checked(repository: Path, folder: Path, values: Mapping[str, Any]) -> Run:
+    settings = check_settings(corrected_recipe(values), origin=f"run {folder.name}")
     return Run(repository, folder, settings)
 
 
-def _check_name(name: str) -> None:
+def _run_folder(repository: Path, name: str) -> Path:
     if not re.fullmatch(NAME_PATTERN, name):
         raise SettingsError(f"'{name}' can't name a run; use letters, digits, dots, dashes and underscores")
+    return repository / "runs" / name
 
 
 def _corrections(repository: Path, request: RunRequest, root_settings: Settings, same_source: bool) -> dict[str, Any]:
@@ -240,16 +252,17 @@ def _check_data_folder(run: Run) -> None:
         )
 
 
-def _start_from_root(repository: Path, folder: Path, root_artifacts: str, artifacts: str) -> None:
+def _start_from_root(run: Run, root_artifacts: str) -> None:
     """Takes over what the root pipeline has done, so that a changed parameter runs only the stages behind it.
 
     The root's lock, with its paths turned into this run's, lets DVC fetch equal outputs from its cache and see by
     itself which stages differ.
     """
-    source, target = repository / "dvc.lock", folder / "dvc.lock"
+    source, target = run.repository / "dvc.lock", run.folder / "dvc.lock"
     if target.exists() or not source.exists():
         return
-    settings = str((folder / "params.yaml").relative_to(repository))
+    settings = str((run.folder / "params.yaml").relative_to(run.repository))
+    artifacts = str(run.settings.artifacts)
 
     def turned(value: Any) -> Any:
         if isinstance(value, dict):
@@ -267,11 +280,11 @@ def _start_from_root(repository: Path, folder: Path, root_artifacts: str, artifa
 
     # What the cache lacks is made anew.
     with (
-        dvc_lock(repository, str(folder), logger.info),
+        dvc_lock(run.repository, str(run.folder), logger.info),
         contextlib.suppress(DvcException),
-        Repo(str(repository)) as repo,
+        Repo(str(run.repository)) as repo,
     ):
-        repo.checkout([str(folder / "dvc.yaml")], force=True)
+        repo.checkout([str(run.folder / "dvc.yaml")], force=True)
 
 
 def _write_if_changed(path: Path, content: str) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from flows.environment import REPOSITORY
 from flows.processes import children_of
+from flows.quiet_ui import silence
 from fuselip_core.errors import FuselipError
 from fuselip_core.tracking import tracking_uri
 
@@ -161,6 +162,7 @@ def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
             page = ("--backend-store-uri", tracking_uri(), "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
             stack.start("mlflow", "mlflow", "ui", *page)
             stack.wait_for(f"{prefect}/api/health")
+            silence(Path(environment["PREFECT_UI_STATIC_DIRECTORY"]))
         with console.status("deploying the flows of prefect.yaml"):
             prepare_server(environment["PREFECT_API_URL"])
             stack.run("deploy", "prefect", "--no-prompt", "deploy", *_deployments())
@@ -195,7 +197,11 @@ def environment_of(prefect: str, mlflow: str) -> dict[str, str]:
         **os.environ,
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_UI_URL": f"{prefect}/v2",
+        # A copy of the pages that can be changed; see flows/quiet_ui.py.
+        "PREFECT_UI_STATIC_DIRECTORY": str(Path(os.environ["PREFECT_HOME"]) / "ui"),
         "FUSELIP_MLFLOW_UI": mlflow,
+        # A page of curves and models needs none of the ten processes that judge language models.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         # `{{ $PWD }}` in prefect.yaml.
         "PWD": str(REPOSITORY),
         "PYTHONPATH": str(REPOSITORY),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,10 +19,12 @@ from flows.artifacts import publish
 from flows.container import ContainerRunner
 from flows.environment import REPOSITORY
 from flows.gpu import gpu_slot
+from flows.lock import run_lock
 from flows.names import flow_url, name_flow_run
+from flows.presence import sign
 from flows.progress import ProgressArtifact
 from flows.runner import Ending, OnLine, Outcome, ProcessRunner, Runner
-from flows.runs import Run
+from flows.runs import Plan, Run
 from flows.sample_data import ensure_sample
 from fuselip_core.errors import FuselipError
 
@@ -35,21 +38,28 @@ RETRY_AFTER = [10, 60, 300]
 class Request(Protocol):
     """What a flow is asked for; see flows/runs.py."""
 
-    def open(self, repository: Path) -> Run:
-        """The run that is meant, ready to be reproduced."""
+    def plan(self, repository: Path) -> Plan:
+        """The run that is meant, checked and not written yet."""
 
 
 def run_stages(request: Request, stages: Sequence[str], runner_name: RunnerName) -> Ending:
-    """Runs `stages` in order until one fails; called from within a flow."""
-    outcomes: list[Outcome] = []
+    """Runs `stages` in order until one fails; called from within a flow. Another flow on the same run waits."""
+    sign()
+    owner = f"flow run {flow_run.get_name()} (process {os.getpid()})"
     try:
-        run = request.open(REPOSITORY)
+        folder = request.plan(REPOSITORY).run.folder
+        with run_lock(REPOSITORY, folder, owner, get_run_logger().info):
+            # Planned again: the flow that held the lock may have changed the run.
+            return _run_stages(request.plan(REPOSITORY).write(), stages, make_runner(runner_name))
     except FuselipError as wrong:
         return Ending(None, (), str(wrong))
+
+
+def _run_stages(run: Run, stages: Sequence[str], runner: Runner) -> Ending:
+    outcomes: list[Outcome] = []
     name_flow_run(run, with_data="prepare" not in stages)
     if "prepare" in stages and (error := error_of(data_task(run, return_state=True))):
         return Ending(run, (), error)
-    runner = make_runner(runner_name)
     for stage in stages:
         force = stage == "register" and _lost_from_registry(run)
         state = stage_task.with_options(name=stage, task_run_name=stage)(stage, run, runner, force, return_state=True)
