@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import email.utils
 import hashlib
 import json
@@ -13,11 +14,14 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_hub import COMMIT, SIGNATURE, FakeHub, Fault
 
@@ -26,6 +30,7 @@ from fuselip_core.data.download import DownloadSettings, download, read_manifest
 from fuselip_core.data.hubs import folder_name_of, origins
 from fuselip_core.data.partial_file import partial_path
 from fuselip_core.data.patience import DownloadError
+from fuselip_core.data.prepared import PreparedData
 
 ROCO = "eltorio/ROCOv2-radiology"
 
@@ -212,6 +217,47 @@ def test_medpix_in_zenodos_layout_comes_whole(hub: FakeHub, target: Path, shared
         assert file.sha256 == hashlib.sha256(content).hexdigest()
         assert file.checksum == f"md5:{hashlib.md5(content).hexdigest()}"
         assert (target / file.path).read_bytes() == content
+
+
+def test_both_hosts_of_rocov2_end_in_one_schema(hub: FakeHub, tmp_path: Path, shared: Path) -> None:
+    """The validation split of real data, from Zenodo's layout and from the Hub's: the same images and texts."""
+    from typer.testing import CliRunner
+
+    from fuselip_core.cli import app
+
+    folder = shared / "data" / "medpix-rocov2"
+    names = ("valid_images.zip", "valid_captions.csv", "valid_concepts.csv", "license_information.csv")
+    hub.add_record("10821435", {name: folder / name for name in names})
+    with zipfile.ZipFile(folder / "valid_images.zip") as archive:
+        bytes_of = {Path(name).stem: archive.read(name) for name in archive.namelist()}
+    with (folder / "valid_captions.csv").open(encoding="utf-8", newline="") as stream:
+        captions = list(csv.DictReader(stream))
+    rows = [
+        {"image": {"bytes": bytes_of[row["ID"]], "path": None}, "image_id": row["ID"], "caption": row["Caption"]}
+        for row in captions
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hub.parquet")
+    hub.add_repo(ROCO, {"data/validation-00000-of-00001.parquet": tmp_path / "hub.parquet"}, set())
+    run, found = CliRunner().invoke, {}
+    for source in ("rocov2-zenodo", "rocov2"):
+        raw, out = tmp_path / source, tmp_path / f"{source}-prepared"
+        assert run(app, ["data", "download", source, "--out", str(raw)]).exit_code == 0
+        assert run(app, ["data", "prepare", "--source", "rocov2", "--root", str(raw), "--out", str(out)]).exit_code == 0
+        assert run(app, ["data", "inspect", str(out), "--samples", "2"]).exit_code == 0
+        prepared = PreparedData(out)
+        images = {row["image_id"]: row for batch in prepared.iter_images("valid") for row in batch.to_pylist()}
+        schema = next(prepared.iter_images("valid")).schema
+        found[source] = schema, {name: row["sha256"] for name, row in images.items()}, prepared.pairs("valid")
+        assert prepared.manifest["origin"]["licence"] == "cc-by-nc-4.0"
+        assert all(row["licence"] for row in images.values())
+    (schema, hashes, pairs), (other_schema, other_hashes, other_pairs) = found.values()
+    assert schema == other_schema and pairs.schema == other_pairs.schema
+    assert len(hashes) == 197 and hashes == other_hashes
+    texts = [
+        dict(zip(table["pair_id"].to_pylist(), table["target_text"].to_pylist(), strict=True))
+        for table in (pairs, other_pairs)
+    ]
+    assert len(texts[0]) == 191 and texts[0] == texts[1]
 
 
 def test_a_restricted_record_asks_for_access_and_token(

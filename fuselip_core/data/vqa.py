@@ -48,7 +48,10 @@ def list_vqa_rad(root: Path) -> Listing:
         if fault:
             listing.set_aside.append(SetAside(qid, split, fault, f"question {qid} about {name}"))
             continue
-        image = images.setdefault((split, name), ImageEntry(Path(name).stem, split, cases[name], places[name]))
+        entry = ImageEntry(
+            Path(name).stem, split, cases[name], places[name], licence="CC0-1.0", attribution="VQA-RAD, Lau et al. 2018"
+        )
+        image = images.setdefault((split, name), entry)
         kind = str(row["answer_type"]).strip().lower()
         listing.pairs.append(question_pair(image, f"vqa-rad/{qid}", question, answer, kind))
     listing.images.extend(sorted(images.values(), key=lambda image: (image.split, image.image_id)))
