@@ -1,20 +1,26 @@
-"""Pairs of images and the names of their concepts."""
+"""Pairs beside the caption: sentences, names of concepts, questions by rules, and edits."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training_data import write_raw
 
 from fuselip_core.config import PrepareSettings
+from fuselip_core.data.extra_pairs import sentences_of
+from fuselip_core.data.images import decode
 from fuselip_core.data.pair import DataError
+from fuselip_core.data.places import apply_instruction
 from fuselip_core.data.prepare import prepare_data
 from fuselip_core.data.prepared import PreparedData
 
 
-def prepared(root: Path, folder: Path) -> PreparedData:
-    settings = PrepareSettings(source="rocov2", root=root, workers=1, extra_pairs=("concepts",))
+def prepared(root: Path, folder: Path, kinds: tuple[str, ...] = ("concepts",)) -> PreparedData:
+    fields = {"source": "rocov2", "root": root, "workers": 1, "extra_pairs": kinds}
+    settings = PrepareSettings.model_validate(fields)
     prepare_data(settings, folder / "prepared", folder / "work")
     return PreparedData(folder / "prepared")
 
@@ -40,3 +46,51 @@ def test_concepts_without_their_names_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "raw" / "cui_mapping.csv").unlink()
     with pytest.raises(DataError, match=r"has no cui_mapping\.csv with the names of concepts"):
         prepared(tmp_path / "raw", tmp_path)
+
+
+def test_sentences_are_told_apart() -> None:
+    caption = "Axial CT (Fig. 2) of the chest. A nodule vs. Scar is seen in St. Mary's. See. The lung is clear."
+    assert sentences_of(caption) == [
+        "Axial CT (Fig. 2) of the chest.",
+        "A nodule vs. Scar is seen in St. Mary's.",
+        "The lung is clear.",
+    ]
+    assert sentences_of("One sentence of 2.5 cm only") == ["One sentence of 2.5 cm only"]
+
+
+def test_every_kind_of_pair_from_the_same_images(tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw", train=12, held_out=3)
+    for split in ("train", "valid", "test"):
+        table = tmp_path / "raw" / f"{split}_captions.csv"
+        table.write_text(table.read_text().replace("half is bright, seen", "half is bright. It was seen"))
+    plain = prepared(tmp_path / "raw", tmp_path / "plain", kinds=())
+    data = prepared(tmp_path / "raw", tmp_path / "all", kinds=("sentences", "concepts", "questions", "edits"))
+    rows = data.pairs("train").to_pylist()
+    kinds = Counter(row["kind"] for row in rows)
+    assert kinds["caption"] == kinds["sentence"] == kinds["concepts"] == 12
+    assert kinds["edit"] in range(30, 37) and kinds["vqa"] >= 24
+    assert data.image_count("train") == 12 + kinds["edit"]
+    # What is measured stays as it is: nothing is edited there, and captions are the same.
+    for split in ("valid", "test"):
+        assert data.image_count(split) == plain.image_count(split)
+        captions = [row for row in data.pairs(split).to_pylist() if row["kind"] == "caption"]
+        assert captions == plain.pairs(split).to_pylist()
+    answers = {row["target_text"] for row in rows if row["query_text"] == "What imaging modality is this?"}
+    assert answers == {"ct"}
+
+
+def test_edits_are_what_their_instruction_says_and_never_mirrored(tmp_path: Path) -> None:
+    write_raw(tmp_path / "raw", train=24, held_out=2)
+    data = prepared(tmp_path / "raw", tmp_path, kinds=("edits",))
+    images = {
+        row["image_id"]: np.array(decode(row["bytes"], 1.0).convert("RGB"))
+        for batch in data.iter_images("train")
+        for row in batch.to_pylist()
+    }
+    pairs = [row for row in data.pairs("train").to_pylist() if row["kind"] == "edit"]
+    families = Counter(row["query_text"].split()[0] for row in pairs)
+    assert set(families) == {"crop", "rotate", "increase", "decrease"}
+    for row in pairs:
+        assert "flip" not in row["query_text"] and row["group"] == f"{row['query_image']}/edits"
+        wanted = apply_instruction(images[row["query_image"]], row["query_text"])
+        assert np.array_equal(images[row["target_image"]], wanted)

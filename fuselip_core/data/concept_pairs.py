@@ -21,10 +21,7 @@ def add_concept_pairs(root: Path, listing: Listing) -> None:
     """
     if not (root / NAMES).is_file():
         raise DataError(f"{root} has no {NAMES} with the names of concepts; put it there, or take it from extra_pairs")
-    names = {
-        row["CUI"].strip(): one_line(row["Canonical name"])
-        for row in read_table(root / NAMES, ("CUI", "Canonical name"))
-    }
+    names = names_of_concepts(root)
     nameless = 0
     for image in listing.images:
         known = sorted({names[code] for code in image.concepts if names.get(code)})
@@ -33,6 +30,12 @@ def add_concept_pairs(root: Path, listing: Listing) -> None:
             listing.pairs.append(_pair(image, "; ".join(known)))
     if nameless:
         listing.notes.append(f"{nameless} concepts of images have no name in {NAMES} and are in no pair")
+
+
+def names_of_concepts(root: Path) -> dict[str, str]:
+    """Concept code → name; raises DataError without a readable table."""
+    rows = read_table(root / NAMES, ("CUI", "Canonical name"))
+    return {row["CUI"].strip(): one_line(row["Canonical name"]) for row in rows}
 
 
 def _pair(image: ImageEntry, text: str) -> Pair:

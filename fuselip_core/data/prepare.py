@@ -28,6 +28,7 @@ import numpy as np
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.candidates import write_candidates
+from fuselip_core.data.edit_pairs import add_edits
 from fuselip_core.data.pair import DataError, Pair, SetAside
 from fuselip_core.data.perceptual import HeldOutIndex
 from fuselip_core.data.provenance import Provenance, provenance_of
@@ -68,6 +69,8 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     try:
         with reserved(target, settings.root):
             plan = plan_splits(list_source(settings.source, settings.root, settings), settings)
+            if "edits" in settings.extra_pairs:
+                add_edits(plan, settings.seed)
             origin = provenance_of(settings.root)
             open_work(work, key_of(plan, settings, tool_version(), origin))
             results = _write_images(plan, settings, work, origin)

@@ -8,7 +8,7 @@ from pathlib import Path
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.benchmarks import list_imagenet, list_open_images, list_sugarcrepe, list_tgit
 from fuselip_core.data.captions import list_rocov2
-from fuselip_core.data.concept_pairs import add_concept_pairs
+from fuselip_core.data.extra_pairs import add_extra_pairs
 from fuselip_core.data.hq_edit import list_hq_edit
 from fuselip_core.data.mmeb import list_mmeb
 from fuselip_core.data.pair import DataError, Listing
@@ -76,8 +76,7 @@ def list_source(name: str, root: Path, settings: PrepareSettings | None = None) 
 def _list_tables(name: str, root: Path, extra_pairs: Collection[str]) -> Listing:
     try:
         listing = SOURCES[name](root)
-        if "concepts" in extra_pairs:
-            add_concept_pairs(root, listing)
+        add_extra_pairs(root, listing, extra_pairs)
         return listing
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         # Tables of another form than published surface where a value is looked for; --debug shows where.

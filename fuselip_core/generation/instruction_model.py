@@ -27,13 +27,14 @@ class InstructionModel:
         try:
             # Written from the left, so that every prompt of a batch ends where its answer begins.
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-            self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise FuselipError(
                 f"the instruction model '{name}' cannot be loaded ({reason}); give a folder that holds one, or accept "
                 "its licence on the Hub and log in"
             ) from error
+        self.model = model.to(device).eval()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.device, self.max_new_tokens, self.questions = device, max_new_tokens, questions

@@ -41,7 +41,7 @@ def run(job: Job) -> bool:
     if world == 1 and gpus > 1:
         import torch.multiprocessing
 
-        torch.multiprocessing.spawn(_one_of, args=(job, gpus), nprocs=gpus)  # type: ignore[no-untyped-call]
+        torch.multiprocessing.spawn(_one_of, args=(job, gpus), nprocs=gpus)
         return run_part(job, 0, 1, write=_nothing_left)
     return run_part(job, rank, world)
 
