@@ -26,6 +26,8 @@ SHORT = (
     "train.validate_every=1000",
     "train.checkpoint_every=1000",
 )
+# The first build of the training image brings 3 GB.
+pytestmark = pytest.mark.timeout(2400)
 DOCKERFILES = ("Dockerfile.download", "Dockerfile.train", "docker/Dockerfile.server")
 
 
