@@ -12,10 +12,12 @@ from training_data import write_raw
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.extra_pairs import sentences_of
 from fuselip_core.data.images import decode
+from fuselip_core.data.mixture import Mixture
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.places import apply_instruction
 from fuselip_core.data.prepare import prepare_data
 from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.token_store import ABSENT, TokenStore, gather
 
 
 def prepared(root: Path, folder: Path, kinds: tuple[str, ...] = ("concepts",)) -> PreparedData:
@@ -94,3 +96,31 @@ def test_edits_are_what_their_instruction_says_and_never_mirrored(tmp_path: Path
         assert "flip" not in row["query_text"] and row["group"] == f"{row['query_image']}/edits"
         wanted = apply_instruction(images[row["query_image"]], row["query_text"])
         assert np.array_equal(images[row["target_image"]], wanted)
+
+
+def test_every_kind_reaches_the_mixture_and_knows_its_like(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from fuselip_core.config import TokenizeSettings
+    from fuselip_core.model.presets import tokenizer_config
+    from fuselip_core.model.processing import TextTokenizer
+    from fuselip_core.model.titok import TiTok
+    from fuselip_core.training.tokenize import Tokenizing, store_identity
+
+    write_raw(tmp_path / "raw", train=8, held_out=2)
+    data = prepared(tmp_path / "raw", tmp_path, kinds=("concepts", "questions", "edits"))
+    torch.manual_seed(0)
+    tokenizer, settings = TiTok(tokenizer_config("tiny")), TokenizeSettings()
+    identity = store_identity(data, "random", tokenizer, settings)
+    Tokenizing(data, tokenizer, TextTokenizer(77).encode, settings, identity, tmp_path / "tokens").run()
+    store = TokenStore(tmp_path / "tokens", "train")
+    weights = {"caption": 0.25, "concepts": 0.25, "vqa": 0.25, "edit": 0.25}
+    rows = next(Mixture(store, weights, batch_size=8, seed=0))
+    drawn = Counter(store.kinds[kind] for kind in store.pairs.kind[rows])
+    assert drawn == dict.fromkeys(weights, 2)
+    edits = store.rows_of("edit")
+    query, target = (gather(store, edits, side) for side in ("query", "target"))
+    assert query.has_image.all() and target.has_image.all() and (query.text_lengths > 0).all()
+    # All images have the one concept CT: their captions and concepts are alike, questions and edits never.
+    assert np.unique(store.pairs.alike[store.rows_of("caption")]).tolist() == [0]
+    assert np.unique(store.pairs.alike[store.rows_of("concepts")]).tolist() == [0]
+    assert (store.pairs.alike[np.append(edits, store.rows_of("vqa"))] == ABSENT).all()

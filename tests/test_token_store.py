@@ -255,3 +255,26 @@ def test_a_pair_of_an_unknown_image_is_named() -> None:
         index_pairs(pair_table(query_image=["x", "z", "y"]), ["y", "x"], KINDS)
     with pytest.raises(FuselipError, match="kind 'region'"):
         index_pairs(pair_table(kind=["caption", "region", "vqa"]), ["y", "x"], KINDS)
+
+
+def test_images_with_the_same_concepts_are_alike(tmp_path: Path) -> None:
+    table = pair_table(
+        query_image=["a", "b", "c", "d", "d", "a"],
+        query_text=[None, None, None, None, None, "which?"],
+        target_image=[None] * 6,
+        target_text=["one", "two", "three", "four", "five", "six"],
+        kind=["caption"] * 5 + ["vqa"],
+        group=["a", "b", "c", "d", "d", "a"],
+        answer_type=[None] * 6,
+    )
+    concepts = pa.chunked_array([pa.array([["CT", "head"], []]), pa.array([["head", "CT", "CT"], None])])
+    columns, _ = index_pairs(table, ["a", "b", "c", "d"], KINDS, concepts)
+    # a and c have the same concepts, d is like itself only, b like nothing, and a question is never alike.
+    np.testing.assert_array_equal(columns.alike, [0, 1, 0, 3, 3, ABSENT])
+
+
+def test_a_store_from_before_the_column_alike_is_read(tmp_path: Path) -> None:
+    store = write_store(tmp_path)
+    np.testing.assert_array_equal(store.pairs.alike, [ABSENT] * 3)
+    (tmp_path / "train" / "alike.npy").unlink()
+    np.testing.assert_array_equal(TokenStore(tmp_path, "train").pairs.alike, [ABSENT] * 3)

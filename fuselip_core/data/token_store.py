@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +70,8 @@ class PairColumns:
     """Row indices of P pairs; ABSENT where a side lacks the part.
 
     query_image, query_text, target_image, target_text, group: (P) int32; kind, answer_type: (P) uint8.
+    alike (P) int32: pairs image → text of one number are right for each other, since they are of the same image or of
+    images with the same concepts; ABSENT for all other pairs, and throughout in stores that were made without it.
     """
 
     query_image: Array
@@ -79,9 +81,13 @@ class PairColumns:
     kind: Array
     group: Array
     answer_type: Array
+    alike: Array = field(default_factory=lambda: np.array(ABSENT, np.int32))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alike", np.broadcast_to(self.alike, np.shape(self.kind)))
 
 
-DTYPES = {field.name: np.dtype(np.int32) for field in fields(PairColumns)} | {
+DTYPES = {column.name: np.dtype(np.int32) for column in fields(PairColumns)} | {
     "kind": np.dtype(np.uint8),
     "answer_type": np.dtype(np.uint8),
 }
@@ -110,7 +116,8 @@ class TokenStore:
         self.texts = self._map(place / "texts.npy")
         self.text_offsets = self._map(place / "text_offsets.npy")
         self.blank = np.load(place / "blank.npy")
-        self.pairs = PairColumns(**{name: self._map(place / f"{name}.npy") for name in DTYPES})
+        there = [name for name in DTYPES if name != "alike" or (place / "alike.npy").is_file()]
+        self.pairs = PairColumns(**{name: self._map(place / f"{name}.npy") for name in there})
 
     def __len__(self) -> int:
         return len(self.pairs.kind)

@@ -145,11 +145,11 @@ class TokenStoreWriter:
 
 
 def index_pairs(
-    pairs: pa.Table, image_ids: Sequence[str] | pa.Array, kinds: Sequence[str]
+    pairs: pa.Table, image_ids: Sequence[str] | pa.Array, kinds: Sequence[str], concepts: pa.Array | None = None
 ) -> tuple[PairColumns, pa.Array]:
     """Pairs with ids and strings → row indices, and the unique texts (T) in order of first use.
 
-    `pairs` as PreparedData.pairs gives them; `image_ids` in the row order of the codes.
+    `pairs` as PreparedData.pairs gives them; `image_ids` (N) and `concepts` (N), lists of codes, in the images' order.
     Raises FuselipError for a pair that names an image or kind that is not there.
     """
     known = _as_array(image_ids)
@@ -166,7 +166,21 @@ def index_pairs(
     columns["group"] = _rows_in(groups, pc.unique(groups.drop_null()), "group")
     columns["kind"] = _rows_in(pairs.column("kind"), _as_array(kinds), "kind").astype(np.uint8)
     types = _rows_in(pc.fill_null(pairs.column("answer_type").cast(pa.string()), ""), _as_array(ANSWER_TYPES), "answer")
+    if concepts is not None:
+        columns["alike"] = _alike(columns, concepts)
     return PairColumns(**columns, answer_type=types.astype(np.uint8)), texts
+
+
+def _alike(columns: Mapping[str, Array], concepts: pa.Array) -> Array:
+    """The column `alike` (see PairColumns): row of the first image with the same concepts, or of an image without."""
+    of_image = np.arange(len(concepts), dtype=np.int32)
+    first: dict[tuple[str, ...], int] = {}
+    for row in np.flatnonzero(pc.fill_null(pc.list_value_length(concepts), 0)):
+        of_image[row] = first.setdefault(tuple(sorted(set(concepts[int(row)].as_py()))), int(row))
+    image_to_text = (columns["query_image"] >= 0) & (columns["query_text"] < 0) & (columns["target_image"] < 0)
+    alike = np.full(len(image_to_text), ABSENT, np.int32)
+    alike[image_to_text] = of_image[columns["query_image"][image_to_text]]
+    return alike
 
 
 def write_manifest(folder: Path, identity: Mapping[str, Any], kinds: Sequence[str], **more: Any) -> None:

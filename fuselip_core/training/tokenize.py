@@ -18,6 +18,7 @@ from PIL import Image
 from fuselip_core.config import TokenizeSettings
 from fuselip_core.data.images import random_crop, to_pixels
 from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.schemas import IMAGE_SCHEMA
 from fuselip_core.data.token_writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.model.titok import TiTok
 from fuselip_core.progress import track
@@ -94,7 +95,7 @@ class Tokenizing:
         draw = views_of(config.image_size, settings)
         for start, stop in track(writer.pending(settings.rows_per_shard), f"tokenizing {split} images, shards"):
             writer.write_codes(start, self._codes(split, draw, start, stop))
-        columns, texts = index_pairs(pairs, self._image_ids(split), kinds)
+        columns, texts = index_pairs(pairs, self._column(split, "image_id"), kinds, self._column(split, "concepts"))
         ids = [self.encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         flat = np.fromiter((token for text in ids for token in text), np.uint16, count=int(offsets[-1]))
@@ -119,6 +120,6 @@ class Tokenizing:
         size = self.tokenizer.config.image_size
         return self._encode(np.zeros((1, 1, size, size, 3), np.uint8))[0, 0]
 
-    def _image_ids(self, split: str) -> pa.ChunkedArray:
-        batches = self.prepared.iter_images(split, columns=["image_id"], batch_rows=65536)
-        return pa.chunked_array([batch.column("image_id") for batch in batches], pa.string())
+    def _column(self, split: str, name: str) -> pa.ChunkedArray:
+        batches = self.prepared.iter_images(split, columns=[name], batch_rows=65536)
+        return pa.chunked_array([batch.column(name) for batch in batches], IMAGE_SCHEMA.field(name).type)
