@@ -34,24 +34,30 @@ from flows.presence import LABEL
 from flows.processes import Process, is_starting_here, parent_of
 from flows.stream import OnLine
 
+RECOVERIES = "fuselip.recoveries"
 # Beyond so many starts a run is left alone: it crashes by itself.
 MOST_STARTS = 5
 # A worker that takes a run starts its process within seconds; one that was killed in between never does.
 PENDING_SECONDS = 180.0
-FIRST_DELAY_SECONDS = 20.0
+# A worker that lives reports the end of a process itself, twice and with some delay: it goes first.
+SETTLE_SECONDS = 20.0
+FIRST_DELAY_SECONDS = 5.0
 STOP_SECONDS = 90.0
 STATES = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.CRASHED]
 
 
-def recover(on_line: OnLine, gone: Collection[str] = (), pending_seconds: float = PENDING_SECONDS) -> list[FlowRun]:
+def recover(on_line: OnLine, gone: Collection[str] = (), settle_seconds: float = SETTLE_SECONDS) -> list[FlowRun]:
     """Schedules again what has lost its process, and returns it; `gone` names machines that will not come back."""
     recovered = []
     home = Path(os.environ.get("PREFECT_HOME", DEFAULTS["PREFECT_HOME"]))
     with only_one(home, "recover"), get_client(sync_client=True) as client:
+        suspects = {run.id: run.state_id for run in _unfinished(client) if _loss(run, gone, lambda line: None)}
+        if suspects:
+            time.sleep(settle_seconds)
         for run in _unfinished(client):
             if run.state and run.state.is_cancelling():
                 _finish_cancelling(client, run, on_line)
-            elif reason := _loss(run, gone, pending_seconds, on_line):
+            elif (reason := _loss(run, gone, on_line)) and suspects.get(run.id) == run.state_id:
                 _schedule(client, run, reason)
                 on_line(f"{run.name}: {reason}; it goes on from its last checkpoint")
                 recovered.append(run)
@@ -65,19 +71,21 @@ def _unfinished(client: SyncPrefectClient) -> list[FlowRun]:
     return client.read_flow_runs(flow_run_filter=wanted, limit=200)
 
 
-def _loss(run: FlowRun, gone: Collection[str], pending_seconds: float, on_line: OnLine) -> str | None:
+def _loss(run: FlowRun, gone: Collection[str], on_line: OnLine) -> str | None:
     """Why `run` will not end by itself; None if it may, or if only another machine can tell."""
     assert run.state is not None
-    if run.run_count >= MOST_STARTS:
+    if max(run.run_count, _recoveries(run)) >= MOST_STARTS:
         return None
     if run.state.is_pending():
         age = (now("UTC") - run.state.timestamp).total_seconds()
-        lost = age > pending_seconds and not is_starting_here(run.id)
+        lost = age > PENDING_SECONDS and not is_starting_here(run.id)
         return "its worker took it and never started it" if lost else None
     process = _process_of(run)
-    if process is None or not (process.is_here or process.host in gone):
-        if process:
-            on_line(f"{run.name} is of {process.host}; if that machine will not come back, add --gone {process.host}")
+    if process is None:
+        # Recovered before and crashed before any process of ours had begun; others are not known here.
+        return "it crashed before it began" if run.state.is_crashed() and _recoveries(run) else None
+    if not (process.is_here or process.host in gone):
+        on_line(f"{run.name} is of {process.host}; if that machine will not come back, add --gone {process.host}")
         return None
     if process.is_here and process.lives:
         return None
@@ -104,14 +112,18 @@ def _schedule(client: SyncPrefectClient, run: FlowRun, reason: str) -> None:
     if not run.state.is_crashed():
         client.set_flow_run_state(run.id, Crashed(message=reason), force=True)
     # The next process has not signed yet when it starts: it must not be taken for the old one.
-    client.update_flow_run_labels(run.id, {LABEL: ""})
-    delay = min(FIRST_DELAY_SECONDS * 2 ** max(run.run_count - 1, 0), 300.0)
+    client.update_flow_run_labels(run.id, {LABEL: "", RECOVERIES: str(_recoveries(run) + 1)})
+    delay = min(FIRST_DELAY_SECONDS * 2 ** _recoveries(run), 300.0)
     when = now("UTC") + timedelta(seconds=delay)
     client.set_flow_run_state(run.id, AwaitingRetry(scheduled_time=when, message=reason))
 
 
 def _process_of(run: FlowRun) -> Process | None:
     return Process.read(str(run.labels.get(LABEL, "")))
+
+
+def _recoveries(run: FlowRun) -> int:
+    return int(str(run.labels.get(RECOVERIES) or 0))
 
 
 def _is_orphan(process: Process) -> bool:

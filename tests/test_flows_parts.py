@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_only_a_run_whose_process_is_gone_from_here_is_lost() -> None:
     gone, elsewhere = Process(alive.host, alive.pid, "1"), Process("other-machine", 1, "1")
 
     def lost(state: Any, process: Process | None, starts: int = 1, hosts: tuple[str, ...] = ()) -> bool:
-        return recover._loss(flow_run(state, process, starts), hosts, 180.0, said.append) is not None
+        return recover._loss(flow_run(state, process, starts), hosts, said.append) is not None
 
     assert lost(Running(), gone) and lost(Crashed(), gone)
     assert not lost(Running(), alive) and not lost(Running(), None)
@@ -178,9 +179,21 @@ def test_only_a_run_whose_process_is_gone_from_here_is_lost() -> None:
 
 
 def test_a_run_that_its_worker_never_started_is_lost_after_a_while() -> None:
-    run = flow_run(Pending(timestamp=now("UTC")), None)
-    assert recover._loss(run, (), 180.0, print) is None
-    assert recover._loss(run, (), -1.0, print) == "its worker took it and never started it"
+    def reason(age: float) -> str | None:
+        state = Pending(timestamp=now("UTC") - timedelta(seconds=age))
+        return recover._loss(flow_run(state, None), (), print)
+
+    assert reason(recover.PENDING_SECONDS - 60) is None
+    assert reason(recover.PENDING_SECONDS + 60) == "its worker took it and never started it"
+
+
+def test_a_run_that_crashes_again_before_it_begins_is_not_forgotten() -> None:
+    run = flow_run(Crashed(), None)
+    assert recover._loss(run, (), print) is None, "never signed, so none of ours"
+    run.labels[recover.RECOVERIES] = "1"
+    assert recover._loss(run, (), print) == "it crashed before it began"
+    run.labels[recover.RECOVERIES] = str(recover.MOST_STARTS)
+    assert recover._loss(run, (), print) is None
 
 
 # Serving
