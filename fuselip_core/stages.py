@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from fuselip_core.data.token_store import TokenStore
-    from fuselip_core.model.fuselip import FuseLIPModel
+    from fuselip_core.model.hub import Model
     from fuselip_core.training.codebook import Perception
     from fuselip_core.training.loop import Validate
 
@@ -93,69 +92,73 @@ def tokenize(settings: Settings) -> dict[str, Any]:
 def train(settings: Settings) -> dict[str, Any]:
     """Stored tokens → a trained encoder in model/ and its curves in history.jsonl; resumes from checkpoints/."""
     from fuselip_core.data.token_store import TokenStore
-    from fuselip_core.model.hub import save_model
     from fuselip_core.model.titok import TiTok
     from fuselip_core.tracking import open_run
+    from fuselip_core.training.adaptation import interpolate, trained_weights
+    from fuselip_core.training.build import build_model, open_training
     from fuselip_core.training.checkpoint import Checkpoints, seed_everything
+    from fuselip_core.training.distributed import join_world
     from fuselip_core.training.loop import Trainer, run_folder
 
-    store = TokenStore(settings.artifacts / "tokens", "train")
+    _same_codebook(TokenStore(settings.artifacts / "tokens", "train"), settings.artifacts / "codebook")
     tokenizer = TiTok.load(settings.artifacts / "codebook")
-    _same_codebook(store, settings.artifacts / "codebook")
+    world, device = join_world(), _device()
     seed_everything(settings.train.seed)
-    model = _new_encoder(settings, tokenizer)
-    model.to(_device())  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its arguments
+    model = build_model(settings.model, settings.train, tokenizer)
+    before = trained_weights(model) if settings.train.interpolate < 1 else None
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its arguments
+    store, encoder = open_training(model, settings.artifacts, settings.train, device, world)
     all_checkpoints = settings.artifacts / "checkpoints"
     checkpoints = Checkpoints(run_folder(all_checkpoints, settings.train, store), settings.train.keep_checkpoints)
-    history = History(settings.artifacts / "checkpoints" / "history.jsonl", checkpoints)
+    if not world.leads:
+        return Trainer(encoder, store, settings.train, checkpoints, _quietly, world=world).run().metrics()
+    history = History(all_checkpoints / "history.jsonl", checkpoints)
     with open_run(settings, "train", resume=history.resumed_step > 0) as run:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             history.add(step, metrics)
             run.metrics(metrics, step)
 
-        trainer = Trainer(model, store, settings.train, checkpoints, log, _validation(settings))
-        summary = trainer.run().metrics() | {"model/parameters": float(sum(p.numel() for p in model.parameters()))}
-        model.attach_image_tokenizer(tokenizer)
-        save_model(model, settings.artifacts / "model")
-        write_json(settings.artifacts / "model" / "training.json", summary)
+        done = Trainer(encoder, store, settings.train, checkpoints, log, _validation(settings, model), world).run()
+        if before:
+            interpolate(model, before, settings.train.interpolate)
+        summary = done.metrics() | {"model/parameters": float(sum(p.numel() for p in model.parameters()))}
+        _save_trained(settings, model, tokenizer, summary)
         history.publish(settings.artifacts / "history.jsonl")
-        run.metrics(summary, settings.train.steps)
+        run.metrics(summary, done.steps)
     shutil.rmtree(all_checkpoints, ignore_errors=True)
+    shutil.rmtree(settings.artifacts / "work" / "pixels", ignore_errors=True)
     return summary
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Trained encoder → measures beside chance and controls in metrics.json, and a page to read in report/."""
     from fuselip_core.data.prepared import PreparedData
-    from fuselip_core.data.token_store import TokenStore
+    from fuselip_core.evaluation.before_after import measure_adaptation
     from fuselip_core.evaluation.candidates import measure_candidates
     from fuselip_core.evaluation.report import write_report
     from fuselip_core.evaluation.tasks import evaluate as measure
     from fuselip_core.model.embedder import Embedder
-    from fuselip_core.model.fuselip import FuseLIPModel
     from fuselip_core.model.hub import load_pretrained
     from fuselip_core.tracking import open_run
-    from fuselip_core.training.batch import TokenEncoder
+    from fuselip_core.training.build import open_measuring
 
     artifacts = settings.artifacts
     model, processor = load_pretrained(_trained_model(settings), _device())
-    if not isinstance(model, FuseLIPModel):
-        raise FuselipError(
-            f"{artifacts / 'model'} is a late-fusion model, which this stage cannot read from tokens yet"
-        )
-    store = TokenStore(artifacts / "tokens", settings.evaluate.split)
+    store, encoder = open_measuring(model, artifacts, settings.evaluate.split, _device())
     prepared = PreparedData(artifacts / "prepared")
-    result = measure(TokenEncoder(model, _device()), store, prepared, settings.evaluate)
+    result = measure(encoder, store, prepared, settings.evaluate)
     for data in (prepared, *map(PreparedData, settings.evaluate.candidates)):
         measure_candidates(Embedder(model, processor), data, settings.evaluate, result)
+    result.metrics.update(measure_adaptation(model, artifacts, settings.evaluate, result.metrics, _device()))
     metrics = {**result.metrics, **_read_json(artifacts / "codebook" / "codebook.json")}
     metrics.update(_read_json(artifacts / "model" / "training.json"))
     with open_run(settings, "evaluate") as run:
         write_report(artifacts, result, metrics, settings)
         write_json(artifacts / "metrics.json", dict(sorted(metrics.items())))
-        run.metrics(metrics, settings.train.steps)
+        run.metrics(metrics, int(metrics["train/steps"]))
         run.artifact(artifacts / "report", "report")
+    shutil.rmtree(artifacts / "work" / "pixels", ignore_errors=True)
     return metrics
 
 
@@ -194,9 +197,13 @@ class History:
 
 
 def _device() -> torch.device:
-    import torch
+    from fuselip_core.training.distributed import local_device
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return local_device()
+
+
+def _quietly(step: int, metrics: dict[str, float]) -> None:
+    """The log of processes beside the first, which speaks for all."""
 
 
 def _new_tokenizer(settings: Settings) -> Any:
@@ -238,30 +245,19 @@ def _perception(settings: Settings) -> Perception | None:
     return features
 
 
-def _new_encoder(settings: Settings, tokenizer: Any) -> FuseLIPModel:
-    from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
-    from fuselip_core.model.hub import load_pretrained
+def _save_trained(settings: Settings, model: Model, tokenizer: Any, summary: dict[str, float]) -> None:
+    """The model with its image tokenizer, its training's numbers, and the checkpoint that it went on from."""
+    from fuselip_core.model.fuselip import FuseLIPModel
+    from fuselip_core.model.hub import save_model
+    from fuselip_core.training.adaptation import STARTED_FROM
 
-    if settings.model.family != "fuselip":
-        raise FuselipError(f"family '{settings.model.family}' does not train from tokens; use model.family=fuselip")
+    folder = settings.artifacts / "model"
+    if isinstance(model, FuseLIPModel):
+        model.attach_image_tokenizer(tokenizer)
+    save_model(model, folder)
+    write_json(folder / "training.json", summary)
     if settings.train.init is not None:
-        model, _ = load_pretrained(settings.train.init)
-        if not isinstance(model, FuseLIPModel):
-            raise FuselipError(f"train.init {settings.train.init} is no FuseLIP model")
-        return model
-    options = settings.model
-    config = FuseLIPConfig.of_size(
-        options.size, tokenizer.config, options.context_length, options.mask_token, options.end_of_image
-    )
-    encoder = FuseLIPModel(config)
-    encoder.logit_scale.data.fill_(math.log(settings.train.initial_scale))
-    encoder.logit_bias.data.fill_(settings.train.initial_bias)
-    spread = settings.train.initial_embedding_std / encoder.token_embedding.weight.std().item()
-    encoder.token_embedding.weight.data.mul_(spread)
-    encoder.positional_embedding.data.mul_(spread)
-    if settings.train.codes_from_codebook:
-        encoder.start_codes_from(tokenizer.quantize.vectors())
-    return encoder
+        write_json(folder / STARTED_FROM, {"init": settings.train.init, "interpolate": settings.train.interpolate})
 
 
 def _validation_split(splits: Any) -> str:
@@ -272,18 +268,14 @@ def _validation_split(splits: Any) -> str:
     raise FuselipError("the prepared data has no dev or valid split; set prepare.dev_share above 0")
 
 
-def _validation(settings: Settings) -> Validate:
-    from fuselip_core.data.token_store import TokenStore, read_manifest
+def _validation(settings: Settings, model: Model) -> Validate:
+    from fuselip_core.data.token_store import read_manifest
     from fuselip_core.evaluation.tasks import quick_look
-    from fuselip_core.training.batch import TokenEncoder
+    from fuselip_core.training.build import open_measuring
 
-    folder = settings.artifacts / "tokens"
-    store = TokenStore(folder, _validation_split(read_manifest(folder)["splits"]))
-
-    def validate(model: FuseLIPModel) -> dict[str, float]:
-        return quick_look(TokenEncoder(model, _device()), store, VALIDATION_PAIRS)
-
-    return validate
+    split = _validation_split(read_manifest(settings.artifacts / "tokens")["splits"])
+    store, encoder = open_measuring(model, settings.artifacts, split, _device())
+    return lambda: quick_look(encoder, store, VALIDATION_PAIRS)
 
 
 def _trained_model(settings: Settings) -> Path:

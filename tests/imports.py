@@ -30,8 +30,8 @@ WITHOUT_EFFECT_ON_STAGE = {
     "codebook": {"fuselip_core.model.hub"},
     # The text tokenizer stands beside what the processor of a whole model needs.
     "tokenize": {"fuselip_core.model.fuselip_config", "fuselip_core.model.late_fusion"},
-    # Looks at the validation split for the curves; late fusion is saved by the same module and not trained from tokens.
-    "train": {"fuselip_core.evaluation.tasks", "fuselip_core.model.late_fusion"},
+    # Looks at the validation split for the curves.
+    "train": {"fuselip_core.evaluation.tasks"},
 }
 
 

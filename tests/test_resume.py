@@ -22,6 +22,7 @@ from fuselip_core.data.token_store import TokenStore
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.titok import TiTok
+from fuselip_core.training.batch import TokenPairs
 from fuselip_core.training.checkpoint import Checkpoints, seed_everything
 from fuselip_core.training.loop import Trainer
 
@@ -44,7 +45,8 @@ def losses_of(tokens: Settings, folder: Path, stop_at: int | None = None) -> dic
     store = TokenStore(tokens.artifacts / "tokens", "train")
     seed_everything(0)
     config = FuseLIPConfig.of_size("tiny", TiTok.load(tokens.artifacts / "codebook").config)
-    trainer = Trainer(FuseLIPModel(config), store, tokens.train, Checkpoints(folder), lambda step, metrics: None)
+    encoder = TokenPairs(FuseLIPModel(config), store, tokens.train.mask_probability)
+    trainer = Trainer(encoder, store, tokens.train, Checkpoints(folder), lambda step, metrics: None)
     losses, original = {}, trainer._train_step
 
     def step(number: int):
@@ -79,7 +81,7 @@ def test_a_non_finite_loss_ends_the_run_before_the_step(tokens: Settings, tmp_pa
     with torch.no_grad():
         model.logit_bias.fill_(float("nan"))
     before = model.token_embedding.weight.clone()
-    trainer = Trainer(model, store, tokens.train, Checkpoints(tmp_path), lambda step, metrics: None)
+    trainer = Trainer(TokenPairs(model, store, 0.1), store, tokens.train, Checkpoints(tmp_path), lambda *_: None)
     with pytest.raises(FuselipError, match=r"loss is nan at step 0 \(pairs \d+"):
         trainer.run()
     assert torch.equal(model.token_embedding.weight, before)

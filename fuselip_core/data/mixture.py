@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fuselip_core.data.joined_store import JoinedColumn, JoinedStore
 from fuselip_core.data.token_store import TokenStore
 from fuselip_core.errors import FuselipError
 
@@ -45,7 +46,7 @@ class Mixture:
 
     def __init__(
         self,
-        store: TokenStore,
+        store: TokenStore | JoinedStore,
         weights: Mapping[str, float],
         batch_size: int,
         seed: int,
@@ -177,7 +178,7 @@ class Mixture:
 class _Stream:
     """Deals the units of one kind: pairs, or whole groups of at most `group_limit` pairs."""
 
-    def __init__(self, store: TokenStore, kind: str, seed: int, group_limit: int | None) -> None:
+    def __init__(self, store: TokenStore | JoinedStore, kind: str, seed: int, group_limit: int | None) -> None:
         self._pairs = store.rows_of(kind)
         self.rows = len(self._pairs)
         self._offsets: Array | None = None  # (units + 1): where each unit's pairs start; None: one pair a unit
@@ -302,7 +303,7 @@ class _Stream:
         return self._pairs[np.repeat(starts, sizes) + within]
 
 
-def _group(pairs: Array, groups: Array, limit: int) -> tuple[Array, Array]:
+def _group(pairs: Array, groups: Array | JoinedColumn, limit: int) -> tuple[Array, Array]:
     """Pair rows sorted by group, and where each unit starts (units + 1) uint32; groups over `limit` are cut."""
     of_pair = groups[pairs].astype(np.uint32)
     alone = np.flatnonzero(groups[pairs] < 0)

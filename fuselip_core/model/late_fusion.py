@@ -175,13 +175,19 @@ class LateFusionModel(StrictModel):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, has_image: Tensor | None = None, **_: Any
     ) -> LateFusionOutput:
-        """Pixels (B, 3, S, S) and text ids (B, L) of a batch in which some rows lack the image → embeddings.
+        """Pixels and text ids (B, L) of a batch in which some rows may lack the image → embeddings.
 
-        `has_image` (B) boolean tells which rows have one; a row without a text has the empty text's ids.
+        `has_image` (B) boolean tells which rows have one. `pixel_values` are of all rows, (B, 3, S, S), or only of
+        those that have one, in order. A row without a text has the empty text's ids.
         """
-        image_features, text_features = self._image_features(pixel_values), self._text_features(input_ids)
-        if has_image is not None:
-            image_features = image_features * has_image[:, None]
+        text_features = self._text_features(input_ids)
+        if has_image is None:
+            return LateFusionOutput(embeddings=self.fuse(self._image_features(pixel_values), text_features))
+        chosen = pixel_values[has_image] if len(pixel_values) == len(has_image) else pixel_values
+        image_features = torch.zeros_like(text_features)
+        if len(chosen):
+            found = self._image_features(chosen)
+            image_features = image_features.to(found.dtype).index_put((has_image.nonzero().squeeze(1),), found)
         return LateFusionOutput(embeddings=self.fuse(image_features, text_features))
 
     def fuse(self, image_features: Tensor, text_features: Tensor, normalize: bool = True) -> Tensor:

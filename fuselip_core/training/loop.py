@@ -6,6 +6,7 @@ building everything else draws from them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,21 +26,25 @@ from torch import Tensor
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.mixture import Mixture
-from fuselip_core.data.token_store import TokenStore, gather
 from fuselip_core.errors import FuselipError, Interrupted
-from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.progress import track
-from fuselip_core.training.batch import encode_sides
+from fuselip_core.training.batch import PairEncoder
 from fuselip_core.training.checkpoint import Checkpoints, random_state, seed_everything, set_random_state
-from fuselip_core.training.losses import equal_targets, sigmoid_contrastive
-from fuselip_core.training.optimizer import build_adamw, learning_rate_at, set_learning_rate
+from fuselip_core.training.distributed import World
+from fuselip_core.training.ema import AveragedWeights
+from fuselip_core.training.gradients import Losses, backward
+from fuselip_core.training.losses import contrastive_over_all
+from fuselip_core.training.optimizer import build_adamw, set_learning_rate
+from fuselip_core.training.plan import Store, kind_shares, plan_schedule
+from fuselip_core.training.preflight import look_before_the_first_step
 
 logger = logging.getLogger("fuselip")
 LOG_EVERY = 10
 MAX_LOGIT_SCALE = math.log(100.0)
+OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses are parts of one sum
 
 Log = Callable[[int, dict[str, float]], None]
-Validate = Callable[[FuseLIPModel], dict[str, float]]
+Validate = Callable[[], dict[str, float]]
 
 
 class StopSignal:
@@ -79,7 +84,11 @@ class TrainingSummary:
         }
 
 
-def run_folder(checkpoints: Path, settings: TrainSettings, store: TokenStore) -> Path:
+def _nothing(step: int, metrics: dict[str, float]) -> None:
+    """What processes beside the first one log."""
+
+
+def run_folder(checkpoints: Path, settings: TrainSettings, store: Store) -> Path:
     """Folder of this run's checkpoints: named by what must be equal for a run to go on, so others start anew."""
     free = {"validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"}
     identity = {"train": settings.model_dump(mode="json", exclude=free), "tokens": store.manifest}
@@ -88,90 +97,111 @@ def run_folder(checkpoints: Path, settings: TrainSettings, store: TokenStore) ->
 
 
 class Trainer:
-    """Trains `model` on the pairs of `store`."""
+    """Trains the encoder's model on the pairs of `store`, as one of the processes of `world`."""
 
     def __init__(
         self,
-        model: FuseLIPModel,
-        store: TokenStore,
+        encoder: PairEncoder,
+        store: Store,
         settings: TrainSettings,
         checkpoints: Checkpoints,
         log: Log,
         validate: Validate | None = None,
+        world: World = World(),  # noqa: B008 - frozen
     ) -> None:
-        self.model, self.store, self.settings = model, store, settings
-        self.checkpoints, self.log, self.validate = checkpoints, log, validate
-        self.device = next(model.parameters()).device
-        self.mixture = Mixture(store, settings.mixture, settings.batch_size, settings.seed)
-        self.optimizer = build_adamw([model], settings.learning_rate, settings.weight_decay, settings.betas)
-        self.mask_probability = settings.mask_probability if settings.mask_weight else 0.0
+        self.encoder, self.model, self.store, self.settings = encoder, encoder.model, store, settings
+        self.checkpoints, self.world = checkpoints, world
+        self.log, self.validate = (log, validate) if world.leads else (_nothing, None)
+        self.device = next(self.model.parameters()).device
+        self.schedule = plan_schedule(store, settings)
+        self.mixture = Mixture(
+            store, kind_shares(store, settings), settings.batch_size, settings.seed, grouped=settings.grouped
+        )
+        self.optimizer = build_adamw(
+            [self.model],
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.betas,
+            settings.epsilon,
+            settings.layer_decay,
+        )
+        self.average = AveragedWeights(self.model, settings.ema) if settings.ema else None
         self.step, self.pairs, self.seconds = 0, 0, 0.0
 
     def run(self) -> TrainingSummary:
         """All steps that are still to do; raises Interrupted after saving when SIGTERM arrives."""
         with StopSignal() as stop:
-            seed_everything(self.settings.seed)
+            seed_everything(self.settings.seed + self.world.rank)
+            self.world.broadcast(self.model)
             self._resume()
             self.model.train()
             self._started = self._saved = time.monotonic()
-            remaining = range(self.step, self.settings.steps)
-            for step in track(remaining, "training", total=self.settings.steps, start=self.step):
+            if self.step == 0 and self.settings.preflight:
+                self.log(0, look_before_the_first_step(self))
+            remaining = range(self.step, self.schedule.steps)
+            for step in track(remaining, "training", total=self.schedule.steps, start=self.step):
                 metrics = self._train_step(step)
                 self.step = step + 1
                 self._log_step(metrics)
                 self._look_at_validation()
-                if self._checkpoint_is_due() or stop.received:
+                stopped, due = self.world.any([stop.received, self._checkpoint_is_due()], self.device)
+                if due or stopped:
                     self._save()
-                if stop.received and self.step < self.settings.steps:
+                if stopped and self.step < self.schedule.steps:
                     raise Interrupted(f"stopped at step {self.step} and saved; the same command goes on from there")
+        if self.average:
+            self.average.keep()
         return TrainingSummary(self.step, self.pairs, self._seconds())
 
-    def _train_step(self, step: int) -> dict[str, Tensor | float]:
+    def next_rows(self) -> np.ndarray:
+        """This process's pairs (B) of the next batch."""
+        rows: np.ndarray = self.world.share(next(self.mixture))
+        return rows
+
+    def compute_gradients(self, rows: np.ndarray, step: int) -> Losses:
+        """Gradients of the whole batch, of which `rows` (B) are this process's pairs, into the model's parameters."""
         settings = self.settings
-        rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup_share)
+        view_rng = np.random.default_rng([settings.seed, step, *([self.world.rank] if self.world.rank else [])])
+        parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, settings.accumulation)]
+        targets = (self.store.pairs.target_text[rows], self.store.pairs.target_image[rows])
+        keys = torch.from_numpy(np.stack(targets, axis=1).astype(np.int64)).to(self.device)
+
+        def contrast(query: Tensor, target: Tensor) -> Tensor:
+            scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
+            return contrastive_over_all(query, target, keys, scale, bias, self.world, settings.all_combinations)
+
+        losses = backward(self.encoder, parts, contrast, settings.mask_weight, self.world, self._uses_bfloat16())
+        self.world.average_gradients(self.model.parameters())
+        return losses
+
+    def _train_step(self, step: int) -> dict[str, Tensor | float]:
+        rate = self.schedule.rate(step)
         set_learning_rate(self.optimizer, rate)
-        rows = next(self.mixture)
-        contrastive, masked = self._losses(rows, step)
-        loss = contrastive + settings.mask_weight * masked
-        self._check_finite(loss, "loss", step, rows)
+        rows = self.next_rows()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self._check_finite(norm, "gradient norm", step, rows)
+        losses = self.compute_gradients(rows, step)
+        self.check_finite(losses.total, "loss", step, rows)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self.check_finite(norm, "gradient norm", step, rows)
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
-        self.pairs += len(rows)
+        if self.average:
+            self.average.update()
+        self.pairs += len(rows) * self.world.size
         return {
-            "loss": loss.detach(),
-            "contrastive": contrastive.detach(),
-            "masked": masked.detach(),
+            "loss": losses.total,
+            "contrastive": losses.contrastive,
+            "masked": losses.masked,
             "grad_norm": norm.detach(),
             "lr": rate,
         }
-
-    def _losses(self, rows: np.ndarray, step: int) -> tuple[Tensor, Tensor]:
-        """Contrastive and masked-token loss of the pairs `rows`."""
-        view_rng = np.random.default_rng([self.settings.seed, step])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._uses_bfloat16()):
-            sides = [gather(self.store, rows, side, view_rng) for side in ("query", "target")]
-            (query, target), masked = encode_sides(self.model, sides, self.mask_probability, self.device)
-        targets = (self.store.pairs.target_text[rows], self.store.pairs.target_image[rows])
-        ignored = equal_targets(*(torch.from_numpy(np.asarray(t, dtype=np.int64)).to(self.device) for t in targets))
-        contrastive = sigmoid_contrastive(
-            query.float(),
-            target.float(),
-            self.model.logit_scale.exp(),
-            self.model.logit_bias,
-            ignored,
-        )
-        return contrastive, masked
 
     def _uses_bfloat16(self) -> bool:
         precision = self.settings.precision
         return precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
 
-    def _check_finite(self, value: Tensor, name: str, step: int, rows: np.ndarray) -> None:
+    def check_finite(self, value: Tensor, name: str, step: int, rows: np.ndarray) -> None:
         """A step on a non-finite value would ruin every weight, so the run ends before it."""
         if torch.isfinite(value):
             return
@@ -182,23 +212,28 @@ class Trainer:
         )
 
     def _log_step(self, metrics: dict[str, Tensor | float]) -> None:
-        if self.step % LOG_EVERY and self.step != self.settings.steps and self.step != 1:
+        if self.step % LOG_EVERY and self.step != self.schedule.steps and self.step != 1:
             return
         values = {name: float(value) for name, value in metrics.items()}
+        if not self.world.alone:
+            own = torch.tensor([values[name] for name in OF_EACH_PROCESS], device=self.device)
+            values |= dict(zip(OF_EACH_PROCESS, self.world.mean(own).tolist(), strict=True))
         values["pairs_per_second"] = self.pairs / max(self._seconds(), 1e-9)
         values["logit_scale"] = self.model.logit_scale.exp().item()
         self.log(self.step, values)
 
     def _look_at_validation(self) -> None:
-        if self.validate is None or (self.step % self.settings.validate_every and self.step != self.settings.steps):
+        if self.validate is None or (self.step % self.settings.validate_every and self.step != self.schedule.steps):
             return
-        self.log(self.step, {f"valid/{name}": value for name, value in self.validate(self.model).items()})
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            found = self.validate()
+        self.log(self.step, {f"valid/{name}": value for name, value in found.items()})
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._started
 
     def _checkpoint_is_due(self) -> bool:
-        if self.step == self.settings.steps:
+        if self.step == self.schedule.steps:
             return False  # the stage saves the finished model itself
         late = time.monotonic() - self._saved > 60.0 * self.settings.checkpoint_minutes
         return late or self.step % self.settings.checkpoint_every == 0
@@ -207,12 +242,15 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
             "mixture": self.mixture.state_dict(),
-            "random": random_state(),
+            "random": self.world.collect(random_state()),
+            "processes": self.world.size,
             "pairs": self.pairs,
             "seconds": self._seconds(),
         }
-        self.checkpoints.save(self.step, state)
+        if self.world.leads:
+            self.checkpoints.save(self.step, state)
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
@@ -220,9 +258,16 @@ class Trainer:
         if found is None:
             return
         self.step, state = found
+        if state["processes"] != self.world.size:
+            raise FuselipError(
+                f"{self.checkpoints.folder} is a run of {state['processes']} processes and cannot go on with "
+                f"{self.world.size}; start as many as before, or delete that folder to begin anew"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         self.mixture.load_state_dict(state["mixture"])
         self.pairs, self.seconds = state["pairs"], state["seconds"]
-        set_random_state(state["random"])
+        set_random_state(state["random"][self.world.rank])
         logger.info("training: going on from step %d", self.step)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD
+from fuselip_core.training.distributed import World
 
 
 def sigmoid_contrastive(
@@ -23,6 +24,46 @@ def sigmoid_contrastive(
     if ignored is not None:
         terms = terms.masked_fill(ignored, 0.0)
     return -terms.sum() / len(query)
+
+
+def sigmoid_negatives(
+    left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, ignored: Tensor | None = None
+) -> Tensor:
+    """The sigmoid loss of pairs none of which belong together, summed over `right` and averaged over `left`.
+
+    `left` (B, W) and `right` (C, W) are unit-norm; pairs that are true in `ignored` (B, C) do not count.
+    """
+    terms = F.logsigmoid(-(scale * left @ right.T + bias))
+    return -terms.masked_fill(ignored, 0.0).sum() / len(left)
+
+
+def contrastive_over_all(
+    query: Tensor, target: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, world: World, all_combinations: bool
+) -> Tensor:
+    """The sigmoid loss of this process's queries with the targets of all processes; its mean is the joint batch's.
+
+    `query`, `target` (B, W) unit-norm; `keys` (B, 2) int64 name each pair's target, which is equal where they are.
+    With `all_combinations` queries are also told from queries and targets from targets, as an option of the published
+    code does (but for its constant for each pair with itself).
+    """
+    loss = sigmoid_contrastive(query, target, scale, bias, equal_targets(keys[:, 0], keys[:, 1]))
+    if all_combinations:
+        for side in (query, target):
+            loss = loss + sigmoid_negatives(side, side, scale, bias, same_keys(keys, keys))
+    # One tensor goes round, so that gradients come back in one order in every process.
+    carried = torch.cat([target, query], dim=1) if all_combinations else target
+    for far_keys, far in world.ring([keys, carried]):
+        equal = same_keys(keys, far_keys)
+        loss = loss + sigmoid_negatives(query, far[:, : query.shape[1]], scale, bias, equal)
+        if all_combinations:
+            loss = loss + sigmoid_negatives(target, far[:, : query.shape[1]], scale, bias, equal)
+            loss = loss + sigmoid_negatives(query, far[:, query.shape[1] :], scale, bias, equal)
+    return loss
+
+
+def same_keys(keys: Tensor, others: Tensor) -> Tensor:
+    """Keys (B, 2) and (C, 2) int64 → where they are equal, (B, C) bool."""
+    return (keys[:, None] == others[None, :]).all(dim=-1)
 
 
 def equal_targets(text_rows: Tensor, image_rows: Tensor) -> Tensor:

@@ -1,0 +1,159 @@
+"""The model, the data and the encoder of a run, for every family: what stages.py puts together.
+
+Everything is found below the run's folder of artifacts: codebook/, tokens/, prepared/ and, for models that read pixels,
+work/pixels/.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fuselip_core.config import ModelSettings, TrainSettings
+from fuselip_core.data.joined_store import JoinedStore
+from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.token_store import TokenStore, read_manifest
+from fuselip_core.errors import FuselipError
+from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
+from fuselip_core.model.hub import Model, load_pretrained
+from fuselip_core.model.late_fusion import FUSIONS, LateFusionConfig, LateFusionModel
+from fuselip_core.model.titok import TiTok
+from fuselip_core.training.adaptation import extend_context
+from fuselip_core.training.batch import PairEncoder, TokenEncoder, TokenPairs
+from fuselip_core.training.distributed import World
+from fuselip_core.training.pictures import PictureEncoder, PicturePairs, Pictures, PictureStore, cache_pictures
+from fuselip_core.training.pixels import as_pixels, decoded_batches, evaluation_view
+from fuselip_core.training.plan import Store
+
+PIXELS = Path("work") / "pixels"
+
+
+def build_model(options: ModelSettings, settings: TrainSettings, tokenizer: TiTok) -> Model:
+    """The model to train, on the CPU: random, or that of `train.init` with the context that is asked for."""
+    if settings.init is not None:
+        return _from_checkpoint(options, settings, tokenizer)
+    if options.family == "fuselip":
+        return _new_fuselip(options, settings, tokenizer)
+    config = LateFusionConfig.of_size(options.size, FUSIONS[options.family], options.context_length)
+    model = LateFusionModel(config)
+    _start_scale(model, settings)
+    return model
+
+
+def _new_fuselip(options: ModelSettings, settings: TrainSettings, tokenizer: TiTok) -> FuseLIPModel:
+    config = FuseLIPConfig.of_size(
+        options.size, tokenizer.config, options.context_length, options.mask_token, options.end_of_image
+    )
+    model = FuseLIPModel(config)
+    _start_scale(model, settings)
+    spread = settings.initial_embedding_std / model.token_embedding.weight.std().item()
+    model.token_embedding.weight.data.mul_(spread)
+    model.positional_embedding.data.mul_(spread)
+    if settings.codes_from_codebook:
+        model.start_codes_from(tokenizer.quantize.vectors())
+    return model
+
+
+def _start_scale(model: Model, settings: TrainSettings) -> None:
+    model.logit_scale.data.fill_(math.log(settings.initial_scale))
+    model.logit_bias.data.fill_(settings.initial_bias)
+
+
+def _from_checkpoint(options: ModelSettings, settings: TrainSettings, tokenizer: TiTok) -> Model:
+    model, _ = load_pretrained(str(settings.init), "cpu")
+    family = "fuselip" if isinstance(model, FuseLIPModel) else _family_of(model.config.fusion)
+    if family != options.family:
+        raise FuselipError(f"train.init {settings.init} is of the family {family}; set model.family={family}")
+    if isinstance(model, LateFusionModel):
+        return model
+    config = model.config
+    if (config.codebook_size, config.codes_per_image) != (
+        tokenizer.config.codebook_size,
+        tokenizer.config.latent_tokens,
+    ):
+        raise FuselipError(
+            f"train.init {settings.init} reads {config.codes_per_image} codes of {config.codebook_size}, but the "
+            f"codebook here makes {tokenizer.config.latent_tokens} of {tokenizer.config.codebook_size}; "
+            f"set codebook.init={settings.init}"
+        )
+    if settings.mask_weight and not config.mask_token:
+        raise FuselipError(f"train.init {settings.init} has no mask token; set train.mask_weight=0")
+    if options.context_length:
+        extend_context(model, options.context_length)
+    return model
+
+
+def _family_of(fusion: str) -> str:
+    return next(name for name, published in FUSIONS.items() if published == fusion)
+
+
+def open_training(
+    model: Model, artifacts: Path, settings: TrainSettings, device: torch.device, world: World
+) -> tuple[Store, PairEncoder]:
+    """The training pairs of this run and of the stores that `train.tokens` names, and the encoder that reads them."""
+    folders = {"": artifacts / "tokens"} | {name: Path(folder) for name, folder in settings.tokens.items()}
+    if isinstance(model, FuseLIPModel):
+        store = _joined({name: TokenStore(folder, "train") for name, folder in folders.items()})
+        return store, TokenPairs(model, store, settings.mask_probability if settings.mask_weight else 0.0)
+    stores: dict[str, TokenStore] = {}
+    caches: list[np.ndarray] = []
+    for name, folder in folders.items():
+        prepared = PreparedData(folder.parent / "prepared")
+        path = artifacts / PIXELS / f"{name or 'own'}-train.npy"
+        manifest = read_manifest(folder)
+        for rank in range(world.size):  # one after the other: the first makes the file, the others find it
+            if rank == world.rank:
+                cache = cache_pictures(path, prepared, manifest, "train", model.config.image_size, manifest["views"])
+            world.wait()
+        stores[name] = PictureStore(folder, "train", first=sum(map(len, caches)))
+        caches.append(cache)
+    store = _joined(stores)
+    return store, PicturePairs(model, store, Pictures(caches, device))
+
+
+def _joined(stores: Mapping[str, TokenStore]) -> Store:
+    further = {name: store for name, store in stores.items() if name}
+    return JoinedStore(stores[""], further) if further else stores[""]
+
+
+def open_measuring(
+    model: Model, artifacts: Path, split: str, device: torch.device
+) -> tuple[TokenStore, TokenEncoder | PictureEncoder]:
+    """A split of the run in `artifacts` and an encoder that reads its sides, whatever the model's family.
+
+    Where a joint encoder has another image tokenizer than that run, the split's images are tokenized anew, in memory.
+    """
+    folder, prepared = artifacts / "tokens", PreparedData(artifacts / "prepared")
+    if isinstance(model, FuseLIPModel):
+        store = TokenStore(folder, split)
+        if model.image_tokenizer is not None and not _is_codebook(model.image_tokenizer.model, artifacts / "codebook"):
+            _tokenize_anew(store, prepared, model.image_tokenizer.model, device)
+        return store, TokenEncoder(model, device)
+    size, path = model.config.image_size, artifacts / PIXELS / f"own-{split}.npy"
+    cache = cache_pictures(path, prepared, read_manifest(folder), split, size, views=1)
+    return PictureStore(folder, split, views=1), PictureEncoder(model, Pictures([cache], device))
+
+
+def _is_codebook(tokenizer: TiTok, folder: Path) -> bool:
+    """Whether `tokenizer` has the encoder and codes of the codebook in `folder`."""
+    codebook = TiTok.load(folder)
+    if codebook.config != tokenizer.config:
+        return False
+    own: dict[str, Any] = codebook.state_dict()
+    return all(torch.equal(own[name], value.cpu()) for name, value in tokenizer.state_dict().items())
+
+
+@torch.inference_mode()
+def _tokenize_anew(store: TokenStore, prepared: PreparedData, tokenizer: TiTok, device: torch.device) -> None:
+    """Replaces the codes that `store` shows by those of `tokenizer`, of the evaluation view only."""
+    size = tokenizer.config.image_size
+    batches = decoded_batches(prepared, store.split, evaluation_view(size), batch_rows=64)
+    codes = [tokenizer.codes(as_pixels(batch[:, 0], device)).cpu().numpy() for _, batch in batches]
+    store.codes = np.concatenate(codes)[:, None].astype(np.uint16)
+    black = torch.zeros(1, 3, size, size, device=device)
+    store.blank = tokenizer.codes(black)[0].cpu().numpy().astype(np.uint16)

@@ -1,0 +1,143 @@
+"""Several processes that train one model, started by torchrun: on one machine or many, gloo on CPUs, nccl on GPUs.
+
+Every process computes its share of a batch; targets go round the ring of processes, each of which compares them with
+its own queries, and gradients come back the same way. No process ever holds all similarities of a batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's number and how many there are; alone unless torchrun started several."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is the only process."""
+        return self.size == 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and speaks to trackers for all."""
+        return self.rank == 0
+
+    def share(self, rows: Any) -> Any:
+        """Every `size`-th row of a batch (B); what does not divide evenly is left out, so that all have as many."""
+        return rows[: len(rows) // self.size * self.size][self.rank :: self.size]
+
+    def ring(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yields the other processes' tensors of the same shapes, one process after the other, with gradient."""
+        carried = list(tensors)
+        for _ in range(self.size - 1):
+            carried = [_pass_on(tensor, self) for tensor in carried]
+            yield carried
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes, without gradient."""
+        return values if self.alone else self.total(values) / self.size
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the processes, without gradient."""
+        if self.alone:
+            return values
+        summed = values.detach().clone()
+        dist.all_reduce(summed)
+        return summed
+
+    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """For each flag, whether any process has set it."""
+        if self.alone:
+            return list(flags)
+        return self.total(torch.tensor(flags, dtype=torch.int32, device=device)).bool().tolist()
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gives every process the mean gradient; a parameter that one of them did not use counts as zero there."""
+        if self.alone:
+            return
+        trained = [p for p in parameters if p.requires_grad]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for p, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+            p.grad = part.view_as(p)
+
+    def broadcast(self, model: nn.Module) -> None:
+        """Gives every process the first one's weights."""
+        if not self.alone:
+            for value in model.state_dict().values():
+                dist.broadcast(value, src=0)
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank."""
+        if self.alone:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if not self.alone:
+            dist.barrier()
+
+
+def join_world() -> World:
+    """The processes that torchrun started, or this one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_device())
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return World(dist.get_rank(), size)
+
+
+def local_device() -> torch.device:
+    """This process's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _pass_on(tensor: Tensor, world: World) -> Tensor:
+    """What the neighbour before holds, while the one behind gets `tensor`."""
+    return _PassOn.apply(tensor, world) if tensor.requires_grad else _shift(tensor, world, 1)
+
+
+class _PassOn(torch.autograd.Function):
+    """Tensors go one way round the ring, their gradients the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        return _shift(tensor, world, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _shift(gradient, ctx.world, -1), None
+
+
+def _shift(tensor: Tensor, world: World, places: int) -> Tensor:
+    sent, received = tensor.contiguous(), torch.empty_like(tensor)
+    work = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, sent, (world.rank + places) % world.size),
+            dist.P2POp(dist.irecv, received, (world.rank - places) % world.size),
+        ]
+    )
+    for each in work:
+        each.wait()
+    return received

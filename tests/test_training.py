@@ -1,0 +1,305 @@
+"""One step of training against its plain definition: in parts, over processes, averaged, layer by layer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_store import random_store, settings_of, tiny_model
+
+from fuselip_core.config import TrainSettings
+from fuselip_core.data.joined_store import JoinedStore
+from fuselip_core.data.token_store import TokenStore, gather
+from fuselip_core.errors import FuselipError
+from fuselip_core.training.adaptation import compare, extend_context, interpolate, trained_weights
+from fuselip_core.training.batch import TokenEncoder, TokenPairs
+from fuselip_core.training.checkpoint import Checkpoints
+from fuselip_core.training.distributed import World, join_world
+from fuselip_core.training.ema import AveragedWeights
+from fuselip_core.training.loop import Trainer
+from fuselip_core.training.losses import contrastive_over_all
+from fuselip_core.training.optimizer import build_adamw, layers_above
+from fuselip_core.training.plan import plan_schedule
+from fuselip_core.training.preflight import chance_loss
+
+ALONE = World()
+
+
+def trainer_of(store: Any, settings: TrainSettings, folder: Path, world: World = ALONE, **model: object) -> Trainer:
+    encoder = TokenPairs(tiny_model(**model), store, settings.mask_probability)
+    lines: list[tuple[int, dict[str, float]]] = []
+    trainer = Trainer(
+        encoder, store, settings, Checkpoints(folder), lambda step, m: lines.append((step, m)), None, world
+    )
+    trainer.lines = lines  # type: ignore[attr-defined]
+    return trainer
+
+
+def gradients_of(trainer: Trainer, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    trainer.compute_gradients(rows, step=0)
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("all_combinations", [False, True])
+def test_gradients_in_parts_are_those_of_the_whole_batch(tmp_path: Path, all_combinations: bool) -> None:
+    store = random_store(tmp_path / "store", views=1)
+    rows = np.arange(0, 24, 3)
+    found = []
+    for parts in (1, 4):
+        # Every token is hidden, so that no draw differs between the two.
+        settings = settings_of(accumulation=parts, mask_probability=1.0, all_combinations=all_combinations)
+        found.append(gradients_of(trainer_of(store, settings, tmp_path / str(parts)), rows))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def process(rank: int, size: int, port: int, folder: Path, settings: TrainSettings) -> None:
+    """One of several processes: its loss and gradients of a batch, and then a short run."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = join_world()
+    trainer = trainer_of(TokenStore(folder / "store", "train"), settings, folder / "run", world, seed=rank)
+    world.broadcast(trainer.model)
+    losses = trainer.compute_gradients(world.share(np.arange(0, 24, 3)), step=0)
+    total = world.mean(losses.contrastive).item(), losses.masked.item()
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    if rank == 0:
+        torch.save({"losses": total, "gradients": gradients}, folder / "found.pt")
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.run()
+    weights = world.collect(trainer.model.logit_scale.item())
+    if rank == 0:
+        (folder / "after.json").write_text(json.dumps({"weights": weights, "lines": trainer.lines}))  # type: ignore[attr-defined]
+    dist.destroy_process_group()
+
+
+def start(size: int, folder: Path, settings: TrainSettings) -> None:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    mp.start_processes(process, (size, port, folder, settings), nprocs=size, start_method="fork")
+
+
+@pytest.mark.parametrize("fields", [{}, {"accumulation": 2, "all_combinations": True}])
+def test_two_processes_compute_what_one_does_with_the_joined_batch(tmp_path: Path, fields: dict[str, Any]) -> None:
+    store = random_store(tmp_path / "store", views=1)
+    settings = settings_of(mask_probability=1.0, steps=2, checkpoint_every=1, **fields)
+    start(2, tmp_path, settings)
+    found = torch.load(tmp_path / "found.pt")
+    alone = trainer_of(store, settings, tmp_path / "alone")
+    losses = alone.compute_gradients(np.arange(0, 24, 3), step=0)
+    assert found["losses"][0] == pytest.approx(losses.contrastive.item(), abs=1e-5)
+    for name, p in alone.model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found["gradients"][name], p.grad, atol=1e-5, rtol=1e-5)
+    after = json.loads((tmp_path / "after.json").read_text())
+    assert after["weights"][0] == after["weights"][1], "all processes hold the same weights"
+    # The run that two processes began is not one that a single one can go on with.
+    with pytest.raises(FuselipError, match="run of 2 processes and cannot go on with 1"):
+        trainer_of(store, settings, tmp_path / "run").run()
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_with_averages_and_parts(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store")
+    settings = settings_of(ema=0.9, accumulation=2, layer_decay=0.7, steps=6, checkpoint_every=3)
+    whole = trainer_of(store, settings, tmp_path / "whole")
+    whole.run()
+    cut = trainer_of(store, settings, tmp_path / "cut")
+    original = cut._train_step
+
+    def step(number: int) -> Any:
+        if number == 4:
+            raise KeyboardInterrupt
+        return original(number)
+
+    cut._train_step = step  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    again = trainer_of(store, settings, tmp_path / "cut", seed=5)
+    again.run()
+    for name, p in whole.model.named_parameters():
+        assert torch.equal(p, again.model.get_parameter(name)), name
+
+
+def test_averaged_weights_follow_their_definition_and_step_aside() -> None:
+    model = torch.nn.Linear(2, 1)
+    average = AveragedWeights(model, decay=0.5)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1.0
+    average.update()
+    # The first updates count for more: min(0.5, 2 / 11) of the old mean stays.
+    expected = start * 2 / 11 + (start + 1.0) * 9 / 11
+    with average.applied():
+        torch.testing.assert_close(model.weight, expected)
+    torch.testing.assert_close(model.weight, start + 1.0)
+    average.keep()
+    torch.testing.assert_close(model.weight, expected)
+
+
+def test_learning_rates_fall_from_layer_to_layer() -> None:
+    model = tiny_model()
+    below = layers_above(name for name, _ in model.named_parameters())
+    assert below["ln_final.weight"] == below["logit_scale"] == below["mask_prediction_head.dense.weight"] == 0
+    assert [below[f"transformer.resblocks.{i}.ln_1.weight"] for i in (1, 0)] == [1, 2]
+    assert below["token_embedding.weight"] == below["positional_embedding"] == 3
+    groups = build_adamw([model], 1e-3, 0.1, layer_decay=0.5).param_groups
+    assert {group["lr_scale"] for group in groups} == {1.0, 0.5, 0.25, 0.125}
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
+    assert all(p.ndim >= 2 for group in groups if group["weight_decay"] for p in group["params"])
+
+
+def test_length_and_warm_up_of_a_run(tmp_path: Path) -> None:
+    store = random_store(tmp_path)
+    passes = {"steps": None, "epochs": 3, "mixture": {"caption": 1.0, "vqa": 0.5}, "mixture_by": "passes"}
+    schedule = plan_schedule(store, settings_of(**passes, warmup_share=None, warmup_steps=2))
+    assert (schedule.steps, schedule.warmup) == (round(3 * (12 + 6) / 8), 2)
+    assert [schedule.rate(step) for step in (0, 1)] == [0.0005, 0.001]
+    whole = plan_schedule(store, settings_of(steps=None, epochs=2))
+    assert whole.steps == 2 * 24 // 8
+    with pytest.raises(FuselipError, match="warm-up of 12000 steps does not end within the run of 7"):
+        plan_schedule(store, settings_of(**passes, warmup_share=None, warmup_steps=12_000))
+
+
+def test_mixture_by_passes_takes_each_pair_as_often_as_it_says(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store")
+    fields = {
+        "steps": None,
+        "epochs": 2,
+        "mixture": {"caption": 1.0, "vqa": 0.5},
+        "mixture_by": "passes",
+        "batch_size": 6,
+    }
+    trainer = trainer_of(store, settings_of(**fields), tmp_path / "run")
+    rows = np.concatenate([trainer.next_rows() for _ in range(trainer.schedule.steps)])
+    counts = np.bincount(rows, minlength=24)
+    assert (counts[:12].sum(), counts[12:].sum()) == (24, 12)
+
+
+def test_preflight_leaves_the_run_as_it_would_have_been(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store")
+    looked, plain = (
+        trainer_of(store, settings_of(preflight=preflight), tmp_path / str(preflight)) for preflight in (True, False)
+    )
+    looked.run()
+    plain.run()
+    assert torch.equal(looked.model.token_embedding.weight, plain.model.token_embedding.weight)
+    step, found = looked.lines[0]  # type: ignore[attr-defined]
+    assert step == 0 and found["preflight/masked"] == pytest.approx(math.log(looked.model.config.vocab_size), rel=0.05)
+    assert found["preflight/contrastive"] == pytest.approx(found["preflight/contrastive_at_chance"], rel=0.25)
+
+
+def test_chance_loss_is_that_of_equal_similarities() -> None:
+    embeddings = torch.nn.functional.normalize(torch.ones(5, 4), dim=-1)
+    keys = torch.arange(10).reshape(5, 2)
+    scale, bias = torch.tensor(10.0), torch.tensor(-3.0)
+    loss = contrastive_over_all(embeddings, embeddings, keys, scale, bias, World(), all_combinations=False)
+    assert chance_loss(1.0, 10.0, -3.0, 5) == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_parameter_that_nothing_reaches_is_named_before_the_first_step(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store")
+    trainer = trainer_of(store, settings_of(), tmp_path / "run")
+    trainer.model.transformer.resblocks[1].register_parameter("forgotten", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(FuselipError, match=r"no gradient reaches transformer\.resblocks\.1\.forgotten"):
+        trainer.run()
+
+
+def test_overfit_check_learns_by_heart_or_says_so(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store")
+    trainer = trainer_of(store, settings_of(overfit_check=True, learning_rate=3e-3, steps=1), tmp_path / "run")
+    before = trainer.model.token_embedding.weight.clone()
+    trainer.run()
+    assert trainer.lines[0][1]["preflight/overfit_accuracy"] >= 0.95  # type: ignore[attr-defined]
+    assert torch.allclose(before, trainer.model.token_embedding.weight, atol=0.01), "only a copy was taught"
+
+
+def test_all_combinations_tell_queries_from_queries_and_targets_from_targets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, target = (torch.nn.functional.normalize(torch.randn(4, 8, generator=generator), dim=-1) for _ in range(2))
+    keys = torch.tensor([[0, 0], [1, 0], [0, 0], [2, 0]])  # pairs 0 and 2 have the same target
+    scale, bias = torch.tensor(5.0), torch.tensor(-2.0)
+    found = contrastive_over_all(query, target, keys, scale, bias, World(), all_combinations=True)
+    expected = torch.zeros(())
+    for i in range(4):
+        for j in range(4):
+            equal = bool((keys[i] == keys[j]).all())
+            sign = 1.0 if i == j else -1.0
+            if i == j or not equal:
+                expected -= torch.nn.functional.logsigmoid(sign * (scale * query[i] @ target[j] + bias))
+            if not equal:
+                for side in (query, target):
+                    expected -= torch.nn.functional.logsigmoid(-(scale * side[i] @ side[j] + bias))
+    torch.testing.assert_close(found, expected / 4)
+
+
+def test_a_longer_context_changes_no_sequence_that_fitted(tmp_path: Path) -> None:
+    store = random_store(tmp_path)
+    model = tiny_model(context_length=12)
+    rows = np.arange(24)
+    before = TokenEncoder(model, torch.device("cpu")).encode(gather(store, rows, "query"))
+    extend_context(model, 20)
+    assert model.config.context_length == len(model.positional_embedding) == 20
+    np.testing.assert_allclose(TokenEncoder(model, torch.device("cpu")).encode(gather(store, rows, "query")), before)
+    assert torch.equal(model.positional_embedding[12], model.positional_embedding[11])
+    with pytest.raises(FuselipError, match="below the 20 places"):
+        extend_context(model, 8)
+
+
+def test_weights_between_before_and_after() -> None:
+    model = torch.nn.Linear(2, 2)
+    before = trained_weights(model)
+    with torch.no_grad():
+        model.weight += 1.0
+    interpolate(model, before, 0.25)
+    torch.testing.assert_close(model.weight, before["weight"] + 0.25)
+
+
+def test_before_and_after_are_compared_metric_by_metric() -> None:
+    before = {"retrieval/image_to_text/recall_at_1": 0.2, "retrieval/pool": 9.0, "answers/fused/accuracy": 0.0}
+    after = {"retrieval/image_to_text/recall_at_1": 0.5, "retrieval/pool": 9.0, "answers/fused/accuracy": 0.1}
+    found = compare("target", before, after)
+    place = "adaptation/target/retrieval/image_to_text/recall_at_1"
+    assert found[f"{place}/gain"] == pytest.approx(0.3) and found[f"{place}/kept"] == pytest.approx(2.5)
+    assert (
+        "adaptation/target/answers/fused/accuracy/kept" not in found
+        and "adaptation/target/retrieval/pool/gain" not in found
+    )
+
+
+def test_stores_joined_read_as_each_does_alone(tmp_path: Path) -> None:
+    own, other = random_store(tmp_path / "own"), random_store(tmp_path / "other", pairs=16, seed=1)
+    joined = JoinedStore(own, {"general": other})
+    np.testing.assert_array_equal(joined.rows_of("general:vqa"), other.rows_of("vqa") + 24)
+    rows = np.array([30, 2, 25, 13])
+    for side in ("query", "target"):
+        found = joined.gather(rows, side)  # type: ignore[arg-type]
+        for place, (store, row) in enumerate([(other, 6), (own, 2), (other, 1), (own, 13)]):
+            alone = gather(store, np.array([row]), side)  # type: ignore[arg-type]
+            length = int(alone.text_lengths[0])
+            np.testing.assert_array_equal(found.codes[place], alone.codes[0])
+            np.testing.assert_array_equal(found.text_ids[place, :length], alone.text_ids[0])
+            assert found.text_lengths[place] == length and found.has_image[place] == alone.has_image[0]
+    assert len(set(joined.pairs.target_text[np.arange(40)].tolist())) == 40, "equal row numbers of two stores differ"
+    settings = settings_of(
+        mixture={"caption": 0.5, "general:caption": 0.5}, tokens={"general": tmp_path / "other"}, steps=2
+    )
+    trainer = trainer_of(joined, settings, tmp_path / "run")
+    assert sorted(row >= 24 for row in trainer.next_rows()) == [False] * 4 + [True] * 4
+    trainer.run()
+
+
+def test_stores_of_different_codebooks_are_not_joined(tmp_path: Path) -> None:
+    own, other = random_store(tmp_path / "own"), random_store(tmp_path / "other", codebook="d")
+    with pytest.raises(FuselipError, match="differ in codebook"):
+        JoinedStore(own, {"general": other})
