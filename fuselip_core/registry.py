@@ -79,13 +79,14 @@ def register_model(settings: Settings, model: Path, metrics: Mapping[str, float]
     `width` is the embedding's D. Returns what registered.json holds: name, version, alias (None if it stays where it
     was), gates, run_id, model_uri, tracking_uri. The same model with the same metrics is no second version.
     """
-    from mlflow.exceptions import MlflowException
-
     if not model.is_dir():
         raise FuselipError(f"no trained model in {model}; run the train stage first")
     try:
         return _register(settings, model, metrics, width)
-    except MlflowException as error:
+    except FuselipError:
+        raise
+    # The registry's store may fail in any way it likes: MLflow passes on what its database or its disk raises.
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise FuselipError(
             f"the registry {tracking_uri()} did not take the model ({reason}); see that it answers and run the same "
