@@ -18,14 +18,20 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from flows.presence import sign
+
 STEPS = ("prepare", "train", "register")
-TRAIN_SECONDS = 8.0
+# The step `train` ends when there is such a file, so that a test can kill a worker in the middle of it.
+GO = "go"
+GO_SECONDS = 900.0
+WORKER = "FUSELIP_TEST_WORKER"
 MODEL = "counted"
 
 
 @flow(name="counted")
 def counted(number: int, folder: Path) -> None:
     """Run `number`, whose ledger in `folder` gets a line a step that was begun and a line a step that was done."""
+    sign()
     with (folder / f"{number}.jsonl").open("a+", encoding="utf-8") as ledger:
         fcntl.flock(ledger.fileno(), fcntl.LOCK_EX)
         ledger.seek(0)
@@ -33,16 +39,18 @@ def counted(number: int, folder: Path) -> None:
         for step in STEPS:
             if step not in done:
                 _note(ledger, "begun", step)
-                work.with_options(name=step)(step, number)
+                work.with_options(name=step)(step, number, folder)
                 _note(ledger, "done", step)
 
 
 @task(cache_policy=NO_CACHE)
-def work(step: str, number: int) -> None:
+def work(step: str, number: int, folder: Path) -> None:
     """The step itself."""
-    if step == "train":
-        time.sleep(TRAIN_SECONDS)
-    elif step == "register":
+    late = time.monotonic() + GO_SECONDS
+    while step == "train" and not (folder / GO).exists():
+        assert time.monotonic() < late, "nobody said go"
+        time.sleep(0.2)
+    if step == "register":
         register(number)
 
 
@@ -61,7 +69,7 @@ def register(number: int) -> None:
 
 
 def _note(ledger: Any, event: str, step: str) -> None:
-    line = {"event": event, "step": step, "process": os.getpid(), "worker": os.environ["PREFECT__WORKER_NAME"]}
+    line = {"event": event, "step": step, "process": os.getpid(), "worker": os.environ[WORKER]}
     ledger.write(json.dumps(line) + "\n")
     ledger.flush()
     os.fsync(ledger.fileno())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-ONE_SHOT = {"buckets"}
+ONE_SHOT = {"buckets", "deployments"}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def services(text: str) -> dict[str, Any]:
 
 
 def test_the_whole_stack_is_there(services: dict[str, Any]) -> None:
-    assert set(services) == {"database", "store", "buckets", "mlflow", "prefect", "worker", "models"}
+    assert set(services) == {"database", "store", "buckets", "mlflow", "prefect", "deployments", "worker", "models"}
     assert "@champion" in " ".join(services["models"]["command"])
 
 
@@ -36,6 +36,14 @@ def test_every_service_is_watched_and_waits_for_what_it_needs(services: dict[str
             wanted = "service_completed_successfully" if other in ONE_SHOT else "service_healthy"
             assert how["condition"] == wanted, (name, other)
             assert other in services
+
+
+def test_what_is_deployed_is_what_the_worker_runs(repository: Path, services: dict[str, Any]) -> None:
+    deployed = re.findall(r"--name (\S+)", services["deployments"]["command"][-1])
+    declared = {each["name"]: each for each in yaml.safe_load((repository / "prefect.yaml").read_text())["deployments"]}
+    pools = {declared[name]["work_pool"]["name"] for name in deployed}
+    assert len(deployed) >= 5 and pools == {"process"}
+    assert "--pool process" in services["worker"]["command"][-1]
 
 
 def test_ports_are_this_machines_alone(services: dict[str, Any]) -> None:
