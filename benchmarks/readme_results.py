@@ -32,8 +32,10 @@ def retrieval_rows(name: str, metrics: Metrics) -> list[str]:
         cells = [
             f"{name}: {label}",
             f"{percent(metrics, f'retrieval/{direction}/recall_at_1')} at 1, "
-            f"{percent(metrics, f'retrieval/{direction}/recall_at_10')} at 10",
-            f"chance {100 * chance:.2f} % at 1, shuffled {shuffled}",
+            f"{percent(metrics, f'retrieval/{direction}/recall_at_10')} at 10, "
+            f"median rank {metrics[f'retrieval/{direction}/median_rank']:.0f}",
+            f"chance {100 * chance:.2f} % at 1, {100 * metrics[f'retrieval/{direction}/chance_at_10']:.1f} % at 10; "
+            f"shuffled {shuffled} at 1",
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
