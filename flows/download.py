@@ -32,7 +32,7 @@ from fuselip_core.errors import Interrupted
 ORIGINS = json.loads((files("fuselip_core.data") / "origins.json").read_text(encoding="utf-8"))
 KNOWN = "; ".join(f"{name}: {origin['note']}" for name, origin in ORIGINS.items())
 Source = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "examples": list(ORIGINS)})]
-RETRY_AFTER = [60, 600]
+RETRY_AFTER: list[float] = [60, 600]
 
 
 class DownloadRequest(Form):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import yaml
 from pydantic import (
@@ -111,11 +111,20 @@ def without_empty(schema: dict[str, Any]) -> None:
         schema.update(variants[0])
 
 
-# Stated one by one rather than in a loop, so that they can be named in annotations.
-PrepareCorrections = corrections_of(PrepareSettings, "prepare")
-ModelCorrections = corrections_of(ModelSettings, "model")
-CodebookCorrections = corrections_of(CodebookSettings, "codebook")
-TokenizeCorrections = corrections_of(TokenizeSettings, "tokenize")
-TrainCorrections = corrections_of(TrainSettings, "train")
-EvaluateCorrections = corrections_of(EvaluateSettings, "evaluate")
-RegisterCorrections = corrections_of(RegisterSettings, "register")
+# Stated one by one rather than in a loop, so that they can be named in annotations; a type checker sees their base.
+if TYPE_CHECKING:
+    PrepareCorrections = Corrections
+    ModelCorrections = Corrections
+    CodebookCorrections = Corrections
+    TokenizeCorrections = Corrections
+    TrainCorrections = Corrections
+    EvaluateCorrections = Corrections
+    RegisterCorrections = Corrections
+else:
+    PrepareCorrections = corrections_of(PrepareSettings, "prepare")
+    ModelCorrections = corrections_of(ModelSettings, "model")
+    CodebookCorrections = corrections_of(CodebookSettings, "codebook")
+    TokenizeCorrections = corrections_of(TokenizeSettings, "tokenize")
+    TrainCorrections = corrections_of(TrainSettings, "train")
+    EvaluateCorrections = corrections_of(EvaluateSettings, "evaluate")
+    RegisterCorrections = corrections_of(RegisterSettings, "register")

@@ -31,7 +31,7 @@ from fuselip_core.tracking import tracking_uri
 
 HOST = "127.0.0.1"
 POOL = "process"
-START_SECONDS = 240.0
+START_SECONDS = 900.0
 # Longer than a stage may take to save its state (flows/stream.py).
 STOP_SECONDS = 90.0
 CHECK_EVERY_SECONDS = 5.0

@@ -32,7 +32,7 @@ RunnerName = Literal["process", "docker"]
 # Only what another try can mend is tried again: a stage that was asked to stop and saved its state, as on a machine
 # that is taken away; a download whose host does not answer. The waits are in seconds.
 INTERRUPTED = "Interrupted"
-RETRY_AFTER = [10, 60, 300]
+RETRY_AFTER: list[float] = [10, 60, 300]
 
 
 class Request(Protocol):

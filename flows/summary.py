@@ -90,10 +90,12 @@ def next_commands(run: Run, registered: dict[str, Any]) -> list[str]:
     model = f"models:/{registered.get('name')}@{registered['alias'] if registered.get('alias') else 'candidate'}"
     source = run.settings.prepare.source
     again = f"make demo SOURCE={source} ROOT={run.settings.prepare.root}" if source != "phantom" else "make demo"
+    train = run.settings.train
+    longer = f"train.steps={2 * train.steps}" if train.steps else f"train.epochs={2 * (train.epochs or 1):g}"
     return [
         f".venv/bin/mlflow ui --backend-store-uri {uri}    # curves and models, on http://127.0.0.1:5000",
         f"MLFLOW_TRACKING_URI={uri} .venv/bin/mlflow models serve -m {model} --env-manager local -p 5001",
-        f'{again} SET="train.steps={2 * run.settings.train.steps}"    # only the stages behind the change run',
+        f'{again} SET="{longer}"    # only the stages behind the change run',
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 # The machine may be busy: what counts is that it happens.
-PATIENCE = 600.0
+PATIENCE = 900.0
 
 
 def free_port() -> int:
