@@ -176,7 +176,7 @@ def fetch_state(uri: str, folder: Path) -> tuple[str, str, Path]:
             found = client.get_model_version(asked["name"], asked["version"])
         if "state" not in found.tags:
             raise FuselipError(f"{uri} was registered before models kept their state; register it again")
-        place = client.download_artifacts(found.run_id, found.tags["state"], str(folder))
+        place = client.download_artifacts(str(found.run_id), found.tags["state"], str(folder))
     except MlflowException as error:
         reason = " ".join(str(error).split())
         raise FuselipError(f"{tracking_uri()} has no {uri} ({reason}); see MLFLOW_TRACKING_URI") from error
