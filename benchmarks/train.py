@@ -12,7 +12,7 @@ All three see captions of the same lengths, take turns (measure.py), and count m
 floor's time over ours: 1 would be a step without anything but matrix products. `fraction_of_peak` counts the same
 work at the machine's best rate, that of large square products. On a GPU the precision is bfloat16 and `mfu` is the
 work of a step over its time and the GPU's own published rate, where that is known. Memory: each variant in a process
-of its own. The last line is one JSON object.
+of its own. The last line is one JSON object. --profile shows instead what two of our steps spend their time on.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.processing import TextTokenizer
 from fuselip_core.model.titok import TiTok
 from fuselip_core.model.vocabulary import PAD, join
-from fuselip_core.training.batch import pack_sides
+from fuselip_core.training.batch import TokenPairs, pack_sides
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.loop import Trainer
 from fuselip_core.training.losses import mask_tokens, sigmoid_contrastive
@@ -101,7 +101,7 @@ class Bench:
     def ours(self, steps: int) -> float:
         """Seconds of `steps` steps of the project's own loop, behind one that warms it up."""
         settings = self.settings.model_copy(
-            update={"steps": steps + 1, "checkpoint_every": 10**9, "checkpoint_minutes": 1e9}
+            update={"steps": steps + 1, "checkpoint_every": 10**9, "checkpoint_minutes": 1e9, "preflight": False}
         )
         at: dict[int, float] = {}
 
@@ -109,7 +109,8 @@ class Bench:
             wait_for_gpu()
             at.setdefault(step, time.perf_counter())
 
-        Trainer(self.model, self.store, settings, Checkpoints(self.folder / "checkpoints"), log).run()
+        encoder = TokenPairs(self.model, self.store, settings.mask_probability)
+        Trainer(encoder, self.store, settings, Checkpoints(self.folder / "checkpoints"), log).run()
         return at[steps + 1] - at[1]
 
     # ---- published -----------------------------------------------------------------------------------------------
@@ -296,6 +297,17 @@ def memory(variant: str, size: str, batch: int) -> dict[str, Any]:
     return {"peak_memory_mb": peak_memory_mb()}
 
 
+def profile(size: str, batch: int) -> str:
+    """Operations of two of our steps by the time spent in each of them, behind steps that warm up."""
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(size, batch, Path(name))
+        bench.ours(1)
+        with torch.profiler.profile() as profiled:
+            bench.ours(1)
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return str(profiled.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50))
+
+
 def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--size", choices=BATCHES, default="small")
@@ -303,6 +315,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=4, help="Steps of each variant in a round.")
     parser.add_argument("--threads", type=int, help="Threads of torch; all cores if not given.")
+    parser.add_argument("--profile", action="store_true", help="Show where the time of our step goes.")
     parser.add_argument("--child", choices=("published", "ours"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -315,6 +328,9 @@ def main() -> None:
     batch = given.batch or BATCHES[given.size]
     if given.child:
         finish(memory(given.child, given.size, batch))
+        return
+    if given.profile:
+        print(profile(given.size, batch))
         return
     result = {"size": given.size, "batch": batch, **machine(), **measure(given.size, batch, given.rounds, given.steps)}
     rows = [[name, rate, result["peak_memory_mb"].get(name, "-")] for name, rate in result["pairs_per_second"].items()]

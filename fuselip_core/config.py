@@ -206,6 +206,9 @@ class TrainSettings(Section):
     all_combinations: bool = Field(
         False, description="Queries are also each other's negatives, and so are targets (a published option)."
     )
+    alike_pairs: Literal["negatives", "ignored"] = Field(
+        "negatives", description="Pairs of the same image, or of images with the same concepts, as negatives or not."
+    )
     mixture: dict[str, float] = Field(
         {"caption": 1.0},
         description="Weight of each kind of pair (caption, vqa, ...; name:kind for a store named in `tokens`).",

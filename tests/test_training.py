@@ -201,7 +201,7 @@ def test_preflight_leaves_the_run_as_it_would_have_been(tmp_path: Path) -> None:
 
 def test_chance_loss_is_that_of_equal_similarities() -> None:
     embeddings = torch.nn.functional.normalize(torch.ones(5, 4), dim=-1)
-    keys = torch.arange(10).reshape(5, 2)
+    keys = torch.arange(15).reshape(5, 3)
     scale, bias = torch.tensor(10.0), torch.tensor(-3.0)
     loss = contrastive_over_all(embeddings, embeddings, keys, scale, bias, World(), all_combinations=False)
     assert chance_loss(1.0, 10.0, -3.0, 5) == pytest.approx(loss.item(), rel=1e-5)
@@ -227,13 +227,14 @@ def test_overfit_check_learns_by_heart_or_says_so(tmp_path: Path) -> None:
 def test_all_combinations_tell_queries_from_queries_and_targets_from_targets() -> None:
     generator = torch.Generator().manual_seed(0)
     query, target = (torch.nn.functional.normalize(torch.randn(4, 8, generator=generator), dim=-1) for _ in range(2))
-    keys = torch.tensor([[0, 0], [1, 0], [0, 0], [2, 0]])  # pairs 0 and 2 have the same target
+    # Pairs 0 and 2 have the same target, 1 and 3 are of one set.
+    keys = torch.tensor([[0, 0, -1], [1, 0, 7], [0, 0, -1], [2, 0, 7]])
     scale, bias = torch.tensor(5.0), torch.tensor(-2.0)
     found = contrastive_over_all(query, target, keys, scale, bias, World(), all_combinations=True)
     expected = torch.zeros(())
     for i in range(4):
         for j in range(4):
-            equal = bool((keys[i] == keys[j]).all())
+            equal = i % 2 == j % 2
             sign = 1.0 if i == j else -1.0
             if i == j or not equal:
                 expected -= torch.nn.functional.logsigmoid(sign * (scale * query[i] @ target[j] + bias))

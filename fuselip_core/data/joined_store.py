@@ -45,6 +45,7 @@ class JoinedPairs:
     target_image: JoinedColumn
     target_text: JoinedColumn
     group: JoinedColumn
+    alike: JoinedColumn
 
 
 class JoinedStore:
@@ -67,11 +68,14 @@ class JoinedStore:
         self._starts = np.cumsum([0, *map(len, stores)])[:-1]
         self.manifest: dict[str, Any] = own.manifest | {"further": {n: s.manifest for n, s in further.items()}}
         texts = [len(store.text_offsets) - 1 for store in stores]
-        groups = [int(store.pairs.group.max(initial=-1)) + 1 for store in stores]
+        groups, sets = (
+            [int(getattr(store.pairs, name).max(initial=-1)) + 1 for store in stores] for name in ("group", "alike")
+        )
         self.pairs = JoinedPairs(
             self._column("target_image", [store.images for store in stores]),
             self._column("target_text", texts),
             self._column("group", groups),
+            self._column("alike", sets),
         )
 
     def __len__(self) -> int:

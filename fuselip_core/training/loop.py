@@ -28,7 +28,7 @@ from fuselip_core.config import TrainSettings
 from fuselip_core.data.mixture import Mixture
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.progress import track
-from fuselip_core.training.batch import PairEncoder
+from fuselip_core.training.batch import PairEncoder, pair_keys
 from fuselip_core.training.checkpoint import Checkpoints, random_state, seed_everything, set_random_state
 from fuselip_core.training.distributed import World
 from fuselip_core.training.ema import AveragedWeights
@@ -163,8 +163,7 @@ class Trainer:
         settings = self.settings
         view_rng = np.random.default_rng([settings.seed, step, *([self.world.rank] if self.world.rank else [])])
         parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, settings.accumulation)]
-        targets = (self.store.pairs.target_text[rows], self.store.pairs.target_image[rows])
-        keys = torch.from_numpy(np.stack(targets, axis=1).astype(np.int64)).to(self.device)
+        keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored")).to(self.device)
 
         def contrast(query: Tensor, target: Tensor) -> Tensor:
             scale, bias = self.model.logit_scale.exp(), self.model.logit_bias

@@ -42,18 +42,20 @@ def contrastive_over_all(
 ) -> Tensor:
     """The sigmoid loss of this process's queries with the targets of all processes; its mean is the joint batch's.
 
-    `query`, `target` (B, W) unit-norm; `keys` (B, 2) int64 name each pair's target, which is equal where they are.
+    `query`, `target` (B, W) unit-norm; `keys` (B, 3) int64 tell which pairs are no negatives of each other, see `akin`.
     With `all_combinations` queries are also told from queries and targets from targets, as an option of the published
     code does (but for its constant for each pair with itself).
     """
-    loss = sigmoid_contrastive(query, target, scale, bias, equal_targets(keys[:, 0], keys[:, 1]))
+    own = akin(keys, keys)
+    itself = torch.eye(len(keys), dtype=torch.bool, device=keys.device)
+    loss = sigmoid_contrastive(query, target, scale, bias, own & ~itself)
     if all_combinations:
         for side in (query, target):
-            loss = loss + sigmoid_negatives(side, side, scale, bias, same_keys(keys, keys))
+            loss = loss + sigmoid_negatives(side, side, scale, bias, own)
     # One tensor goes round, so that gradients come back in one order in every process.
     carried = torch.cat([target, query], dim=1) if all_combinations else target
     for far_keys, far in world.ring([keys, carried]):
-        equal = same_keys(keys, far_keys)
+        equal = akin(keys, far_keys)
         loss = loss + sigmoid_negatives(query, far[:, : query.shape[1]], scale, bias, equal)
         if all_combinations:
             loss = loss + sigmoid_negatives(target, far[:, : query.shape[1]], scale, bias, equal)
@@ -61,9 +63,15 @@ def contrastive_over_all(
     return loss
 
 
-def same_keys(keys: Tensor, others: Tensor) -> Tensor:
-    """Keys (B, 2) and (C, 2) int64 → where they are equal, (B, C) bool."""
-    return (keys[:, None] == others[None, :]).all(dim=-1)
+def akin(keys: Tensor, others: Tensor) -> Tensor:
+    """Which pairs are no negatives of each other, (B, C) bool, for keys (B, 3) and (C, 3) int64.
+
+    A key is the target's text and image row, -1 for none, and the number of a set of pairs that say the same, -1 for
+    none. An equal target is no wrong answer, and neither is another caption of the same finding.
+    """
+    same_target = (keys[:, None, :2] == others[None, :, :2]).all(dim=-1)
+    same_set = (keys[:, None, 2] == others[None, :, 2]) & (keys[:, None, 2] >= 0)
+    return same_target | same_set
 
 
 def equal_targets(text_rows: Tensor, image_rows: Tensor) -> Tensor:
