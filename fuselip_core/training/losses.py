@@ -26,9 +26,7 @@ def sigmoid_contrastive(
     return -terms.sum() / len(query)
 
 
-def sigmoid_negatives(
-    left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, ignored: Tensor | None = None
-) -> Tensor:
+def sigmoid_negatives(left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, ignored: Tensor) -> Tensor:
     """The sigmoid loss of pairs none of which belong together, summed over `right` and averaged over `left`.
 
     `left` (B, W) and `right` (C, W) are unit-norm; pairs that are true in `ignored` (B, C) do not count.
