@@ -96,4 +96,5 @@ def _boundary_attention(projected: Tensor, heads: int, layout: Layout) -> Tensor
     query, key, value = (part.reshape(shape) for part in projected.chunk(3, dim=-1))
     bounds = layout.boundaries
     mixed = varlen_attn(query, key, value, bounds, bounds, layout.longest, layout.longest)
+    assert isinstance(mixed, Tensor)  # a pair only where its auxiliary output is asked for
     return mixed.reshape(projected.shape[0], -1)
