@@ -20,7 +20,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: T
     pass, while a chunk's logits are at hand. `hidden` is (M, W), `weight` (V, W), `bias` (V). No rows give 0 and
     gradients of 0.
     """
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels)
     return total
 
 
@@ -55,8 +55,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: the gradient of a large vocabulary is dear to copy, and nobody asks for it twice.
         grads = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*((grad * outer[0]).to(dtype) for grad, dtype in grads), None)
+        return (*(grad.mul_(outer[0]).to(dtype) for grad, dtype in grads), None)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -8,7 +8,7 @@ Legend: B sequences, L tokens of one, T tokens of all, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,12 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
-        moved = (each.to(device, non_blocking=True) for each in (self.positions, self.boundaries, self.pooled))
-        return Layout(*moved, self.runs, self.longest)
+        return replace(
+            self,
+            positions=self.positions.to(device, non_blocking=True),
+            boundaries=self.boundaries.to(device, non_blocking=True),
+            pooled=self.pooled.to(device, non_blocking=True),
+        )
 
 
 def pack(groups: Sequence[Tensor]) -> tuple[Tensor, Layout, Tensor]:
