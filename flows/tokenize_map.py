@@ -8,12 +8,14 @@ stage of the pipeline then finds all codes there and only adds the texts.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
+from distributed import LocalCluster
+from prefect import Flow, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import wait
 from prefect_dask import DaskTaskRunner
@@ -22,7 +24,6 @@ from fuselip_core.config import Settings, load_settings
 from fuselip_core.errors import FuselipError
 
 RETRIES = 2
-THREADS_A_WORKER = 1
 
 
 @task(name="shard", task_run_name="{split}-{start}", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=10)
@@ -43,12 +44,22 @@ def tokenize_map(settings: Settings) -> int:
     return sum(future.result() for future in futures)
 
 
-def runner(workers: int, scheduler: str | None) -> DaskTaskRunner[Any]:
-    """Dask's workers: those of `scheduler`, or `workers` processes of this machine."""
+def tokenize_with(settings: Settings, workers: int, scheduler: str | None = None) -> int:
+    """Runs the flow on the workers of `scheduler`, or on `workers` processes of this machine."""
     if scheduler:
-        return DaskTaskRunner(address=scheduler)
-    local = {"n_workers": workers, "threads_per_worker": THREADS_A_WORKER, "dashboard_address": None}
-    return DaskTaskRunner(cluster_kwargs=local)
+        return _on(scheduler)(settings)
+    cluster = LocalCluster(n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0")
+    try:
+        return _on(cluster.scheduler_address)(settings)
+    finally:
+        # On a busy machine workers end later than Dask waits for them; it kills them, and their shards are on disk.
+        with contextlib.suppress(TimeoutError):
+            cluster.close()
+
+
+def _on(scheduler: str) -> Flow[[Settings], int]:
+    runner: Any = DaskTaskRunner(address=scheduler)
+    return tokenize_map.with_options(task_runner=runner)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(options.settings)
         settings = settings.model_copy(update={"artifacts": settings.artifacts.resolve()})
-        images = tokenize_map.with_options(task_runner=runner(options.workers, options.scheduler))(settings)
+        images = tokenize_with(settings, options.workers, options.scheduler)
     except (FuselipError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
