@@ -147,8 +147,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     model, processor = load_pretrained(_trained_model(settings), _device())
     store, encoder = open_measuring(model, artifacts, settings.evaluate.split, _device())
     prepared = PreparedData(artifacts / "prepared")
+    # Opened first: a wrong folder is told before anything is measured.
+    with_candidates = [prepared, *map(PreparedData, settings.evaluate.candidates)]
     result = measure(encoder, store, prepared, settings.evaluate)
-    for data in (prepared, *map(PreparedData, settings.evaluate.candidates)):
+    for data in with_candidates:
         measure_candidates(Embedder(model, processor), data, settings.evaluate, result)
     result.metrics.update(measure_adaptation(model, artifacts, settings.evaluate, result.metrics, _device()))
     metrics = {**result.metrics, **_read_json(artifacts / "codebook" / "codebook.json")}

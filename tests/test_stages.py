@@ -116,6 +116,9 @@ def test_evaluation_sets_are_asked_as_well(run: Settings, tmp_path: Path) -> Non
     assert before.items() <= metrics.items(), "the measures of the run's own data stay as they were"
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "Evaluation sets" in page and "sugarcrepe/add_att" in page
+    wrong = run.evaluate.model_copy(update={"candidates": (tmp_path / "crepe",)})
+    with pytest.raises(FuselipError, match="no prepared data in"):
+        stages.evaluate(run.model_copy(update={"artifacts": tmp_path, "evaluate": wrong}))
 
 
 def test_codes_of_another_tokenizer_do_not_train(run: Settings, tmp_path: Path) -> None:

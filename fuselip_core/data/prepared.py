@@ -24,7 +24,9 @@ class PreparedData:
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise DataError(f"no prepared data in {folder}; run `fuselip prepare` first") from error
+            raise DataError(
+                f"no prepared data in {folder}; run `fuselip prepare`, or `fuselip data prepare --out {folder}`, first"
+            ) from error
         except json.JSONDecodeError as error:
             raise DataError(f"{self.folder / 'manifest.json'} is damaged; run `fuselip prepare` again") from error
         missing = [shard["path"] for shard in self.manifest["shards"] if not (self.folder / shard["path"]).is_file()]
