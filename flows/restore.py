@@ -110,7 +110,7 @@ def _share_cache(repository: Path, target: Path) -> None:
         if (repository / ".dvc" / name).exists():
             shutil.copyfile(repository / ".dvc" / name, target / ".dvc" / name)
     with Repo(str(repository)) as repo:
-        cache = repo.cache.local.path
+        cache = repo.cache.local_cache_dir
         remotes = {name: str(remote["url"]) for name, remote in repo.config["remote"].items()}
     commands = [["cache", "dir", "--local", cache]]
     # Relative addresses are meant from the repository's .dvc folder.
@@ -141,12 +141,17 @@ def _bring_data(repository: Path, target: Path, folder: Path) -> None:
 
 
 def _draw_sample(target: Path) -> None:
+    recorded = (target / "data.dvc").read_bytes()
     shutil.rmtree(target / "data", ignore_errors=True)
     done = _run([sys.executable, "-m", "fuselip_core", "sample", "--out", "data"], target)
     if done.returncode:
         raise FuselipError(f"the sample can't be drawn ({_last(done)})")
-    if "modified" in _dvc(target, "status", "data.dvc"):
-        raise FuselipError("the sample that this machine draws is not the recorded one; `dvc push` it where it is")
+    # `dvc status` would not do: without the recorded bytes in its cache it says just that, whatever lies in data/.
+    _dvc(target, "commit", "--quiet", "--force", "data.dvc")
+    if (target / "data.dvc").read_bytes() != recorded:
+        raise FuselipError(
+            "data.dvc can't be pulled, and what this machine draws is another sample; `dvc push` it first"
+        )
 
 
 def _dvc(folder: Path, *arguments: str) -> str:

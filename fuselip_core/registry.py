@@ -176,7 +176,8 @@ def fetch_state(uri: str, folder: Path) -> tuple[str, str, Path]:
             found = client.get_model_version(asked["name"], asked["version"])
         if "state" not in found.tags:
             raise FuselipError(f"{uri} was registered before models kept their state; register it again")
-        place = client.download_artifacts(str(found.run_id), found.tags["state"], str(folder))
+        with _without_advice():
+            place = client.download_artifacts(str(found.run_id), found.tags["state"], str(folder))
     except MlflowException as error:
         reason = " ".join(str(error).split())
         raise FuselipError(f"{tracking_uri()} has no {uri} ({reason}); see MLFLOW_TRACKING_URI") from error
@@ -190,7 +191,7 @@ def _log_version(
 
     run_id = _run_for(client, settings)
     state = f"{STATE_FOLDER}/{fingerprint[:12]}"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _without_advice():
         made_from = write_state(Path(folder), settings, metrics)
         client.log_artifacts(run_id, folder, state)
     mlflow.set_tracking_uri(tracking_uri())

@@ -15,7 +15,7 @@ from repository_copy import REPOSITORY, add_data, copy_repository, dvc
 from stack import Stack, s3_store
 
 from flows.reproduce_model import differences
-from flows.restore import Recorded, restore
+from flows.restore import Recorded, _draw_sample, restore
 from fuselip_core.data.phantom import draw_data_set
 from fuselip_core.errors import FuselipError
 
@@ -167,7 +167,7 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 def test_a_real_champion_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All stages on a small sample, then all of them once more: bit for bit the same weights and metrics."""
     folder = copy_repository(tmp_path / "repository")
@@ -183,6 +183,16 @@ def test_a_real_champion_is_made_again(tmp_path: Path, monkeypatch: pytest.Monke
     record = json.loads((tmp_path / "repository-fuselip-sample-v1" / "artifacts" / "reproduction.json").read_text())
     assert record["differences"] == record["other_results"] == [] and len(record["results"]) == 3
     assert len(record["metrics"]) > 20
+
+
+def test_another_sample_does_not_stand_in_for_lost_data(tmp_path: Path) -> None:
+    folder = copy_repository(tmp_path / "repository")
+    (folder / "data.dvc").unlink(missing_ok=True)
+    add_data(folder)
+    subprocess.run(["rm", "-rf", folder / ".dvc" / "cache", folder / ".dvc" / "tmp"], check=True)
+    (folder / "fuselip_core" / "__main__.py").write_text("import pathlib; pathlib.Path('data').mkdir()")
+    with pytest.raises(FuselipError, match="what this machine draws is another sample"):
+        _draw_sample(folder)
 
 
 @pytest.mark.parametrize(
