@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prefect_stack import Served, serve
+from repository_copy import copy_of, copy_with_stand_ins
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -21,3 +24,19 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("needs ../shared (real data and reference values), which this checkout lacks")
     return folder
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository with stand-ins for the stages and a little data; to be copied, not changed."""
+    return copy_with_stand_ins(tmp_path_factory.mktemp("template") / "repository")
+
+
+@pytest.fixture(scope="session")
+def prefect_served(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One `make serve-flows` for all tests, since it takes its time to start; it serves a copy with stand-ins."""
+    served = serve(copy_of(template, tmp_path_factory.mktemp("served") / "repository"))
+    try:
+        yield served
+    finally:
+        assert served.stop() == 0, served.said()

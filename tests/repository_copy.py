@@ -11,7 +11,14 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 # Stand-ins for the stages, where the mechanics around them are tested: each writes its outputs, or fails if told to.
+# The file `order` says what a stage is to do: `train fail`, `train interrupt`, or `train slow 30`, which takes 30 ticks
+# that it notes, and goes on behind the last of them after it was stopped or killed. Where there is a file `real`, the
+# real stages run.
 STAND_IN_STAGES = """
+import importlib
+import os
+import signal
+import time
 from pathlib import Path
 
 from fuselip_core.errors import FuselipError, Interrupted
@@ -25,14 +32,37 @@ CONTENT = {
     "metrics.json": {"retrieval/image_to_text/recall_at_1": 0.4, "retrieval/image_to_text/chance_at_1": 0.01},
     "registered.json": {"name": "stand-in", "version": 1, "alias": "champion", "gates": []},
 }
+TICK = 0.2
+
+
+def note(name, line):
+    with Path(name).open("a") as stream:
+        stream.write(line + "\\n")
+
+
+def slow(ticks):
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    done = len(Path("ticks").read_text().split()) if Path("ticks").exists() else 0
+    print(f"going on from step {done}", flush=True)
+    for step in range(done, ticks):
+        if stop:
+            note("saved", str(step))
+            raise Interrupted(f"stopped at step {step} and saved")
+        note("ticks", f"{step}:{time.time():.2f}:{os.getpid()}")
+        print(f"training: {step + 1} of {ticks}", flush=True)
+        time.sleep(TICK)
 
 
 def stand_in(stage):
     def run(settings):
-        with Path("calls").open("a") as stream:
-            stream.write(stage + "\\n")
+        if Path("real").exists():
+            return getattr(importlib.import_module("fuselip_core.real_stages"), stage)(settings)
+        note("calls", stage)
         order = Path("order").read_text().split() if Path("order").exists() else []
-        if order[:1] == [stage]:
+        if order[:2] == [stage, "slow"]:
+            slow(int(order[2]))
+        elif order[:1] == [stage]:
             raise {"fail": FuselipError, "interrupt": Interrupted}[order[1]](f"no luck in {stage}; try again")
         for name in OUTPUTS[stage]:
             if "." in name:
@@ -41,6 +71,8 @@ def stand_in(stage):
                 (settings.artifacts / name).mkdir(parents=True)
                 made = f"train {settings.train.steps}" if stage == "train" else stage
                 (settings.artifacts / name / "made").write_text(made)
+                if stage == "prepare":
+                    write_json(settings.artifacts / name / "manifest.json", {"data_version": "0d4a7e11f00d"})
         return {"stage": stage}
 
     return run
@@ -60,6 +92,23 @@ def copy_repository(target: Path) -> Path:
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "copy"]):
         identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
         subprocess.run(["git", *identity, *arguments], cwd=target, check=True)
+    return target
+
+
+def copy_with_stand_ins(target: Path) -> Path:
+    """A copy whose stages are the stand-ins above, with a little data; the real stages are `real_stages` there."""
+    folder = copy_repository(target)
+    stages = folder / "fuselip_core" / "stages.py"
+    stages.rename(stages.with_name("real_stages.py"))
+    stages.write_text(STAND_IN_STAGES)
+    (folder / "data.dvc").unlink(missing_ok=True)
+    add_data(folder)
+    return folder
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    """A copy of a copy."""
+    subprocess.run(["cp", "-r", str(folder), str(target)], check=True)
     return target
 
 

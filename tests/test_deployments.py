@@ -1,0 +1,199 @@
+"""Deployments for real: prefect.yaml on Prefect's server, a worker that runs them, cancelling, crashes, and turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools import validate
+from prefect_stack import Served, wait_until
+from repository_copy import copy_of
+
+from flows.gpu import limit_name
+from flows.processes import Process
+
+# Whichever test comes first waits for the start of everything.
+pytestmark = pytest.mark.timeout(1500)
+REPOSITORY = Path(__file__).parents[1]
+DEPLOYMENTS = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
+WANTED = {
+    "download",
+    "adapt-rocov2-small",
+    "adapt-rocov2-base",
+    "pretrain-cc3m",
+    "pretrain-cc12m",
+    "evaluate",
+    "promote",
+    "pipeline-nightly",
+}
+
+
+# prefect.yaml, without a server
+
+
+def test_everything_that_is_asked_for_is_declared() -> None:
+    by_name = {each["name"]: each for each in DEPLOYMENTS}
+    assert set(by_name) >= WANTED and len(by_name) == len(DEPLOYMENTS)
+    assert {each["work_pool"]["name"] for each in DEPLOYMENTS} == {"process", "docker", "kubernetes"}
+    assert by_name["pipeline-nightly"]["schedules"][0]["active"] is False
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda each: each["name"])
+def test_parameters_fit_the_flow(deployment: dict[str, Any]) -> None:
+    flow = load_flow_from_entrypoint(str(REPOSITORY / deployment["entrypoint"]))
+    given = deployment["parameters"]
+    validate(given, parameter_schema(flow).model_dump_for_openapi(), raise_on_error=True)
+    request = flow.validate_parameters(given).get("request")
+    assert request is not None or "request" not in given
+
+
+def test_what_a_pod_gets_is_known_to_its_pool() -> None:
+    template = json.loads((REPOSITORY / "flows" / "pools" / "kubernetes.json").read_text())
+    known = set(template["variables"]["properties"])
+    manifest = json.dumps(template["job_configuration"])
+    assert '"nvidia.com/gpu": "{{ gpus }}"' in manifest
+    for each in DEPLOYMENTS:
+        if each["work_pool"]["name"] == "kubernetes":
+            assert set(each["work_pool"]["job_variables"]) <= known
+            assert each["work_pool"]["job_variables"]["gpus"] >= 1
+    assert all(f"{{{{ {name} }}}}" in manifest for name in known)
+
+
+# A worker that serves a copy with stand-ins for the stages
+
+
+@pytest.fixture
+def served(prefect_served: Served) -> Iterator[Served]:
+    """What is served, with no orders to its stages and nothing noted by them."""
+    names = ("order", "ticks", "saved", "calls")
+    for name in names:
+        (prefect_served.repository / name).unlink(missing_ok=True)
+    yield prefect_served
+    (prefect_served.repository / "order").unlink(missing_ok=True)
+
+
+def order(served: Served, words: str) -> None:
+    (served.repository / "order").write_text(words)
+
+
+def noted(served: Served, name: str) -> list[str]:
+    path = served.repository / name
+    return path.read_text().split() if path.exists() else []
+
+
+def steps(served: Served) -> list[int]:
+    """The steps of the slow stage, in the order in which they were taken."""
+    return [int(tick.split(":")[0]) for tick in noted(served, "ticks")]
+
+
+def started(served: Served, **parameters: Any) -> str:
+    """A run of the flow `train` whose first stage is under way."""
+    run_id = served.start("train/train", **parameters)
+    wait_until(lambda: noted(served, "ticks"), "the stage's first step")
+    return run_id
+
+
+def process_of(served: Served, run_id: str) -> Process:
+    process = Process.read(served.run(run_id)["labels"]["fuselip.process"])
+    assert process is not None
+    return process
+
+
+def test_only_this_machine_is_served(served: Served) -> None:
+    listening = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    ports = {httpx.URL(served.prefect).port, httpx.URL(served.mlflow).port}
+    places = [line.split()[1].split(":") for line in listening if line.split()[3] == "0A"]
+    hosts = {host for host, port in places if int(port, 16) in ports}
+    assert hosts == {"0100007F"}
+    settings = served.get("admin/settings")
+    assert settings["server"]["analytics_enabled"] is False
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"train": {"steps": 0}}, "0 is less than the minimum of 1"),
+        ({"train": {"stepz": 1}}, "'stepz' was unexpected"),
+        ({"size": "huge"}, "'huge' is not one of"),
+        ({"recipe": "nope"}, "'nope' is not one of"),
+        ({"name": "../x"}, "does not match"),
+    ],
+)
+def test_wrong_parameter_is_refused_before_there_is_a_run(served: Served, request_: dict[str, Any], words: str) -> None:
+    with pytest.raises(httpx.HTTPStatusError) as caught:
+        served.start("train/train", request=request_)
+    assert caught.value.response.status_code == 409 and words in caught.value.response.text
+
+
+def test_worker_runs_a_deployment_and_leaves_its_results_on_the_page(served: Served) -> None:
+    run_id = served.start("pipeline/pipeline-nightly", request={"name": "first", "train": {"steps": 7}})
+    run = served.wait(run_id, {"Completed"})
+    assert run["name"] == "sample-tiny-0d4a7e11"
+    assert noted(served, "calls")[-3:] == ["train", "evaluate", "register"]
+    assert (served.repository / "runs" / "first" / "artifacts" / "model" / "made").read_text() == "train 7"
+    asked = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
+    found = {each["key"]: each for each in served.post("artifacts/filter", asked)}
+    assert found["results"]["type"] == "markdown" and "| 0.400 | chance | 0.010 |" in found["results"]["data"]
+    assert found["metrics"]["type"] == "table"
+
+
+def test_cancelling_stops_the_stage_which_saves_its_state(served: Served) -> None:
+    order(served, "prepare slow 100000")
+    run_id = started(served, request={"name": "cancelled"})
+    served.post(f"flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
+    served.wait(run_id, {"Cancelled"})
+    assert len(noted(served, "saved")) == 1
+    ticks = noted(served, "ticks")
+    assert noted(served, "saved") == [str(len(ticks))]
+    child = int(ticks[-1].split(":")[2])
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_run_whose_process_is_killed_goes_on_from_its_checkpoint(served: Served) -> None:
+    order(served, "prepare slow 40")
+    run_id = started(served, request={"name": "crashed"})
+    process = process_of(served, run_id)
+    os.kill(process.pid, signal.SIGKILL)
+    run = served.wait(run_id, {"Completed"})
+    assert run["run_count"] == 2
+    assert [int(tick.split(":")[0]) for tick in noted(served, "ticks")] == list(range(40)), (
+        "a step was lost or repeated"
+    )
+    # The stage saw that its flow had gone, and saved; the second time it went on from there.
+    assert len(noted(served, "saved")) == 1
+    assert noted(served, "calls") == ["prepare", "prepare", "codebook", "tokenize", "train"]
+
+
+def test_two_runs_take_turns_on_one_gpu(served: Served, tmp_path: Path, template: Path) -> None:
+    """In two checkouts, so that only the GPU's limit can keep them apart."""
+    limit = served.get(f"v2/concurrency_limits/{limit_name()}")
+    assert limit["limit"] == 1
+    folders = [copy_of(template, tmp_path / name) for name in ("one", "two")]
+    runs = []
+    for folder in folders:
+        (folder / "order").write_text("codebook slow 25")
+        environment = {**os.environ, "PREFECT_API_URL": served.api, "PYTHONPATH": str(folder)}
+        command = [sys.executable, "-m", "flows.train"]
+        log = (folder / "said").open("wb")
+        runs.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
+    for folder, run in zip(folders, runs, strict=True):
+        assert run.wait(600) == 0, (folder / "said").read_text()[-3000:]
+    spans = sorted(span_of(folder / "ticks") for folder in folders)
+    assert spans[0][1] <= spans[1][0], "both were at work at the same time"
+    assert "waiting for a GPU" in "".join((folder / "said").read_text() for folder in folders)
+
+
+def span_of(ticks: Path) -> tuple[float, float]:
+    times = [float(tick.split(":")[1]) for tick in ticks.read_text().split()]
+    return times[0], times[-1]
