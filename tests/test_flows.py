@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
-from repository_copy import STAND_IN_STAGES, add_data, copy_repository, dvc
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect_stack import Served
+from repository_copy import copy_of, dvc
 
 from flows import steps
 from flows.lock import dvc_lock
@@ -32,28 +33,16 @@ from fuselip_core.config import SettingsError, load_settings
 from fuselip_core.errors import FuselipError
 
 
-@pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """One Prefect server for all tests here: it takes half a minute to start."""
-    with prefect_test_harness(server_startup_timeout=240):
-        yield
-
-
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with stand-ins for the stages and a little data."""
-    folder = copy_repository(tmp_path_factory.mktemp("copy") / "repository")
-    (folder / "fuselip_core" / "stages.py").write_text(STAND_IN_STAGES)
-    (folder / "data.dvc").unlink(missing_ok=True)
-    add_data(folder)
-    return folder
+def prefect_server(prefect_served: Served) -> Iterator[None]:
+    """The server that all tests share, for flows of this process."""
+    with temporary_settings({PREFECT_API_URL: prefect_served.api}):
+        yield
 
 
 @pytest.fixture
 def copy(template: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "repository"
-    subprocess.run(["cp", "-r", str(template), str(folder)], check=True)
-    return folder
+    return copy_of(template, tmp_path / "repository")
 
 
 @pytest.fixture
@@ -273,6 +262,8 @@ def test_data_drawn_here_is_put_into_the_cache(copy: Path, said: list[str]) -> N
 
 
 Run = Callable[..., Any]
+# Whichever test comes first waits for the start of the server.
+pytestmark = pytest.mark.timeout(1500)
 
 
 @contextlib.contextmanager
@@ -287,8 +278,7 @@ def flow_on(folder: Path) -> Iterator[Run]:
 @pytest.fixture(scope="module")
 def finished(template: Path, tmp_path_factory: pytest.TempPathFactory, prefect_server: None) -> Path:
     """A copy in which the flow has run once."""
-    folder = tmp_path_factory.mktemp("finished") / "repository"
-    subprocess.run(["cp", "-r", str(template), str(folder)], check=True)
+    folder = copy_of(template, tmp_path_factory.mktemp("finished") / "repository")
     with flow_on(folder) as run:
         state = run()
     assert state.is_completed(), state.message
@@ -300,8 +290,7 @@ def finished(template: Path, tmp_path_factory: pytest.TempPathFactory, prefect_s
 @pytest.fixture
 def again(finished: Path, tmp_path: Path) -> Iterator[tuple[Path, Run]]:
     """A copy of the finished one, and the flow on it."""
-    folder = tmp_path / "repository"
-    subprocess.run(["cp", "-r", str(finished), str(folder)], check=True)
+    folder = copy_of(finished, tmp_path / "repository")
     (folder / "calls").unlink()
     with flow_on(folder) as run:
         yield folder, run
@@ -338,6 +327,20 @@ def test_failing_stage_fails_the_flow_with_its_sentence_and_goes_on_later(again:
     assert calls(folder) == ["train"]
     (folder / "order").unlink()
     assert statuses(run().result()) == ["unchanged", "unchanged", "unchanged", "done", "done", "done"]
+
+
+def test_interrupted_stage_is_tried_again_and_a_failing_one_is_not(
+    again: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, run = again
+    monkeypatch.setattr(steps, "stage_task", steps.stage_task.with_options(retry_delay_seconds=0))
+    monkeypatch.setattr(steps, "_lost_from_registry", lambda run: True)
+    for how, times in (("interrupt", 1 + len(steps.RETRY_AFTER)), ("fail", 1)):
+        (folder / "calls").unlink(missing_ok=True)
+        (folder / "order").write_text(f"register {how}")
+        state = run()
+        assert state.is_failed() and state.message == "register: no luck in register; try again"
+        assert calls(folder) == ["register"] * times
 
 
 def test_wrong_request_fails_the_flow_before_anything_runs(again: tuple[Path, Run]) -> None:
