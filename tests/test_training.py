@@ -87,7 +87,7 @@ def start(size: int, folder: Path, settings: TrainSettings) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    mp.start_processes(process, (size, port, folder, settings), nprocs=size, start_method="fork")
+    mp.start_processes(process, (size, port, folder, settings), nprocs=size, start_method="spawn")
 
 
 @pytest.mark.parametrize("fields", [{}, {"accumulation": 2, "all_combinations": True}])
