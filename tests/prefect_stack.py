@@ -36,6 +36,14 @@ def wait_until(happened: Callable[[], Any], what: str, seconds: float = PATIENCE
     raise AssertionError(f"{what} did not happen within {seconds:.0f} s")
 
 
+def answer_of(ask: Callable[[], httpx.Response]) -> Any:
+    """The JSON that `ask` brings, asked again while the server says that its database is busy (503)."""
+    deadline = time.monotonic() + 60
+    while (answer := ask()).status_code == httpx.codes.SERVICE_UNAVAILABLE and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return answer.raise_for_status().json()
+
+
 @dataclass
 class Served:
     """A copy of the repository that is being served."""
@@ -56,11 +64,11 @@ class Served:
 
     def get(self, path: str) -> Any:
         """An answer of Prefect's API."""
-        return httpx.get(f"{self.api}/{path}", timeout=60).raise_for_status().json()
+        return answer_of(lambda: httpx.get(f"{self.api}/{path}", timeout=60))
 
     def post(self, path: str, content: dict[str, Any]) -> Any:
         """An answer of Prefect's API to `content`."""
-        return httpx.post(f"{self.api}/{path}", json=content, timeout=60).raise_for_status().json()
+        return answer_of(lambda: httpx.post(f"{self.api}/{path}", json=content, timeout=60))
 
     def start(self, deployment: str, **parameters: Any) -> str:
         """Starts a deployment, such as ``pipeline/pipeline-nightly``, and returns the flow run's id."""

@@ -24,7 +24,7 @@ from flows.gpu import limit_name
 from flows.processes import Process
 
 # Whichever test comes first waits for the start of everything.
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 REPOSITORY = Path(__file__).parents[1]
 DEPLOYMENTS = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
 WANTED = {
