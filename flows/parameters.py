@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -31,6 +30,7 @@ from fuselip_core.config import (
     Section,
     TokenizeSettings,
     TrainSettings,
+    as_yaml,
     read_recipe,
     recipe_names,
 )
@@ -85,8 +85,7 @@ def _help(field: FieldInfo, section: str, name: str) -> str:
     for recipe in recipe_names():
         values = _recipe(recipe).get(section)
         if isinstance(values, Mapping) and name in values:
-            value = yaml.safe_dump(values[name], default_flow_style=True, width=1000)
-            text = value.removesuffix("...\n").strip()
+            text = as_yaml(values[name])
             recipes_of.setdefault(text if len(text) <= LONGEST_VALUE else "a value of its own", []).append(recipe)
     if len(recipes_of) == 1:
         known = f" Empty: {next(iter(recipes_of))}, as in all recipes."

@@ -32,6 +32,7 @@ __all__ = [
     "SECTIONS",
     "Settings",
     "SettingsError",
+    "as_yaml",
     "check_settings",
     "corrected_recipe",
     "describe_settings",
@@ -356,7 +357,7 @@ def describe_settings(settings: Settings) -> str:
         fields = _section_class(section).model_fields
         lines.append(f"{section}:")
         for name, value in values.items():
-            lines.append(f"  {name}: {_as_yaml(value)}  # {fields[name].description}")
+            lines.append(f"  {name}: {as_yaml(value)}  # {fields[name].description}")
     return "\n".join(lines)
 
 
@@ -364,15 +365,15 @@ def differences(first: Settings, second: Settings) -> dict[str, tuple[str, str]]
     """Fields, named section.field, in which two runs differ, with both values as YAML; their recipes' names aside."""
     pages = [settings.model_dump(mode="json", by_alias=True, include=_SECTION_FIELDS) for settings in (first, second)]
     return {
-        f"{section}.{name}": (_as_yaml(value), _as_yaml(pages[1][section][name]))
+        f"{section}.{name}": (as_yaml(value), as_yaml(pages[1][section][name]))
         for section, values in pages[0].items()
         for name, value in values.items()
         if value != pages[1][section][name]
     }
 
 
-def _as_yaml(value: Any) -> str:
-    """A value on one line."""
+def as_yaml(value: Any) -> str:
+    """A value as YAML on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 

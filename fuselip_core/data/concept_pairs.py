@@ -24,9 +24,10 @@ def add_concept_pairs(root: Path, listing: Listing) -> None:
     names = names_of_concepts(root)
     nameless = 0
     for image in listing.images:
-        known = sorted({names[code] for code in image.concepts if names.get(code)})
-        nameless += len(set(image.concepts)) - sum(bool(names.get(code)) for code in set(image.concepts))
-        if known:
+        codes = set(image.concepts)
+        named = {code for code in codes if names.get(code)}
+        nameless += len(codes - named)
+        if known := sorted({names[code] for code in named}):
             listing.pairs.append(_pair(image, "; ".join(known)))
     if nameless:
         listing.notes.append(f"{nameless} concepts of images have no name in {NAMES} and are in no pair")
