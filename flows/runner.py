@@ -98,6 +98,8 @@ def stage_environment(repository: Path, flow_run: str | None = None, flow_url: s
         **os.environ,
         "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "PYTHONPATH": f"{repository}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep),
+        # The flow's last screen and its artifacts show what came out; sixty numbers a stage would bury the log.
+        "FUSELIP_SUMMARY": "off",
     }
     told = {"FUSELIP_FLOW_RUN": flow_run, "FUSELIP_FLOW_URL": flow_url}
     return {**environment, **{name: value for name, value in told.items() if value}}

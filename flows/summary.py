@@ -78,7 +78,7 @@ def print_summary(ending: Ending, console: Console) -> None:
         console.print(f"[bold]Metrics[/]   {shown}/metrics.json")
         console.print(f"[bold]Pictures[/]  {shown}/report/index.html")
     if registered:
-        console.print(f"[bold]Model[/]     {registered_line(registered)}")
+        console.print(f"[bold]Model[/]     {registered_line(registered)}", soft_wrap=True)
         console.print("[bold]Next[/]")
         for command in next_commands(run, registered):
             console.print(f"  {command}", highlight=False, soft_wrap=True)

@@ -72,7 +72,8 @@ def _add_stage(name: str, help_text: str) -> None:
         values = config.load_settings(settings, overrides or (), recipe, artifacts, size)
         stages = importlib.import_module("fuselip_core.stages")
         summary = getattr(stages, name)(values)
-        typer.echo(json.dumps(summary, indent=2 if sys.stdout.isatty() else None, default=str))
+        if os.environ.get("FUSELIP_SUMMARY") != "off":
+            typer.echo(json.dumps(summary, indent=2 if sys.stdout.isatty() else None, default=str))
 
 
 for _name, _help in STAGE_HELP.items():

@@ -17,8 +17,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
+# At run time too: MLflow reads the hints of `predict`, and warns where it cannot.
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from PIL import Image
 
 COLUMNS = ("image", "text")

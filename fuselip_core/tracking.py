@@ -186,7 +186,8 @@ def mlflow_client(uri: str) -> MlflowClient:
     # Without the library, the repository's own mlflow/ folder imports as an empty namespace.
     except ImportError as error:
         raise FuselipError("MLflow is not installed; `pip install fuselip-rocov2[train]` brings it") from error
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table that a new store gets
+        logging.getLogger(name).setLevel(logging.WARNING)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri)
