@@ -134,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--mlflow-port", type=int, default=5000, help="of MLflow's page")
     options = parser.parse_args(arguments)
     console = Console(stderr=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    # Both by name: a shell starts what stands in the background with SIGINT ignored, and Python leaves that so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         for port in (options.port, options.mlflow_port):
             require_free(port)
