@@ -87,11 +87,7 @@ class RunRequest(Form):
     def corrections(self) -> dict[str, Any]:
         """Fields that differ from the recipe, by section; raises SettingsError for an override that can't be read."""
         values: dict[str, Any] = {"model": {"size": self.size}} if self.size else {}
-        for section in SECTIONS:
-            part: Corrections = getattr(self, "register_" if section == "register" else section)
-            if given := part.given():
-                values = merge(values, {section: given})
-        return merge(values, parse_overrides(self.overrides))
+        return merge(merge(values, _given(self)), parse_overrides(self.overrides))
 
     def plan(self, repository: Path) -> Plan:
         """The run that is meant, checked and not written yet; see `plan_run`."""
@@ -109,11 +105,19 @@ class StageRequest(Form):
 
     def corrections(self) -> dict[str, Any]:
         """Fields that differ from what the run has, by section."""
-        return {}
+        return _given(self)
 
     def plan(self, repository: Path) -> Plan:
         """The run with its corrections, checked and not written yet; see `plan_again`."""
         return plan_again(repository, self.run, self.corrections())
+
+
+def _given(form: Form) -> dict[str, Any]:
+    """What the sections of a form correct, by section."""
+    parts = {section: getattr(form, "register_" if section == "register" else section, None) for section in SECTIONS}
+    return {
+        section: given for section, part in parts.items() if isinstance(part, Corrections) and (given := part.given())
+    }
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ def ensure_sample(repository: Path, on_line: OnLine) -> bool:
 
     Raises FuselipError if the bytes are not those that data.dvc names.
     """
-    missing = not (repository / "data").exists()
-    if missing:
-        lines = LastLines(on_line)
-        command = [sys.executable, "-m", "fuselip_core", "sample", "--out", "data"]
-        if code := stream(command, repository, stage_environment(repository), lines):
-            raise FuselipError(lines.message(code))
-    with dvc_lock(repository, "data.dvc", on_line):
+    # Another flow may be drawing it at this very moment: one draws, and the others find it.
+    with dvc_lock(repository, "data.dvc", on_line) as lock:
+        missing = not (repository / "data").exists()
+        if missing:
+            lines = LastLines(on_line)
+            command = [sys.executable, "-m", "fuselip_core", "sample", "--out", "data"]
+            if code := stream(command, repository, stage_environment(repository), lines, keep_open=(lock,)):
+                raise FuselipError(lines.message(code))
         _compare(repository)
     return missing
 

@@ -158,6 +158,11 @@ def main() -> None:
             raise
         typer.echo(f"error: {sentence_of(error)}", err=True)
         sys.exit(error.exit_code if isinstance(error, FuselipError) else 1)
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"error: {unforeseen(error)}", err=True)
+        sys.exit(1)
 
 
 def sentence_of(error: FuselipError | OSError) -> str:
@@ -170,3 +175,11 @@ def sentence_of(error: FuselipError | OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write or read{place}; change its owner or mode, or choose another folder"
     return f"{error.strerror or error}{place}; run again with --debug for the traceback"
+
+
+def unforeseen(error: Exception) -> str:
+    """A sentence about an error that no code here foresaw: memory that ran out, or a mistake in the program."""
+    kind, said = type(error).__name__, " ".join(str(error).split())[:300]
+    if kind in ("MemoryError", "OutOfMemoryError"):
+        return f"memory ran out ({said or kind}); lower train.batch_size, or raise train.accumulation and try again"
+    return f"unforeseen {kind} ({said}); run again with --debug for the traceback, and please report it"

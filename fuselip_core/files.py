@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fuselip_core.errors import FuselipError
+
 CHUNK_BYTES = 1 << 20
 
 
@@ -88,6 +90,19 @@ def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented UTF-8 JSON, atomically."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in `path`; raises FuselipError, ending in `remedy`, where it is missing, damaged or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FuselipError(f"{path} is missing; {remedy}") from error
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise FuselipError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise FuselipError(f"{path} is damaged (it holds no JSON object); {remedy}")
+    return content
 
 
 def sha256_of(path: Path) -> str:

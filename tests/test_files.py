@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fuselip_core.files import atomic_folder, atomic_write, take_space
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import atomic_folder, atomic_write, read_json_object, take_space
 
 
 @pytest.fixture
@@ -52,3 +53,15 @@ def test_space_for_a_mapped_file_is_taken_or_refused(small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space left") as refused:
         take_space(path)
     assert refused.value.filename == str(path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"3", b"\xff\xfe\x00"])
+def test_damaged_json_is_named_with_the_remedy(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metrics.json"
+    with pytest.raises(FuselipError, match=r"metrics\.json is missing; run it"):
+        read_json_object(path, "run it")
+    path.write_bytes(content)
+    with pytest.raises(FuselipError, match=r"metrics\.json is damaged .*; run it"):
+        read_json_object(path, "run it")
+    path.write_text('{"a": 1}')
+    assert read_json_object(path, "run it") == {"a": 1}

@@ -85,6 +85,8 @@ def _from_checkpoint(options: ModelSettings, settings: TrainSettings, tokenizer:
         raise FuselipError(f"train.init {settings.init} has no mask token; set train.mask_weight=0")
     if options.context_length:
         extend_context(model, options.context_length)
+    # The codebook here may be the checkpoint's own fine-tuned: its codes are what is trained on, and looked at.
+    model.attach_image_tokenizer(tokenizer)
     return model
 
 
