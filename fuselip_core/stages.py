@@ -143,8 +143,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     from fuselip_core.training.build import open_measuring
 
     artifacts = settings.artifacts
-    made = _read_numbers(artifacts / "codebook" / "codebook.json")
-    made.update(_read_numbers(_trained_model(settings) / "training.json"))
+    made = _read_numbers(_trained_model(settings) / "training.json")
+    made |= _read_numbers(artifacts / "codebook" / "codebook.json")
     model, processor = load_pretrained(_trained_model(settings), _device())
     store, encoder = open_measuring(model, artifacts, settings.evaluate.split, _device())
     prepared = PreparedData(artifacts / "prepared")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from flows.lock import dvc_lock
 from flows.pipeline import pipeline
 from flows.reproduce import UNCHANGED, _exit_code
 from flows.runner import Ending, LastLines, ProcessRunner, stage_environment
-from flows.runs import STAGES, RunRequest, open_run_folder
+from flows.runs import STAGES, RunRequest, open_run_folder, plan_run
 from flows.sample_data import ensure_sample
 from flows.stream import stream
 from flows.summary import comparison_rows, next_commands, registered_line
@@ -394,3 +395,14 @@ def test_next_commands_name_the_model_and_the_store(bare: Path, monkeypatch: pyt
     commands = next_commands(open_run_folder(bare, RunRequest()), {"name": "m", "alias": "champion"})
     assert "sqlite:///mlflow/mlflow.db" in commands[0] and "models:/m@champion" in commands[1]
     assert commands[2].startswith("make demo SET=")
+
+
+def test_the_next_command_says_again_what_the_run_corrects(bare: Path) -> None:
+    asked = ("codebook.steps=3", "train.mixture={caption: 1.0}", "train.steps=6")
+    run = open_run_folder(bare, RunRequest(name="short", overrides=asked))
+    words = shlex.split(next_commands(run, {"name": "m", "alias": None})[2].partition("    #")[0])
+    assert words[:3] == ["make", "demo", "NAME=short"]
+    overrides = tuple(words[3].removeprefix("SET=").split(" "))  # as make does
+    again = plan_run(bare, RunRequest(name="short", overrides=overrides)).run.settings
+    longer = run.settings.train.model_copy(update={"steps": 12})
+    assert again == run.settings.model_copy(update={"train": longer})

@@ -52,6 +52,12 @@ def test_embeddings_have_unit_norm(model: FuseLIPModel, pixels: Tensor) -> None:
     assert (model.encode_text(SHORT, normalize=False).norm() - 1).abs() > 1e-3
 
 
+def test_no_rows_give_no_embeddings(model: FuseLIPModel, pixels: Tensor) -> None:
+    none, texts = pixels[:0], SHORT[:0]
+    for embeddings in (model.encode_image(none), model.encode_text(texts), model.encode_multimodal(none, texts)):
+        assert embeddings.shape == (0, 32)
+
+
 def test_padding_changes_nothing(model: FuseLIPModel) -> None:
     padded = F.pad(SHORT, (0, 7))
     torch.testing.assert_close(model.embed_ids(padded), model.embed_ids(SHORT), atol=1e-6, rtol=0)
@@ -145,6 +151,8 @@ def test_wrong_input_is_told(model: FuseLIPModel, pixels: Tensor) -> None:
         model.encode_image((pixels * 255).to(torch.uint8))
     with pytest.raises(FuselipError, match=r"floating-point and in 0\.\.1"):
         model.encode_image(pixels * 255)
+    with pytest.raises(FuselipError, match=r"floating-point and in 0\.\.1"):
+        model.encode_image(pixels * torch.nan)
     with pytest.raises(FuselipError, match="takes pixels"):
         model.encode_image(pixels[:, :, :16])
     with pytest.raises(FuselipError, match="2 images but 1 texts"):
