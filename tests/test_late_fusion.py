@@ -48,12 +48,6 @@ def test_embeddings_have_unit_norm_and_padding_changes_nothing(model: LateFusion
     torch.testing.assert_close(alone, model.encode_text(TEXT), atol=1e-6, rtol=0)
 
 
-def test_no_rows_give_no_embeddings(model: LateFusionModel, pixels: Tensor) -> None:
-    none, texts = pixels[:0], TEXT[:0]
-    for embeddings in (model.encode_image(none), model.encode_text(texts), model.encode_multimodal(none, texts)):
-        assert embeddings.shape == (0, 32)
-
-
 def test_image_alone_is_an_image_with_the_empty_text(model: LateFusionModel, pixels: Tensor) -> None:
     empty = TEXT[1:].expand(2, -1)
     torch.testing.assert_close(model.encode_image(pixels), model.encode_multimodal(pixels, empty))

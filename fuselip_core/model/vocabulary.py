@@ -79,8 +79,7 @@ def text_sequence(text_ids: Tensor, lengths: Tensor) -> Tensor:
 
 def longest_text(text: Tensor) -> int:
     """Columns of padded ids (B, L) up to the last that is not padding in every row: what is behind need not be read."""
-    columns = (text != PAD).any(dim=0).nonzero()
-    return int(columns.max()) + 1 if len(columns) else text.shape[1]
+    return int((text != PAD).any(dim=0).nonzero().max()) + 1
 
 
 def join(image_ids: Tensor | None, text: Tensor | None, context_length: int) -> Tensor:
