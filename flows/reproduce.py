@@ -35,11 +35,10 @@ def main() -> int:
         with Repo() as repo:
             done = repo.reproduce(arguments.address, single_item=True, force=arguments.force)
     except DvcException as error:
-        causes = _causes(error)
-        if isinstance(causes[-1], StageCmdFailedError):
-            return _exit_code(str(causes[-1]))
-        reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in causes)
-        sys.stderr.write(f"error: DVC: {': '.join(reasons)}\n")
+        last = _causes(error)[-1]
+        if isinstance(last, StageCmdFailedError):
+            return _exit_code(str(last))
+        sys.stderr.write(f"error: {dvc_sentence(error)}{_remedy(arguments.address, str(error))}\n")
         return 1
     return 0 if done else UNCHANGED
 
@@ -74,6 +73,22 @@ def _exit_code(sentence: str) -> int:
     hint = "; most likely this machine ran out of memory" if code == -signal.SIGKILL else ""
     sys.stderr.write(f"error: the stage was ended from outside by {name}{hint}; the same command goes on\n")
     return 128 - code
+
+
+def dvc_sentence(error: BaseException) -> str:
+    """What DVC says, with its reasons, on one line."""
+    reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in _causes(error))
+    return f"DVC: {': '.join(reasons)}"
+
+
+def _remedy(address: str, said: str) -> str:
+    """What to do where DVC cannot read a file of its own."""
+    folder = os.path.dirname(address.partition(":")[0])  # noqa: PTH120 - as DVC names it
+    for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
+        if name in said:
+            lost = ", or delete it: what DVC's cache holds is not made anew" if name == "dvc.lock" else ""
+            return f"; bring {os.path.join(folder, name)} back with git{lost}"  # noqa: PTH118
+    return ""
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -278,7 +278,13 @@ def _start_from_root(run: Run, root_artifacts: str) -> None:
             return re.sub(r"(^|--settings )params\.yaml$", rf"\g<1>{settings}", value)
         return value
 
-    _write_if_changed(target, yaml.safe_dump(turned(yaml.safe_load(source.read_text())), sort_keys=False))
+    try:
+        done = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        done = None
+    if not isinstance(done, dict):
+        raise FuselipError(f"{source} is damaged; bring it back with git, or delete it")
+    _write_if_changed(target, yaml.safe_dump(turned(done), sort_keys=False))
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -292,7 +298,7 @@ def _start_from_root(run: Run, root_artifacts: str) -> None:
 
 
 def _write_if_changed(path: Path, content: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") == content:
+    if path.exists() and path.read_bytes() == content.encode():
         return
     with atomic_write(path) as partial:
         partial.write_text(content, encoding="utf-8")

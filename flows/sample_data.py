@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from flows.lock import dvc_lock
+from flows.reproduce import dvc_sentence
 from flows.runner import LastLines, stage_environment
 from flows.stream import OnLine, stream
 from fuselip_core.errors import FuselipError
@@ -29,17 +30,22 @@ def ensure_sample(repository: Path, on_line: OnLine) -> bool:
 
 
 def _compare(repository: Path) -> None:
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     target = str(repository / "data.dvc")  # whole, since DVC takes targets from the current folder
-    with Repo(str(repository)) as repo:
-        status = repo.status(targets=[target])
-        if not status:
-            return
-        if "modified" in str(status):
-            raise FuselipError(
-                "data/ is not what data.dvc names: this machine's Pillow draws other bytes, or files were changed; "
-                "remove data/ to draw it again, or accept it with `dvc add data`"
-            )
-        # Drawn here, so its bytes are right but not in the cache yet.
-        repo.commit(target, force=True)
+    try:
+        with Repo(str(repository)) as repo:
+            status = repo.status(targets=[target])
+            if not status:
+                return
+            if "modified" not in str(status):
+                # Drawn here, so its bytes are right but not in the cache yet.
+                repo.commit(target, force=True)
+                return
+    except DvcException as error:
+        raise FuselipError(f"{dvc_sentence(error)}; bring data.dvc back with `git checkout data.dvc`") from error
+    raise FuselipError(
+        "data/ is not what data.dvc names: this machine's Pillow draws other bytes, or files were changed; "
+        "remove data/ to draw it again, or accept it with `dvc add data`"
+    )

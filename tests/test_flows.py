@@ -235,6 +235,29 @@ def test_what_dvc_itself_refuses_is_one_line(copy: Path, said: list[str]) -> Non
     assert outcome.message.startswith("DVC: ") and "artifacts/prepared" in outcome.message
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"stages: ["])
+def test_a_damaged_lock_is_one_line_with_its_remedy(copy: Path, said: list[str], content: bytes) -> None:
+    (copy / "dvc.lock").write_bytes(content)
+    outcome = ProcessRunner().run("prepare", open_run_folder(copy, RunRequest()), said.append)
+    assert outcome.status == "failed"
+    assert outcome.message.startswith("DVC: ") and "bring dvc.lock back with git, or delete it" in outcome.message
+    assert not [line for line in said if "Traceback" in line]
+    with (
+        pytest.raises(FuselipError, match=r"dvc\.lock is damaged; bring it back")
+        if content
+        else contextlib.nullcontext()
+    ):
+        open_run_folder(copy, RunRequest(name="variant"))
+
+
+def test_a_damaged_file_of_a_run_is_written_anew(bare: Path) -> None:
+    run = open_run_folder(bare, RunRequest(name="mine"))
+    whole = (run.folder / "params.yaml").read_bytes()
+    (run.folder / "params.yaml").write_bytes(b"\xff\xfe")
+    open_run_folder(bare, RunRequest(name="mine"))
+    assert (run.folder / "params.yaml").read_bytes() == whole
+
+
 def test_child_is_told_the_flow_run_and_finds_this_code(tmp_path: Path) -> None:
     environment = stage_environment(tmp_path, "flow-7")
     assert environment["FUSELIP_FLOW_RUN"] == "flow-7"
