@@ -26,7 +26,6 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="run the stage even if nothing has changed")
     arguments = parser.parse_args()
     _end_with_parent()
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc.stage.exceptions import StageCmdFailedError
 
@@ -34,7 +33,7 @@ def main() -> int:
     try:
         with Repo() as repo:
             done = repo.reproduce(arguments.address, single_item=True, force=arguments.force)
-    except DvcException as error:
+    except Exception as error:  # what DVC raises on a damaged file is not always its own
         last = _causes(error)[-1]
         if isinstance(last, StageCmdFailedError):
             return _exit_code(str(last))
@@ -83,11 +82,13 @@ def dvc_sentence(error: BaseException) -> str:
 
 def _remedy(address: str, said: str) -> str:
     """What to do where DVC cannot read a file of its own."""
-    folder = os.path.dirname(address.partition(":")[0])  # noqa: PTH120 - as DVC names it
-    for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
-        if name in said:
-            lost = ", or delete it: what DVC's cache holds is not made anew" if name == "dvc.lock" else ""
-            return f"; bring {os.path.join(folder, name)} back with git{lost}"  # noqa: PTH118
+    if "Could not find" in said:  # a value that dvc.yaml takes from params.yaml
+        return "; bring params.yaml back with git"
+    if "dvc.lock" in said:
+        lock = address.partition(":")[0].removesuffix("yaml") + "lock"
+        return f"; bring {lock} back with git, or delete it: what DVC's cache holds is not made anew"
+    if "dvc.yaml" in said:  # a run's is a copy of the root's
+        return "; bring dvc.yaml back with git"
     return ""
 
 

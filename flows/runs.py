@@ -163,8 +163,8 @@ class Plan:
         # DVC's templates need the data folder, and every section, in this very file.
         values = merge({section: {} for section in SECTIONS}, self.values)
         values["prepare"] = {**values["prepare"], "root": str(run.settings.prepare.root)}
-        _write_if_changed(written, yaml.safe_dump({**steering, **values}, sort_keys=False))
-        _write_if_changed(run.folder / "dvc.yaml", (run.repository / "dvc.yaml").read_text(encoding="utf-8"))
+        _write_if_changed(written, yaml.safe_dump({**steering, **values}, sort_keys=False).encode())
+        _write_if_changed(run.folder / "dvc.yaml", (run.repository / "dvc.yaml").read_bytes())
         if self.like_root:
             _start_from_root(run, str(self.like_root.artifacts))
         return run
@@ -284,7 +284,7 @@ def _start_from_root(run: Run, root_artifacts: str) -> None:
         done = None
     if not isinstance(done, dict):
         raise FuselipError(f"{source} is damaged; bring it back with git, or delete it")
-    _write_if_changed(target, yaml.safe_dump(turned(done), sort_keys=False))
+    _write_if_changed(target, yaml.safe_dump(turned(done), sort_keys=False).encode())
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -297,8 +297,8 @@ def _start_from_root(run: Run, root_artifacts: str) -> None:
         repo.checkout([str(run.folder / "dvc.yaml")], force=True)
 
 
-def _write_if_changed(path: Path, content: str) -> None:
-    if path.exists() and path.read_bytes() == content.encode():
+def _write_if_changed(path: Path, content: bytes) -> None:
+    if path.exists() and path.read_bytes() == content:
         return
     with atomic_write(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content)

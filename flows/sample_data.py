@@ -30,7 +30,6 @@ def ensure_sample(repository: Path, on_line: OnLine) -> bool:
 
 
 def _compare(repository: Path) -> None:
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     target = str(repository / "data.dvc")  # whole, since DVC takes targets from the current folder
@@ -43,8 +42,11 @@ def _compare(repository: Path) -> None:
                 # Drawn here, so its bytes are right but not in the cache yet.
                 repo.commit(target, force=True)
                 return
-    except DvcException as error:
-        raise FuselipError(f"{dvc_sentence(error)}; bring data.dvc back with `git checkout data.dvc`") from error
+    except OSError:  # of the disk, and told as such
+        raise
+    except Exception as error:  # what DVC raises on a damaged data.dvc is not always its own
+        damaged = ".dvc/config" if "config file" in str(error) else "data.dvc"
+        raise FuselipError(f"{dvc_sentence(error)}; bring {damaged} back with git") from error
     raise FuselipError(
         "data/ is not what data.dvc names: this machine's Pillow draws other bytes, or files were changed; "
         "remove data/ to draw it again, or accept it with `dvc add data`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -38,8 +39,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path`; replaces `path` by it when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         with _full_disk_named(path):
@@ -50,6 +51,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed processes of this machine left beside `path`: it may be gigabytes that nobody sees."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        *_, process, kind = left.name.split(".")
+        if kind not in ("partial", "old") or not process.isdigit():
+            continue
+        if kind == "old" and not path.exists():  # killed between two renames: it is the last that there is
+            continue
+        if int(process) == os.getpid() or not Path("/proc", process).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager

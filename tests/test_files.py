@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,3 +66,22 @@ def test_damaged_json_is_named_with_the_remedy(tmp_path: Path, content: bytes) -
         read_json_object(path, "run it")
     path.write_text('{"a": 1}')
     assert read_json_object(path, "run it") == {"a": 1}
+
+
+def test_what_killed_processes_left_is_swept_up_and_what_runs_is_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [tmp_path / f".model.{gone.pid}.{kind}" for kind in ("partial", "old")]
+    other = [
+        tmp_path / f".model.{os.getppid()}.partial",
+        tmp_path / ".model.x.partial",
+        tmp_path / f".a.{gone.pid}.old",
+    ]
+    (tmp_path / "model").mkdir()
+    for folder in (*left, *other):
+        folder.mkdir()
+        (folder / "weights").touch()
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "weights").touch()
+    assert not any(each.exists() for each in left) and all(each.exists() for each in other)
+    assert (tmp_path / "model" / "weights").exists()

@@ -189,6 +189,25 @@ def test_second_run_waits_and_says_for_whom(tmp_path: Path, said: list[str]) -> 
     assert said == ["waiting for another run that is at work here: train of process 7"]
 
 
+def test_a_flow_of_many_stages_lets_a_waiting_one_in(tmp_path: Path, said: list[str]) -> None:
+    order: list[str] = []
+
+    def wait_once() -> None:
+        with dvc_lock(tmp_path, "second", said.append):
+            order.append("second")
+
+    waiting = threading.Thread(target=wait_once)
+    for stage in range(4):
+        with dvc_lock(tmp_path, "first", print):
+            order.append(f"first {stage}")
+            if not stage:
+                waiting.start()
+                while not said:
+                    time.sleep(0.01)
+    waiting.join()
+    assert order == ["first 0", "second", "first 1", "first 2", "first 3"]
+
+
 def test_lock_lives_as_long_as_an_orphaned_child(tmp_path: Path) -> None:
     with dvc_lock(tmp_path, "first", print) as descriptor:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(descriptor,))
@@ -242,12 +261,30 @@ def test_a_damaged_lock_is_one_line_with_its_remedy(copy: Path, said: list[str],
     assert outcome.status == "failed"
     assert outcome.message.startswith("DVC: ") and "bring dvc.lock back with git, or delete it" in outcome.message
     assert not [line for line in said if "Traceback" in line]
-    with (
-        pytest.raises(FuselipError, match=r"dvc\.lock is damaged; bring it back")
-        if content
-        else contextlib.nullcontext()
-    ):
+    with pytest.raises(FuselipError, match=r"dvc\.lock is damaged; bring it back"):
         open_run_folder(copy, RunRequest(name="variant"))
+
+
+@pytest.mark.parametrize("content", [b"outs:\n- md5: a1\n", b"\xff\xfe", b""])
+def test_a_damaged_data_dvc_is_one_sentence(copy: Path, said: list[str], content: bytes) -> None:
+    (copy / "data.dvc").write_bytes(content)
+    with pytest.raises(FuselipError, match=r"bring data\.dvc back"):
+        ensure_sample(copy, said.append)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("dvc.yaml", b"\xff\xfe", "bring dvc.yaml back with git"),
+        ("dvc.yaml", b"stages: [", "bring dvc.yaml back with git"),
+        ("params.yaml", b"recipe: sample\n", "bring params.yaml back with git"),
+    ],
+)
+def test_a_damaged_pipeline_is_one_line(copy: Path, said: list[str], name: str, content: bytes, remedy: str) -> None:
+    (copy / name).write_bytes(content)
+    outcome = ProcessRunner().run("prepare", open_run_folder(copy, RunRequest()), said.append)
+    assert outcome.status == "failed" and outcome.message.startswith("DVC: ") and outcome.message.endswith(remedy)
+    assert not [line for line in said if "Traceback" in line]
 
 
 def test_a_damaged_file_of_a_run_is_written_anew(bare: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,16 @@ def test_an_adapted_model_is_looked_at_with_the_codes_it_trains_on(run: Settings
     stored = TokenStore(tmp_path / "tokens", "valid")
     assert (store.codes == stored.codes).all()
     assert (stored.codes != TokenStore(run.artifacts / "tokens", "valid").codes).any(), "else this would show nothing"
+
+
+def test_codes_of_other_data_are_not_measured(run: Settings, tmp_path: Path) -> None:
+    for name in ("tokens", "codebook", "model", "history.jsonl"):
+        (tmp_path / name).symlink_to(run.artifacts / name)
+    shutil.copytree(run.artifacts / "prepared", tmp_path / "prepared")
+    manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
+    (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(manifest | {"data_version": "another"}))
+    with pytest.raises(FuselipError, match="is not what was tokenized; run the tokenize stage again"):
+        stages.evaluate(run.model_copy(update={"artifacts": tmp_path}))
 
 
 def test_damaged_metrics_are_not_registered(run: Settings, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ PREPROCESSING = "RGB, squashed to {size} x {size}, bicubic with antialiasing, 0.
 def store_identity(
     prepared: PreparedData, codebook_id: str, tokenizer: TiTok, settings: TokenizeSettings
 ) -> dict[str, Any]:
-    """What the codes depend on; stored in the manifest and compared before training."""
+    """What the codes depend on; stored in the manifest, where training and evaluation see what they are given."""
     config = tokenizer.config
     return {
         "codebook": codebook_id,
