@@ -17,10 +17,6 @@ class EvaluateRequest(StageRequest):
 
     evaluate: EvaluateCorrections = EvaluateCorrections()
 
-    def corrections(self) -> dict[str, Any]:
-        given = self.evaluate.given()
-        return {"evaluate": given} if given else {}
-
 
 LAST_RUN = EvaluateRequest()
 

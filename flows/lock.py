@@ -42,22 +42,34 @@ def only_one(folder: Path, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(path: Path, owner: str, on_wait: OnLine) -> Iterator[int]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        _wait_for(file.fileno(), path, on_wait)
-        file.truncate(0)
-        file.write(owner)
-        file.flush()
-        yield file.fileno()
+    with path.with_suffix(".queue").open("a") as queue:
+        with path.open("a+", encoding="utf-8") as file:
+            _wait_for(file.fileno(), queue.fileno(), path, on_wait)
+            file.truncate(0)
+            file.write(owner)
+            file.flush()
+            yield file.fileno()
+        # Whoever takes the lock again at once would never let go of it: those who wait only look now and then.
+        if not _try_lock(queue.fileno()):
+            time.sleep(2 * LOOK_EVERY_SECONDS)
 
 
-def _wait_for(descriptor: int, path: Path, on_wait: OnLine) -> None:
+def _wait_for(descriptor: int, queue: int, path: Path, on_wait: OnLine) -> None:
+    """Until `descriptor` holds its lock; meanwhile `queue` is held, together with all others who wait."""
     told = float("-inf")
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() - told >= REMIND_EVERY_SECONDS:
-                told = time.monotonic()
-                on_wait(f"waiting for another run that is at work here: {path.read_text(encoding='utf-8')}")
-            time.sleep(LOOK_EVERY_SECONDS)
+    while not _try_lock(descriptor):
+        if told == float("-inf"):
+            fcntl.flock(queue, fcntl.LOCK_SH)
+        if time.monotonic() - told >= REMIND_EVERY_SECONDS:
+            told = time.monotonic()
+            on_wait(f"waiting for another run that is at work here: {path.read_text(encoding='utf-8')}")
+        time.sleep(LOOK_EVERY_SECONDS)
+    fcntl.flock(queue, fcntl.LOCK_UN)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -18,10 +18,6 @@ class RegisterRequest(StageRequest):
 
     register_: RegisterCorrections = Field(RegisterCorrections(), alias="register")
 
-    def corrections(self) -> dict[str, Any]:
-        given = self.register_.given()
-        return {"register": given} if given else {}
-
 
 LAST_RUN = RegisterRequest()
 

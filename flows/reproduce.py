@@ -26,7 +26,6 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="run the stage even if nothing has changed")
     arguments = parser.parse_args()
     _end_with_parent()
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
     from dvc.stage.exceptions import StageCmdFailedError
 
@@ -34,12 +33,11 @@ def main() -> int:
     try:
         with Repo() as repo:
             done = repo.reproduce(arguments.address, single_item=True, force=arguments.force)
-    except DvcException as error:
-        causes = _causes(error)
-        if isinstance(causes[-1], StageCmdFailedError):
-            return _exit_code(str(causes[-1]))
-        reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in causes)
-        sys.stderr.write(f"error: DVC: {': '.join(reasons)}\n")
+    except Exception as error:  # what DVC raises on a damaged file is not always its own
+        last = _causes(error)[-1]
+        if isinstance(last, StageCmdFailedError):
+            return _exit_code(str(last))
+        sys.stderr.write(f"error: {dvc_sentence(error)}{_remedy(arguments.address, str(error))}\n")
         return 1
     return 0 if done else UNCHANGED
 
@@ -74,6 +72,24 @@ def _exit_code(sentence: str) -> int:
     hint = "; most likely this machine ran out of memory" if code == -signal.SIGKILL else ""
     sys.stderr.write(f"error: the stage was ended from outside by {name}{hint}; the same command goes on\n")
     return 128 - code
+
+
+def dvc_sentence(error: BaseException) -> str:
+    """What DVC says, with its reasons, on one line."""
+    reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in _causes(error))
+    return f"DVC: {': '.join(reasons)}"
+
+
+def _remedy(address: str, said: str) -> str:
+    """What to do where DVC cannot read a file of its own."""
+    if "Could not find" in said:  # a value that dvc.yaml takes from params.yaml
+        return "; bring params.yaml back with git"
+    if "dvc.lock" in said:
+        lock = address.partition(":")[0].removesuffix("yaml") + "lock"
+        return f"; bring {lock} back with git, or delete it: what DVC's cache holds is not made anew"
+    if "dvc.yaml" in said:  # a run's is a copy of the root's
+        return "; bring dvc.yaml back with git"
+    return ""
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -79,15 +79,14 @@ class ProcessRunner:
 
 def is_unchanged(repository: Path, address: str) -> bool:
     """Whether DVC finds the stage up to date; asked here, where DVC is loaded once, and not in a process a stage."""
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
         with Repo(str(repository)) as repo:
             # A whole path, since DVC takes targets from the current folder.
             return not repo.status(targets=[str(repository / address)])
-    except DvcException:
-        # The stage's own process meets the same error and says it.
+    except Exception:
+        # The stage's own process meets the same error, whatever it is, and says it.
         return False
 
 

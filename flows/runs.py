@@ -87,11 +87,7 @@ class RunRequest(Form):
     def corrections(self) -> dict[str, Any]:
         """Fields that differ from the recipe, by section; raises SettingsError for an override that can't be read."""
         values: dict[str, Any] = {"model": {"size": self.size}} if self.size else {}
-        for section in SECTIONS:
-            part: Corrections = getattr(self, "register_" if section == "register" else section)
-            if given := part.given():
-                values = merge(values, {section: given})
-        return merge(values, parse_overrides(self.overrides))
+        return merge(merge(values, _given(self)), parse_overrides(self.overrides))
 
     def plan(self, repository: Path) -> Plan:
         """The run that is meant, checked and not written yet; see `plan_run`."""
@@ -109,11 +105,19 @@ class StageRequest(Form):
 
     def corrections(self) -> dict[str, Any]:
         """Fields that differ from what the run has, by section."""
-        return {}
+        return _given(self)
 
     def plan(self, repository: Path) -> Plan:
         """The run with its corrections, checked and not written yet; see `plan_again`."""
         return plan_again(repository, self.run, self.corrections())
+
+
+def _given(form: Form) -> dict[str, Any]:
+    """What the sections of a form correct, by section."""
+    parts = {section: getattr(form, "register_" if section == "register" else section, None) for section in SECTIONS}
+    return {
+        section: given for section, part in parts.items() if isinstance(part, Corrections) and (given := part.given())
+    }
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ class Plan:
         # DVC's templates need the data folder, and every section, in this very file.
         values = merge({section: {} for section in SECTIONS}, self.values)
         values["prepare"] = {**values["prepare"], "root": str(run.settings.prepare.root)}
-        _write_if_changed(written, yaml.safe_dump({**steering, **values}, sort_keys=False))
-        _write_if_changed(run.folder / "dvc.yaml", (run.repository / "dvc.yaml").read_text(encoding="utf-8"))
+        _write_if_changed(written, yaml.safe_dump({**steering, **values}, sort_keys=False).encode())
+        _write_if_changed(run.folder / "dvc.yaml", (run.repository / "dvc.yaml").read_bytes())
         if self.like_root:
             _start_from_root(run, str(self.like_root.artifacts))
         return run
@@ -274,7 +278,13 @@ def _start_from_root(run: Run, root_artifacts: str) -> None:
             return re.sub(r"(^|--settings )params\.yaml$", rf"\g<1>{settings}", value)
         return value
 
-    _write_if_changed(target, yaml.safe_dump(turned(yaml.safe_load(source.read_text())), sort_keys=False))
+    try:
+        done = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        done = None
+    if not isinstance(done, dict):
+        raise FuselipError(f"{source} is damaged; bring it back with git, or delete it")
+    _write_if_changed(target, yaml.safe_dump(turned(done), sort_keys=False).encode())
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -287,8 +297,8 @@ def _start_from_root(run: Run, root_artifacts: str) -> None:
         repo.checkout([str(run.folder / "dvc.yaml")], force=True)
 
 
-def _write_if_changed(path: Path, content: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") == content:
+def _write_if_changed(path: Path, content: bytes) -> None:
+    if path.exists() and path.read_bytes() == content:
         return
     with atomic_write(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content)

@@ -26,7 +26,7 @@ from flows.progress import ProgressArtifact
 from flows.runner import Ending, OnLine, Outcome, ProcessRunner, Runner
 from flows.runs import Plan, Run
 from flows.sample_data import ensure_sample
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, sentence_of
 
 RunnerName = Literal["process", "docker"]
 # Only what another try can mend is tried again: a stage that was asked to stop and saved its state, as on a machine
@@ -51,8 +51,8 @@ def run_stages(request: Request, stages: Sequence[str], runner_name: RunnerName)
         with run_lock(REPOSITORY, folder, owner, get_run_logger().info):
             # Planned again: the flow that held the lock may have changed the run.
             return _run_stages(request.plan(REPOSITORY).write(), stages, make_runner(runner_name))
-    except FuselipError as wrong:
-        return Ending(None, (), str(wrong))
+    except (FuselipError, OSError) as wrong:
+        return Ending(None, (), sentence_of(wrong))
 
 
 def _run_stages(run: Run, stages: Sequence[str], runner: Runner) -> Ending:
@@ -99,8 +99,8 @@ def data_task(run: Run) -> Any:
         return Completed(message=f"{prepare.source} in {prepare.root}")
     try:
         drawn = ensure_sample(run.repository, task_log())
-    except FuselipError as error:
-        return Failed(message=f"data: {error}")
+    except (FuselipError, OSError) as error:
+        return Failed(message=f"data: {sentence_of(error)}")
     return Completed(message="drawn" if drawn else "unchanged")
 
 

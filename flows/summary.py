@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from rich.table import Table
 
 from flows.runner import Ending
 from flows.runs import Run
+from fuselip_core.config import SECTIONS, read_corrections
 from fuselip_core.tracking import tracking_uri
 
 Row = dict[str, str]
+SAID_ELSEWHERE = ("prepare.source", "prepare.root", "train.steps", "train.epochs")
 # Metric, what it is measured against, and the words for both; rows whose metric is absent are left out.
 COMPARISONS = (
     ("image → text, recall@1", "retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/chance_at_1", "chance"),
@@ -88,15 +91,31 @@ def next_commands(run: Run, registered: dict[str, Any]) -> list[str]:
     """The three commands a user would type next; they work as they stand, in the repository's root."""
     uri = tracking_uri().replace(f"{run.repository}/", "")
     model = f"models:/{registered.get('name')}@{registered['alias'] if registered.get('alias') else 'candidate'}"
-    source = run.settings.prepare.source
-    again = f"make demo SOURCE={source} ROOT={run.settings.prepare.root}" if source != "phantom" else "make demo"
-    train = run.settings.train
-    longer = f"train.steps={2 * train.steps}" if train.steps else f"train.epochs={2 * (train.epochs or 1):g}"
     return [
         f".venv/bin/mlflow ui --backend-store-uri {uri}    # curves and models, on http://127.0.0.1:5000",
         f"MLFLOW_TRACKING_URI={uri} .venv/bin/mlflow models serve -m {model} --env-manager local -p 5001",
-        f'{again} SET="{longer}"    # only the stages behind the change run',
+        f"{_longer(run)}    # only the stages behind the change run",
     ]
+
+
+def _longer(run: Run) -> str:
+    """The command that trains twice as long; what else the run corrects is said again, or it would be taken back."""
+    train, prepare = run.settings.train, run.settings.prepare
+    steps = f"train.steps={2 * train.steps}" if train.steps else f"train.epochs={2 * (train.epochs or 1):g}"
+    words = ["make", "demo"]
+    if prepare.source != "phantom":
+        words += [f"SOURCE={prepare.source}", f"ROOT={shlex.quote(str(prepare.root))}"]
+    corrected: list[str] = []
+    if run.folder != run.repository:
+        words.append(f"NAME={run.name}")
+        corrected = [
+            f"{section}.{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+            for section, values in read_corrections(run.folder / "params.yaml").items()
+            if section in SECTIONS
+            for name, value in values.items()
+            if f"{section}.{name}" not in SAID_ELSEWHERE
+        ]
+    return " ".join([*words, f"SET={shlex.quote(' '.join([*corrected, steps]))}"])
 
 
 def _table(rows: list[Row], title: str) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import logging
@@ -14,7 +13,7 @@ from typing import Annotated
 import typer
 
 from fuselip_core import config, data_cli, vqa_cli
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, sentence_of
 
 STAGE_HELP = {
     "prepare": "Raw data set to Parquet shards and a manifest.",
@@ -153,20 +152,8 @@ def main() -> None:
     logging.getLogger("fuselip").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
         app(args=arguments, prog_name="fuselip")
-    except (FuselipError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
         typer.echo(f"error: {sentence_of(error)}", err=True)
         sys.exit(error.exit_code if isinstance(error, FuselipError) else 1)
-
-
-def sentence_of(error: FuselipError | OSError) -> str:
-    """What went wrong and what to do, on one line."""
-    if not isinstance(error, OSError):
-        return " ".join(str(error).split())
-    place = f" at {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space is left on the disk{place}; free some and run the same command again"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write or read{place}; change its owner or mode, or choose another folder"
-    return f"{error.strerror or error}{place}; run again with --debug for the traceback"

@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 from fuselip_core import cli, config
 from fuselip_core.chain import STAGES, run_stages
-from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.errors import FuselipError, Interrupted, sentence_of
 from fuselip_core.files import atomic_folder
 from fuselip_core.mounts import require_data, require_writable, sole_user
 
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped:
         sys.stderr.write("error: stopped; the same command goes on from what is done\n")
         return Interrupted.exit_code
-    except (FuselipError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        sys.stderr.write(f"error: {cli.sentence_of(error)}\n")
+        sys.stderr.write(f"error: {sentence_of(error)}\n")
         return error.exit_code if isinstance(error, FuselipError) else 1
     return 0
 

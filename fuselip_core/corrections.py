@@ -69,7 +69,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SettingsError(f"no settings file at {path}; give another with --settings") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: other bytes than UTF-8, a date that does not exist
         raise SettingsError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must hold a mapping of sections")
@@ -92,7 +92,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise SettingsError(f"'{text}' is no override; write it as section.field=value, for example train.steps=100")
     try:
         nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"the value of '{text}' is no valid YAML") from error
     for part in reversed(key.split(".")):
         nested = {part: nested}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class FuselipError(ValueError):
     """Something a user can mend: the message names the thing, the place and the remedy in one sentence."""
@@ -13,3 +15,24 @@ class Interrupted(FuselipError):
     """The run was asked to stop, has saved a checkpoint and goes on from it when started again."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+def sentence_of(error: Exception) -> str:
+    """What went wrong and what to do, on one line."""
+    if isinstance(error, FuselipError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return _of_system(error)
+    kind, said = type(error).__name__, " ".join(str(error).split())[:300]
+    if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, of a GPU
+        return f"memory ran out ({said or kind}); lower train.batch_size, or raise train.accumulation, and try again"
+    return f"unforeseen {kind} ({said}); run again with --debug for the traceback, and please report it"
+
+
+def _of_system(error: OSError) -> str:
+    place = f" at {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space is left on the disk{place}; free some and run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write or read{place}; change its owner or mode, or choose another folder"
+    return f"{error.strerror or error}{place}; run again with --debug for the traceback"

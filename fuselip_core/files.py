@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from fuselip_core.errors import FuselipError
 
 CHUNK_BYTES = 1 << 20
 
@@ -36,8 +39,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path`; replaces `path` by it when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         with _full_disk_named(path):
@@ -48,6 +51,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed processes of this machine left beside `path`: it may be gigabytes that nobody sees."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        *_, process, kind = left.name.split(".")
+        if kind not in ("partial", "old") or not process.isdigit():
+            continue
+        if kind == "old" and not path.exists():  # killed between two renames: it is the last that there is
+            continue
+        if int(process) == os.getpid() or not Path("/proc", process).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -88,6 +103,19 @@ def write_json(path: Path, content: Any) -> None:
     """Writes `content` as indented UTF-8 JSON, atomically."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in `path`; raises FuselipError, ending in `remedy`, where it is missing, damaged or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FuselipError(f"{path} is missing; {remedy}") from error
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise FuselipError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise FuselipError(f"{path} is damaged (it holds no JSON object); {remedy}")
+    return content
 
 
 def sha256_of(path: Path) -> str:

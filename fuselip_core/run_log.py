@@ -57,6 +57,7 @@ class EventLog:
         self._last_sent = time.monotonic()
         self._paused_until = dict.fromkeys((service.name for service in services), 0.0)
         folder.mkdir(parents=True, exist_ok=True)
+        _end_last_line(folder / "events.jsonl")
         self._stream = (folder / "events.jsonl").open("a", encoding="utf-8")
         self._keep_run()
 
@@ -128,6 +129,13 @@ class EventLog:
         write_json(self.folder / "run.json", self.run)
 
 
+def _end_last_line(path: Path) -> None:
+    """Ends the half line that a killed process may have left, so that the next event stands on a line of its own."""
+    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with path.open("ab") as stream:
+            stream.write(b"\n")
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -137,12 +145,23 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_events(path: Path, start: int) -> tuple[list[Event], int]:
-    """Whole lines from byte `start` on, and the byte after the last of them."""
+    """Events of the whole lines from byte `start` on, and the byte after the last of them; damaged lines are left out.
+
+    A full disk leaves half a line, and the run that goes on later must not fall over it.
+    """
     with path.open("rb") as stream:
         stream.seek(start)
         block = stream.read()
     whole = block[: block.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+    return [event for line in whole.splitlines() if (event := _event(line))], start + len(whole)
+
+
+def _event(line: bytes) -> Event | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "type" in event else None
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

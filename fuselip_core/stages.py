@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fuselip_core.config import Settings
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import atomic_folder, replace_folder, sha256_of, write_json
+from fuselip_core.files import atomic_folder, read_json_object, replace_folder, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -43,13 +44,20 @@ def codebook(settings: Settings) -> dict[str, Any]:
     from fuselip_core.model.titok import TiTok
     from fuselip_core.tracking import open_run
     from fuselip_core.training.checkpoint import Checkpoints
-    from fuselip_core.training.codebook import CodebookTrainer, measure_codebook, save_reconstructions
+    from fuselip_core.training.codebook import (
+        CodebookTrainer,
+        codebook_run_folder,
+        measure_codebook,
+        save_reconstructions,
+    )
     from fuselip_core.training.pixels import PixelCache
 
     prepared = PreparedData(settings.artifacts / "prepared")
     scratch = settings.artifacts / "work" / "codebook"
-    checkpoints = Checkpoints(scratch / "checkpoints")
     tokenizer: TiTok = _new_tokenizer(settings).to(_device())
+    checkpoints = Checkpoints(
+        codebook_run_folder(scratch / "checkpoints", settings.codebook, tokenizer, prepared.data_version)
+    )
     size = tokenizer.config.image_size
     train = PixelCache(scratch / "train.npy", prepared, "train", size, CODEBOOK_IMAGES)
     held_out = PixelCache(scratch / "held_out.npy", prepared, _validation_split(prepared.splits), size, 1000)
@@ -72,20 +80,11 @@ def codebook(settings: Settings) -> dict[str, Any]:
 
 def tokenize(settings: Settings) -> dict[str, Any]:
     """Prepared images and texts → codes and ids in tokens/."""
-    from fuselip_core.data.prepared import PreparedData
-    from fuselip_core.model.processing import TextTokenizer
-    from fuselip_core.model.titok import TiTok
-    from fuselip_core.training.tokenize import Tokenizing, store_identity
+    from fuselip_core.training.tokenize import open_tokenizing
 
-    prepared = PreparedData(settings.artifacts / "prepared")
-    source = settings.artifacts / "codebook"
-    tokenizer = TiTok.load(source).to(_device())
-    identity = store_identity(prepared, _codebook_id(source), tokenizer, settings.tokenize)
-    encode_text = TextTokenizer(context_length=77).encode
-    # DVC empties a stage's output before it starts; what a killed run left must survive that.
-    work = settings.artifacts / "work" / "tokens"
-    counts = Tokenizing(prepared, tokenizer, encode_text, settings.tokenize, identity, work).run()
-    replace_folder(work, settings.artifacts / "tokens")
+    work = open_tokenizing(settings)
+    counts = work.run()
+    replace_folder(work.target, settings.artifacts / "tokens")
     return counts
 
 
@@ -144,6 +143,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     from fuselip_core.training.build import open_measuring
 
     artifacts = settings.artifacts
+    made = _read_numbers(_trained_model(settings) / "training.json")
+    made |= _read_numbers(artifacts / "codebook" / "codebook.json")
     model, processor = load_pretrained(_trained_model(settings), _device())
     store, encoder = open_measuring(model, artifacts, settings.evaluate.split, _device())
     prepared = PreparedData(artifacts / "prepared")
@@ -153,8 +154,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     for data in with_candidates:
         measure_candidates(Embedder(model, processor), data, settings.evaluate, result)
     result.metrics.update(measure_adaptation(model, artifacts, settings.evaluate, result.metrics, _device()))
-    metrics = {**result.metrics, **_read_json(artifacts / "codebook" / "codebook.json")}
-    metrics.update(_read_json(artifacts / "model" / "training.json"))
+    metrics = {**result.metrics, **made}
     with open_run(settings, "evaluate") as run:
         write_report(artifacts, result, metrics, settings)
         write_json(artifacts / "metrics.json", dict(sorted(metrics.items())))
@@ -171,7 +171,7 @@ def register(settings: Settings) -> dict[str, Any]:
 
     model = _trained_model(settings)
     width = Embedder.from_pretrained(model, "cpu").width
-    registered = register_model(settings, model, _read_json(settings.artifacts / "metrics.json"), width)
+    registered = register_model(settings, model, _read_numbers(settings.artifacts / "metrics.json"), width)
     write_json(settings.artifacts / "registered.json", registered)
     return registered
 
@@ -184,8 +184,9 @@ class History:
         found = checkpoints.latest()
         self.resumed_step = found[0] if found else 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if self.resumed_step and path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.resumed_step]
+        goes_on = self.resumed_step > 0 and path.is_file()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if goes_on else []
+        kept = [line for line in lines if _step_of(line) <= self.resumed_step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
@@ -196,6 +197,14 @@ class History:
     def publish(self, target: Path) -> None:
         """Moves the finished curves to `target`."""
         self._path.replace(target)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the history; infinite for half a line, as a full disk leaves it."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _device() -> torch.device:
@@ -287,20 +296,19 @@ def _trained_model(settings: Settings) -> Path:
     return folder
 
 
-def _codebook_id(folder: Path) -> str:
-    return sha256_of(folder / "model.safetensors")[:16]
-
-
 def _same_codebook(store: TokenStore, folder: Path) -> None:
     """Codes of another tokenizer mean other things: training on them would end in a model that cannot read images."""
-    if store.manifest["codebook"] != _codebook_id(folder):
+    from fuselip_core.training.tokenize import codebook_id
+
+    if store.manifest.get("codebook") != codebook_id(folder):
         raise FuselipError(
             f"{store.folder} was made with another tokenizer than {folder}; run the tokenize stage again"
         )
 
 
-def _read_json(path: Path) -> dict[str, float]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise FuselipError(f"{path} is missing; run the stage that writes it first") from error
+def _read_numbers(path: Path) -> dict[str, float]:
+    """Metrics that an earlier stage wrote."""
+    content = read_json_object(path, "run the stage that writes it again")
+    if not content or not all(isinstance(value, int | float) for value in content.values()):
+        raise FuselipError(f"{path} is damaged (not numbers alone); run the stage that writes it again")
+    return content

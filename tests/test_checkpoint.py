@@ -22,7 +22,7 @@ def test_the_last_ones_stay_and_the_newest_is_read(tmp_path: Path) -> None:
     assert (step, int(state["value"])) == (3, 3)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "no digest"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no digest", "odd digest"])
 def test_a_damaged_newest_one_falls_back(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"value": torch.zeros(100)})
@@ -33,6 +33,8 @@ def test_a_damaged_newest_one_falls_back(tmp_path: Path, damage: str, caplog: py
     elif damage == "flipped":
         content[len(content) // 2] ^= 1
         (newest / "state.pt").write_bytes(content)
+    elif damage == "odd digest":
+        (newest / "state.sha256").write_bytes(b"\xff\xfe")
     else:
         (newest / "state.sha256").unlink()
     with caplog.at_level(logging.WARNING, "fuselip"):

@@ -63,6 +63,7 @@ def test_help_lists_every_stage_and_needs_no_torch() -> None:
         (["train", "--recipe", "nope"], 2, "unknown recipe 'nope'"),
         (["train", "--settings", "none.yaml"], 2, "no settings file at none.yaml"),
         (["prepare", "--set", "prepare.root=missing"], 1, "missing"),
+        (["train", "--set", "train.steps=2001-99-99"], 2, "no valid YAML"),
     ],
 )
 def test_error_is_one_line(fuselip: Any, arguments: list[str], code: int, words: str) -> None:
@@ -71,6 +72,12 @@ def test_error_is_one_line(fuselip: Any, arguments: list[str], code: int, words:
     assert done.code == code
     assert last.startswith("error: ") and words in last
     assert "Traceback" not in done.err
+
+
+def test_a_settings_file_in_another_encoding_is_one_line(fuselip: Any) -> None:
+    Path("params.yaml").write_bytes("recipe: sämple".encode("latin-1"))
+    done = fuselip("train")
+    assert done.code == 2 and done.err.startswith("error: params.yaml is no valid YAML") and done.err.count("\n") == 1
 
 
 def test_debug_raises_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +131,12 @@ def fail(error: BaseException) -> Callable[[Any], Any]:
         (OSError(errno.ENOSPC, "No space left on device", "out/x.bin"), 1, "no space is left on the disk at out/x.bin"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "no permission to write or read at out"),
         (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
+        (MemoryError(), 1, "error: memory ran out (MemoryError); lower train.batch_size"),
+        (
+            IndexError("index out of\nrange"),
+            1,
+            "error: unforeseen IndexError (index out of range); run again with --debug",
+        ),
     ],
 )
 def test_errors_of_a_stage_become_sentences_and_codes(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,12 @@ from fuselip_core.config import CodebookSettings
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.titok import TiTok, TiTokConfig
 from fuselip_core.training.checkpoint import Checkpoints
-from fuselip_core.training.codebook import CodebookTrainer, measure_codebook, save_reconstructions
+from fuselip_core.training.codebook import (
+    CodebookTrainer,
+    codebook_run_folder,
+    measure_codebook,
+    save_reconstructions,
+)
 from fuselip_core.training.patch_start import start_from_patches
 from fuselip_core.training.pixels import as_pixels
 
@@ -58,7 +66,7 @@ def train(folder: Path, settings: CodebookSettings, stop_after: int | None = Non
     trainer = CodebookTrainer(tokenizer, Pictures(32), settings, checkpoints, lambda step, metrics: None)
     original = trainer._train_step
 
-    def step(number: int) -> dict[str, float]:
+    def step(number: int) -> dict[str, Any]:
         if number == stop_after:
             raise KeyboardInterrupt
         metrics = original(number)
@@ -107,6 +115,31 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert before + after == losses
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_only_the_very_same_run_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    tokenizer, settings = TiTok(CONFIG), CodebookSettings(steps=8)
+    folder = codebook_run_folder(tmp_path, settings, tokenizer, "v1")
+    assert folder == codebook_run_folder(tmp_path, CodebookSettings(steps=8), TiTok(CONFIG, decoder=True), "v1")
+    wider = TiTok(dataclasses.replace(CONFIG, width=128))
+    others = [
+        codebook_run_folder(tmp_path, CodebookSettings(steps=9), tokenizer, "v1"),
+        codebook_run_folder(tmp_path, settings, wider, "v1"),
+        codebook_run_folder(tmp_path, settings, tokenizer, "v2"),
+    ]
+    assert len({folder, *others}) == 4
+
+
+def test_a_non_finite_gradient_ends_the_run_before_the_step(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    tokenizer = TiTok(CONFIG, decoder=True)
+    before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    settings = CodebookSettings(steps=2, batch_size=8, init="somewhere")
+    trainer = CodebookTrainer(tokenizer, Pictures(32), settings, Checkpoints(tmp_path), lambda step, metrics: None)
+    tokenizer.encoder.conv_out.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(FuselipError, match=r"gradient (nan|inf) at step 0; lower codebook.learning_rate"):
+        trainer.run()
+    assert all(torch.equal(value, before[name]) for name, value in tokenizer.state_dict().items())
 
 
 def test_saved_tokenizer_gives_the_same_codes(tmp_path: Path) -> None:

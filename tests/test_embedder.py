@@ -88,6 +88,10 @@ def test_wrong_rows_are_named(embedder: Embedder, pictures: list[Image.Image], t
     cut.write_bytes(whole.read_bytes()[:600])
     with pytest.raises(FuselipError, match=r"row 0: image .*cut\.png cannot be read"):
         embedder.embed(images=[cut], texts=["a"])
+    with pytest.raises(FuselipError, match="row 1: image cannot be read"):
+        embedder.embed(images=[pictures[0], Image.open(cut)])  # nobody has read it yet
+    with pytest.raises(FuselipError, match="row 0, image: an image of mode I has more than 8 bits"):
+        embedder.embed(images=[Image.new("I", (4, 4))])
     with pytest.raises(FuselipError, match="row 0: a text is a string, not int"):
         embedder.embed(texts=[3])  # type: ignore[list-item]
     with pytest.raises(FuselipError, match="row 0: an image is a Pillow image or a path, not int"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fuselip_core.files import atomic_folder, atomic_write, take_space
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import atomic_folder, atomic_write, read_json_object, take_space
 
 
 @pytest.fixture
@@ -52,3 +54,34 @@ def test_space_for_a_mapped_file_is_taken_or_refused(small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space left") as refused:
         take_space(path)
     assert refused.value.filename == str(path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"3", b"\xff\xfe\x00"])
+def test_damaged_json_is_named_with_the_remedy(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "metrics.json"
+    with pytest.raises(FuselipError, match=r"metrics\.json is missing; run it"):
+        read_json_object(path, "run it")
+    path.write_bytes(content)
+    with pytest.raises(FuselipError, match=r"metrics\.json is damaged .*; run it"):
+        read_json_object(path, "run it")
+    path.write_text('{"a": 1}')
+    assert read_json_object(path, "run it") == {"a": 1}
+
+
+def test_what_killed_processes_left_is_swept_up_and_what_runs_is_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = [tmp_path / f".model.{gone.pid}.{kind}" for kind in ("partial", "old")]
+    other = [
+        tmp_path / f".model.{os.getppid()}.partial",
+        tmp_path / ".model.x.partial",
+        tmp_path / f".a.{gone.pid}.old",
+    ]
+    (tmp_path / "model").mkdir()
+    for folder in (*left, *other):
+        folder.mkdir()
+        (folder / "weights").touch()
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "weights").touch()
+    assert not any(each.exists() for each in left) and all(each.exists() for each in other)
+    assert (tmp_path / "model" / "weights").exists()

@@ -20,6 +20,7 @@ from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.processing import ImageProcessor, TextTokenizer
 from fuselip_core.model.vocabulary import join
 from fuselip_core.model.weights import load_strictly
+from fuselip_core.training.losses import sigmoid_contrastive
 
 # tgit.* are the text-guided image transformations, which tests/test_transforms.py compares.
 KEYS = [key for key in reference.keys() if not key.startswith("tgit.")]  # noqa: SIM118
@@ -120,7 +121,10 @@ def _fuselip(size: str) -> dict[str, Tensor]:
     text_features, fused = model.encode_text(text), model.encode_multimodal(pixels, text)
     masked, labels = (reference.expected(f"{name}.mmm_{part}") for part in ("input_ids", "labels"))
     output = model(masked, labels=labels)
-    contrastive = SigLipLoss()(fused, text_features, model.logit_scale.exp(), model.logit_bias)
+    contrastive = sigmoid_contrastive(fused, text_features, model.logit_scale.exp(), model.logit_bias)
+    torch.testing.assert_close(
+        contrastive, SigLipLoss()(fused, text_features, model.logit_scale.exp(), model.logit_bias)
+    )
     values = {
         "image_input_ids": own_ids,
         "image_features": model.encode_image(pixels),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from flows.lock import dvc_lock
 from flows.pipeline import pipeline
 from flows.reproduce import UNCHANGED, _exit_code
 from flows.runner import Ending, LastLines, ProcessRunner, stage_environment
-from flows.runs import STAGES, RunRequest, open_run_folder
+from flows.runs import STAGES, RunRequest, open_run_folder, plan_run
 from flows.sample_data import ensure_sample
 from flows.stream import stream
 from flows.summary import comparison_rows, next_commands, registered_line
@@ -188,6 +189,25 @@ def test_second_run_waits_and_says_for_whom(tmp_path: Path, said: list[str]) -> 
     assert said == ["waiting for another run that is at work here: train of process 7"]
 
 
+def test_a_flow_of_many_stages_lets_a_waiting_one_in(tmp_path: Path, said: list[str]) -> None:
+    order: list[str] = []
+
+    def wait_once() -> None:
+        with dvc_lock(tmp_path, "second", said.append):
+            order.append("second")
+
+    waiting = threading.Thread(target=wait_once)
+    for stage in range(4):
+        with dvc_lock(tmp_path, "first", print):
+            order.append(f"first {stage}")
+            if not stage:
+                waiting.start()
+                while not said:
+                    time.sleep(0.01)
+    waiting.join()
+    assert order == ["first 0", "second", "first 1", "first 2", "first 3"]
+
+
 def test_lock_lives_as_long_as_an_orphaned_child(tmp_path: Path) -> None:
     with dvc_lock(tmp_path, "first", print) as descriptor:
         child = subprocess.Popen(["sleep", "60"], pass_fds=(descriptor,))
@@ -232,6 +252,47 @@ def test_what_dvc_itself_refuses_is_one_line(copy: Path, said: list[str]) -> Non
     outcome = ProcessRunner().run("codebook", open_run_folder(copy, RunRequest()), said.append)
     assert outcome.status == "failed"
     assert outcome.message.startswith("DVC: ") and "artifacts/prepared" in outcome.message
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"stages: ["])
+def test_a_damaged_lock_is_one_line_with_its_remedy(copy: Path, said: list[str], content: bytes) -> None:
+    (copy / "dvc.lock").write_bytes(content)
+    outcome = ProcessRunner().run("prepare", open_run_folder(copy, RunRequest()), said.append)
+    assert outcome.status == "failed"
+    assert outcome.message.startswith("DVC: ") and "bring dvc.lock back with git, or delete it" in outcome.message
+    assert not [line for line in said if "Traceback" in line]
+    with pytest.raises(FuselipError, match=r"dvc\.lock is damaged; bring it back"):
+        open_run_folder(copy, RunRequest(name="variant"))
+
+
+@pytest.mark.parametrize("content", [b"outs:\n- md5: a1\n", b"\xff\xfe", b""])
+def test_a_damaged_data_dvc_is_one_sentence(copy: Path, said: list[str], content: bytes) -> None:
+    (copy / "data.dvc").write_bytes(content)
+    with pytest.raises(FuselipError, match=r"bring data\.dvc back"):
+        ensure_sample(copy, said.append)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("dvc.yaml", b"\xff\xfe", "bring dvc.yaml back with git"),
+        ("dvc.yaml", b"stages: [", "bring dvc.yaml back with git"),
+        ("params.yaml", b"recipe: sample\n", "bring params.yaml back with git"),
+    ],
+)
+def test_a_damaged_pipeline_is_one_line(copy: Path, said: list[str], name: str, content: bytes, remedy: str) -> None:
+    (copy / name).write_bytes(content)
+    outcome = ProcessRunner().run("prepare", open_run_folder(copy, RunRequest()), said.append)
+    assert outcome.status == "failed" and outcome.message.startswith("DVC: ") and outcome.message.endswith(remedy)
+    assert not [line for line in said if "Traceback" in line]
+
+
+def test_a_damaged_file_of_a_run_is_written_anew(bare: Path) -> None:
+    run = open_run_folder(bare, RunRequest(name="mine"))
+    whole = (run.folder / "params.yaml").read_bytes()
+    (run.folder / "params.yaml").write_bytes(b"\xff\xfe")
+    open_run_folder(bare, RunRequest(name="mine"))
+    assert (run.folder / "params.yaml").read_bytes() == whole
 
 
 def test_child_is_told_the_flow_run_and_finds_this_code(tmp_path: Path) -> None:
@@ -394,3 +455,14 @@ def test_next_commands_name_the_model_and_the_store(bare: Path, monkeypatch: pyt
     commands = next_commands(open_run_folder(bare, RunRequest()), {"name": "m", "alias": "champion"})
     assert "sqlite:///mlflow/mlflow.db" in commands[0] and "models:/m@champion" in commands[1]
     assert commands[2].startswith("make demo SET=")
+
+
+def test_the_next_command_says_again_what_the_run_corrects(bare: Path) -> None:
+    asked = ("codebook.steps=3", "train.mixture={caption: 1.0}", "train.steps=6")
+    run = open_run_folder(bare, RunRequest(name="short", overrides=asked))
+    words = shlex.split(next_commands(run, {"name": "m", "alias": None})[2].partition("    #")[0])
+    assert words[:3] == ["make", "demo", "NAME=short"]
+    overrides = tuple(words[3].removeprefix("SET=").split(" "))  # as make does
+    again = plan_run(bare, RunRequest(name="short", overrides=overrides)).run.settings
+    longer = run.settings.train.model_copy(update={"steps": 12})
+    assert again == run.settings.model_copy(update={"train": longer})

@@ -145,6 +145,8 @@ def test_wrong_input_is_told(model: FuseLIPModel, pixels: Tensor) -> None:
         model.encode_image((pixels * 255).to(torch.uint8))
     with pytest.raises(FuselipError, match=r"floating-point and in 0\.\.1"):
         model.encode_image(pixels * 255)
+    with pytest.raises(FuselipError, match=r"floating-point and in 0\.\.1"):
+        model.encode_image(pixels * torch.nan)
     with pytest.raises(FuselipError, match="takes pixels"):
         model.encode_image(pixels[:, :, :16])
     with pytest.raises(FuselipError, match="2 images but 1 texts"):

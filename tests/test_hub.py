@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_are_named(published: Path, change: Change, mess
         ("text_config", "no_causal_mask", False, "no_causal_mask is False"),
         ("text_config", "vocab_size", 12, "vocab_size 12"),
         ("text_config", "width", 33, "width 33 is no multiple"),
-        ("text_config", "width", None, "no model can be built"),
+        ("text_config", "width", None, "describes no model"),
     ],
 )
 def test_configuration_of_another_model_is_told(published: Path, part: str, key: str, value: Any, message: str) -> None:
@@ -234,6 +234,24 @@ def test_hub_id_is_fetched(published: Path, monkeypatch: pytest.MonkeyPatch) -> 
     model, _, _ = load_model("chs20/FuseLIP-S-CC3M-MM", device="cpu")
     assert asked == ["chs20/FuseLIP-S-CC3M-MM"]
     assert isinstance(model, FuseLIPModel)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_there_is_told(published: Path) -> None:
+    with pytest.raises(FuselipError, match=r"no GPU 'cuda' .* give device='cpu'"):
+        load_model(published, device="cuda")
+    with pytest.raises(FuselipError, match="'gpu' is no device"):
+        load_model(published, device="gpu")
+
+
+@pytest.mark.parametrize(("key", "value"), [("width", -1), ("heads", 0), ("layers", "x"), ("image_tokenizer", 3)])
+def test_a_configuration_that_describes_no_model_is_told(published: Path, tmp_path: Path, key: str, value: Any) -> None:
+    model, _ = load_pretrained(published, "cpu")
+    save_model(model, tmp_path / "own")
+    path = tmp_path / "own" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(FuselipError, match="describes no model"):
+        load_model(tmp_path / "own", device="cpu")
 
 
 def test_name_that_is_neither_folder_nor_hub_id() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD
-from fuselip_core.training.losses import equal_targets, mask_tokens, sigmoid_contrastive
+from fuselip_core.training.losses import akin, mask_tokens, sigmoid_contrastive
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -33,7 +33,8 @@ def test_sigmoid_loss_and_gradient_equal_open_clip() -> None:
 def test_ignored_pairs_leave_the_sum() -> None:
     query, target = unit(3, 8, 2), unit(3, 8, 3)
     scale, bias = torch.tensor(10.0), torch.tensor(-1.0)
-    ignored = equal_targets(torch.tensor([5, 7, 5]), torch.tensor([-1, -1, -1]))
+    keys = torch.tensor([[5, -1, -1], [7, -1, -1], [5, -1, -1]])
+    ignored = akin(keys, keys) & ~torch.eye(3, dtype=torch.bool)
     assert ignored.nonzero().tolist() == [[0, 2], [2, 0]]
     logits = scale * query @ target.T + bias
     kept = [(i, j) for i in range(3) for j in range(3) if (i, j) not in ((0, 2), (2, 0))]

@@ -21,6 +21,7 @@ from fuselip_core.data.pair import DataError
 from fuselip_core.data.phantom import draw_data_set
 from fuselip_core.data.prepare import prepare_data
 from fuselip_core.data.prepared import PreparedData
+from fuselip_core.errors import FuselipError
 from fuselip_core.files import sha256_of
 
 COUNTS = {"train": 40, "valid": 8, "test": 10}
@@ -253,9 +254,23 @@ def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) ->
     prepared = PreparedData(tmp_path / "prepared")
     with pytest.raises(DataError, match="train, valid, test"):
         prepared.pairs("dev")
-    (tmp_path / "prepared" / "pairs-test-00000-of-00001.parquet").unlink()
+    shard = tmp_path / "prepared" / "pairs-test-00000-of-00001.parquet"
+    whole = shard.read_bytes()
+    for content in (whole[: len(whole) // 2], bytes(len(whole)), b""):
+        shard.write_bytes(content)
+        with pytest.raises(DataError, match=r"pairs-test.* is damaged .* run `fuselip prepare` again"):
+            prepared.pairs("test")
+    images = next((tmp_path / "prepared").glob("images-train-*"))
+    images.write_bytes(images.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"images-train.* is damaged"):
+        list(prepared.iter_images("train"))
+    shard.unlink()
     with pytest.raises(DataError, match="pairs-test"):
         PreparedData(tmp_path / "prepared")
+    for content in (b"{", b"[]", b"{}", b"\xff"):
+        (tmp_path / "prepared" / "manifest.json").write_bytes(content)
+        with pytest.raises(FuselipError, match=r"manifest\.json is damaged"):
+            PreparedData(tmp_path / "prepared")
 
 
 # ---- what must not be replaced, and by whom --------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from fuselip_core.data.token_store import TokenStore, gather
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.embedder import Embedder
 from fuselip_core.model.hub import load_pretrained
+from fuselip_core.model.titok import TiTok
 from fuselip_core.training.batch import TokenEncoder, encode_sides
+from fuselip_core.training.build import build_model, open_measuring
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,57 @@ def test_codes_of_another_tokenizer_do_not_train(run: Settings, tmp_path: Path) 
     stages.codebook(other)
     with pytest.raises(FuselipError, match="another tokenizer"):
         stages.train(other)
+
+
+def test_an_adapted_model_is_looked_at_with_the_codes_it_trains_on(run: Settings, tmp_path: Path) -> None:
+    """A codebook that was fine-tuned takes the place of the tokenizer that the checkpoint came with."""
+    (tmp_path / "prepared").symlink_to(run.artifacts / "prepared")
+    init = str(run.artifacts / "model")
+    fields = run.model_dump(by_alias=True)
+    fields |= {"artifacts": tmp_path, "train": {**fields["train"], "init": init, "steps": 2}}
+    fields["codebook"] |= {"init": init, "steps": 2, "learning_rate": 0.05}
+    adapted = check_settings(fields, origin="test")
+    stages.codebook(adapted)
+    stages.tokenize(adapted)
+    tokenizer = TiTok.load(tmp_path / "codebook")
+    model = build_model(adapted.model, adapted.train, tokenizer)
+    assert all(
+        torch.equal(model.image_tokenizer.model.state_dict()[name], value)
+        for name, value in tokenizer.state_dict().items()
+    )
+    store, _ = open_measuring(model, tmp_path, "valid", torch.device("cpu"))
+    stored = TokenStore(tmp_path / "tokens", "valid")
+    assert (store.codes == stored.codes).all()
+    assert (stored.codes != TokenStore(run.artifacts / "tokens", "valid").codes).any(), "else this would show nothing"
+
+
+def test_codes_of_other_data_are_not_measured(run: Settings, tmp_path: Path) -> None:
+    for name in ("tokens", "codebook", "model", "history.jsonl"):
+        (tmp_path / name).symlink_to(run.artifacts / name)
+    shutil.copytree(run.artifacts / "prepared", tmp_path / "prepared")
+    manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
+    (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(manifest | {"data_version": "another"}))
+    with pytest.raises(FuselipError, match="is not what was tokenized; run the tokenize stage again"):
+        stages.evaluate(run.model_copy(update={"artifacts": tmp_path}))
+
+
+def test_damaged_metrics_are_not_registered(run: Settings, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(run.artifacts / "model")
+    for content in ("[]", "{}", '{"a": "b"}', '{"a": 0.5'):
+        (tmp_path / "metrics.json").write_text(content)
+        with pytest.raises(FuselipError, match=r"metrics\.json is damaged .*run the stage that writes it again"):
+            stages.register(run.model_copy(update={"artifacts": tmp_path}))
+
+
+def test_the_history_of_a_killed_run_loses_half_a_line(tmp_path: Path) -> None:
+    class Resumed:
+        def latest(self) -> tuple[int, dict[str, int]]:
+            return 20, {}
+
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 10, "loss": 1.0}\n{"step": 30, "loss": 0.5}\n{"step": 2')
+    stages.History(path, Resumed()).add(21, {"loss": 0.7})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 21]
 
 
 def test_a_stage_without_its_input_says_which_one_is_missing(tmp_path: Path) -> None:

@@ -186,10 +186,20 @@ def test_unreachable_mlflow_does_not_stop_a_run(
 
 def test_half_a_line_is_not_read_yet(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"b": ')
-    assert read_events(path, 0) == ([{"a": 1}], 9)
-    path.write_bytes(b'{"a": 1}\n{"b": 2}\n')
-    assert read_events(path, 9) == ([{"b": 2}], 18)
+    first, second = {"type": "end"}, {"type": "params"}
+    path.write_bytes(b'{"type": "end"}\n{"type": ')
+    assert read_events(path, 0) == ([first], 16)
+    path.write_bytes(b'{"type": "end"}\n{"type": "params"}\n')
+    assert read_events(path, 16) == ([second], 35)
+
+
+def test_half_a_line_of_a_killed_run_is_left_behind(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(b'{"type": "params", "values": {}}\n{"type": "metr')
+    with EventLog(tmp_path, {"name": "x"}, []) as log:
+        log.metrics({"a": 1.0}, step=2)
+    events, end = read_events(tmp_path / "events.jsonl", 0)
+    assert [event["type"] for event in events] == ["params", "metrics"]
+    assert events[1]["step"] == 2 and end == (tmp_path / "events.jsonl").stat().st_size
 
 
 def test_disk_alone_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,6 +12,10 @@ import pyarrow.parquet as pq
 
 from fuselip_core.data.pair import SPLITS, DataError, Side
 from fuselip_core.data.schemas import CANDIDATES_SCHEMA, PAIR_SCHEMA
+from fuselip_core.files import read_json_object
+
+MANIFEST = "manifest.json"
+AGAIN = "run `fuselip prepare` again"
 
 
 class PreparedData:
@@ -21,17 +24,16 @@ class PreparedData:
     def __init__(self, folder: Path) -> None:
         """Raises DataError if the folder has no manifest or a shard of it is missing."""
         self.folder = Path(folder)
-        try:
-            self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
+        if not (self.folder / MANIFEST).is_file():
             raise DataError(
                 f"no prepared data in {folder}; run `fuselip prepare`, or `fuselip data prepare --out {folder}`, first"
-            ) from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{self.folder / 'manifest.json'} is damaged; run `fuselip prepare` again") from error
+            )
+        self.manifest = read_json_object(self.folder / MANIFEST, AGAIN)
+        if not {"counts", "shards", "data_version"} <= self.manifest.keys():
+            raise DataError(f"{self.folder / MANIFEST} is damaged (it lacks counts, shards or data_version); {AGAIN}")
         missing = [shard["path"] for shard in self.manifest["shards"] if not (self.folder / shard["path"]).is_file()]
         if missing:
-            raise DataError(f"{folder} lacks {missing[0]}, which its manifest names; run `fuselip prepare` again")
+            raise DataError(f"{folder} lacks {missing[0]}, which its manifest names; {AGAIN}")
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -59,30 +61,35 @@ class PreparedData:
     ) -> Iterator[pa.RecordBatch]:
         """Batches of at most `batch_rows` images in their order (see schemas.IMAGE_SCHEMA), holding one row group."""
         for path in self._shards("images", split):
-            with pq.ParquetFile(path) as file:
+            with _reading(path), pq.ParquetFile(path) as file:
                 yield from file.iter_batches(batch_rows, columns=None if columns is None else list(columns))
 
     def pairs(self, split: str) -> pa.Table:
         """All pairs of a split, in their order (see schemas.PAIR_SCHEMA)."""
-        tables = [pq.read_table(path, schema=PAIR_SCHEMA) for path in self._shards("pairs", split)]
-        return pa.concat_tables(tables) if tables else PAIR_SCHEMA.empty_table()
+        return self._table("pairs", split, PAIR_SCHEMA)
 
     def candidates(self, split: str, task: str | None = None) -> pa.Table:
         """Evaluation questions of a split, of one task or of all (see schemas.CANDIDATES_SCHEMA)."""
-        tables = [pq.read_table(path) for path in self._shards("candidates", split)]
-        table = pa.concat_tables(tables) if tables else CANDIDATES_SCHEMA.empty_table()
+        table = self._table("candidates", split, CANDIDATES_SCHEMA)
         return table if task is None else table.filter(pc.equal(table["task"], task))
 
     def options(self, split: str, names: Collection[str] | None = None) -> dict[str, list[Side]]:
         """Lists of options by their ids (the column `options` of the questions): those in `names`, or all."""
         found: dict[str, list[Side]] = {}
         for path in self._shards("options", split):
-            with pq.ParquetFile(path) as file:
+            with _reading(path), pq.ParquetFile(path) as file:
                 for row in (row for batch in file.iter_batches(64) for row in batch.to_pylist()):
                     if names is None or row["options_id"] in names:
                         sides = zip(row["images"], row["texts"], strict=True)
                         found[row["options_id"]] = [Side(image, text) for image, text in sides]
         return found
+
+    def _table(self, name: str, split: str, schema: pa.Schema) -> pa.Table:
+        tables = []
+        for path in self._shards(name, split):
+            with _reading(path):
+                tables.append(pq.read_table(path, schema=schema))
+        return pa.concat_tables(tables) if tables else schema.empty_table()
 
     def _shards(self, table: str, split: str) -> list[Path]:
         self._require(split)
@@ -92,3 +99,18 @@ class PreparedData:
     def _require(self, split: str) -> None:
         if split not in self.manifest["counts"]:
             raise DataError(f"{self.folder} has no split '{split}'; there are: {', '.join(self.splits)}")
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what Arrow raises on a damaged shard, each its own, into a sentence; what the caller raises passes."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged ({reason}); {AGAIN}") from error
+    except OSError as error:
+        if error.errno is not None:  # of the disk, and told as such
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged ({reason}); {AGAIN}") from error

@@ -52,14 +52,6 @@ class SideTokens:
         longest = int(lengths.max(initial=0))
         return SideTokens(self.codes[rows], self.has_image[rows], self.text_ids[rows, :longest], lengths)
 
-    def without_image(self) -> SideTokens:
-        """Only the text of every row."""
-        return replace(self, codes=np.zeros_like(self.codes), has_image=np.zeros_like(self.has_image))
-
-    def without_text(self) -> SideTokens:
-        """Only the image of every row (the model reads an empty text behind it)."""
-        return replace(self, text_ids=self.text_ids[:, :0], text_lengths=np.zeros_like(self.text_lengths))
-
     def with_codes(self, codes: Array) -> SideTokens:
         """Other codes, (B, K) or (K) uint16 for all rows, in place of the image's own."""
         return replace(self, codes=np.broadcast_to(codes, self.codes.shape))
@@ -115,7 +107,7 @@ class TokenStore:
         self.codes = self._map(place / "codes.npy")
         self.texts = self._map(place / "texts.npy")
         self.text_offsets = self._map(place / "text_offsets.npy")
-        self.blank = np.load(place / "blank.npy")
+        self.blank = np.array(self._map(place / "blank.npy"))
         there = [name for name in DTYPES if name != "alike" or (place / "alike.npy").is_file()]
         self.pairs = PairColumns(**{name: self._map(place / f"{name}.npy") for name in there})
 
@@ -154,8 +146,12 @@ class TokenStore:
     def texts_of(self, rows: Iterable[int]) -> list[str]:
         """Strings of text rows; "" for ABSENT."""
         if self._strings is None:
-            with pa.memory_map(str(self.folder / self.split / "texts.arrow")) as source:
-                self._strings = pa.ipc.open_file(source).read_all().column("text")
+            path = self.folder / self.split / "texts.arrow"
+            try:
+                with pa.memory_map(str(path)) as source:
+                    self._strings = pa.ipc.open_file(source).read_all().column("text")
+            except (OSError, pa.ArrowException, KeyError) as error:
+                raise self._damaged(path, error) from error
         wanted = pa.array([None if row < 0 else int(row) for row in rows], pa.int64())
         return [text or "" for text in self._strings.take(wanted).to_pylist()]
 
@@ -178,9 +174,13 @@ class TokenStore:
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             array: Array = np.ndarray(shape, dtype, buffer=mapped, offset=offset)
         except (OSError, ValueError, TypeError) as error:
-            raise FuselipError(f"{path} is damaged ({error}); delete {self.folder} and tokenize again") from error
+            raise self._damaged(path, error) from error
         self._maps.append(mapped)
         return array
+
+    def _damaged(self, path: Path, error: Exception) -> FuselipError:
+        reason = " ".join(str(error).split())[:200]
+        return FuselipError(f"{path} is damaged ({reason}); delete {self.folder} and tokenize again")
 
 
 def gather(
@@ -234,23 +234,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_manifest(folder: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest, if it has every value of `expected` (codebook, data_version, preprocessing, views, ...).
-
-    Raises FuselipError that names each value that differs: codes of another tokenizer or other images must not train.
-    """
-    manifest = read_manifest(folder)
-    missing = object()
-    wrong = [
-        f"{name} is {manifest.get(name)!r} but this run needs {value!r}"
-        for name, value in plain_json(expected).items()
-        if manifest.get(name, missing) != value
-    ]
-    if wrong:
-        raise FuselipError(f"the token store {folder} is of another run: {'; '.join(wrong)}; tokenize again")
-    return manifest
-
-
 def plain_json(content: Mapping[str, Any]) -> dict[str, Any]:
     """`content` as it reads after a round trip through JSON: tuples as lists, paths as strings."""
     plain: dict[str, Any] = json.loads(json.dumps(content, default=str))
@@ -259,7 +242,10 @@ def plain_json(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_split(place: Path, manifest: Mapping[str, Any]) -> None:
     """A split that was tokenized again while the manifest is still the old one must not pass for finished."""
-    identity = read_json_or_none(place / "split.json")["identity"]
+    described = read_json_or_none(place / "split.json")
+    identity = described.get("identity") if isinstance(described, dict) else None
+    if not isinstance(identity, dict):
+        raise FuselipError(f"{place / 'split.json'} is damaged; delete {place.parent} and tokenize again")
     other = [name for name, value in identity.items() if manifest.get(name) != value]
     if other:
         raise FuselipError(
@@ -279,5 +265,5 @@ def read_npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype[Any], int]:
 def read_json_or_none(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no JSON, or no UTF-8
         return None

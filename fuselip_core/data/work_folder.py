@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -46,8 +47,9 @@ def _holds_something_else(folder: Path) -> bool:
 def open_work(work: Path, key: str) -> None:
     """Keeps what an earlier run with the same `key` left in `work`, and nothing else; raises DataError."""
     path, content = work / KEY, {"key": key}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) == content:
-        return
+    with contextlib.suppress(OSError, ValueError):  # a damaged key is no key of ours
+        if json.loads(path.read_text(encoding="utf-8")) == content:
+            return
     if _holds_something_else(work):
         raise DataError(f"{work} is needed for unfinished shards but holds something else; move that away")
     shutil.rmtree(work, ignore_errors=True)

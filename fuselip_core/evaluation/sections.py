@@ -221,7 +221,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
         return []
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise FuselipError(f"{path} holds a line that is no JSON ({error}); train again to write it anew") from error
 
 

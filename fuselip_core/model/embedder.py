@@ -83,17 +83,19 @@ class Embedder:
         return embeddings.float().cpu().numpy()
 
     def _pixels(self, picture: Picture | None, row: int) -> torch.Tensor:
-        if isinstance(picture, Image.Image):
-            return self._to_pixels(picture)
-        if not isinstance(picture, str | Path):
+        if not isinstance(picture, Image.Image | str | Path):
             raise FuselipError(f"row {row}: an image is a Pillow image or a path, not {type(picture).__name__}")
+        name = "image" if isinstance(picture, Image.Image) else f"image {picture}"
         try:
+            if isinstance(picture, Image.Image):
+                return self._to_pixels(picture)  # which reads it, where nobody has yet
             with Image.open(picture) as opened:
                 return self._to_pixels(opened)
         except FuselipError as error:
-            raise FuselipError(f"row {row}, image {picture}: {error}") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise FuselipError(f"row {row}: image {picture} cannot be read ({error}); mend or leave it out") from error
+            raise FuselipError(f"row {row}, {name}: {error}") from error
+        except Exception as error:  # Pillow's decoders raise whatever they like on damaged input
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise FuselipError(f"row {row}: {name} cannot be read ({reason}); mend or leave it out") from error
 
 
 def _aligned(

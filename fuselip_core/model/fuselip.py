@@ -24,7 +24,7 @@ from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.linear_cross_entropy import linear_cross_entropy
 from fuselip_core.model.packed import Layout
 from fuselip_core.model.titok import TiTok, TiTokConfig
-from fuselip_core.model.vocabulary import END_OF_TEXT, IGNORED, PAD, join
+from fuselip_core.model.vocabulary import END_OF_TEXT, IGNORED, PAD, join, longest_text
 from fuselip_core.model.weights import StrictModel
 
 
@@ -128,7 +128,8 @@ class FuseLIPModel(StrictModel):
         """Pixels (B, 3, S, S) float in 0..1 → joint ids (B, K) int64, K + 2 with begin- and end-of-text appended."""
         if self.image_tokenizer is None:
             raise FuselipError("this model contains no image tokenizer; attach one with attach_image_tokenizer(titok)")
-        if not pixels.is_floating_point() or pixels.amin() < -1e-3 or pixels.amax() > 1.001:
+        # Written so that NaN, which is neither above nor below, is refused too; one look, for which a GPU waits.
+        if not pixels.is_floating_point() or not bool(((pixels >= -1e-3) & (pixels <= 1.001)).all()):
             raise FuselipError("pixels must be floating-point and in 0..1; make them with the image processor")
         tokenizer = self.image_tokenizer.model
         with torch.autocast(pixels.device.type, enabled=False):  # in half precision near codes would change places
@@ -247,8 +248,7 @@ class FuseLIPModel(StrictModel):
         if not bool((input_ids == END_OF_TEXT).any(dim=1).all()):
             raise FuselipError("every text needs an end-of-text token; make ids with the text tokenizer")
         if self.config.mask_padding:
-            columns = (input_ids != PAD).any(dim=0).nonzero()
-            input_ids = input_ids[:, : int(columns.max()) + 1]
+            input_ids = input_ids[:, : longest_text(input_ids)]
         return join(image_ids, input_ids, self.config.context_length)
 
     @torch.no_grad()

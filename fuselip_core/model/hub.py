@@ -39,13 +39,24 @@ def load_model(
 
 def load_pretrained(name: str | Path, device: str | torch.device | None = None) -> tuple[Model, FuseLIPProcessor]:
     """Model for inference and its processor, of a folder or a hub id."""
+    chosen = _device(device)
     folder = fetch(name)
     state = read_weights(folder)
     model = _build(folder, set(state))
     load_strictly(model, state, folder)
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model.to(chosen)  # type: ignore[arg-type]  # transformers wraps `to` in a way that hides its arguments
     return model.eval(), FuseLIPProcessor.of_config(model.config)
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    """The device that is asked for; None takes a GPU if there is one. Raises FuselipError where it is not there."""
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise FuselipError(f"'{wanted}' is no device; give cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FuselipError(f"this machine has no GPU '{wanted}' that torch can use; give device='cpu', or leave it out")
+    return device
 
 
 def save_model(model: Model, folder: Path) -> None:
@@ -122,8 +133,10 @@ def _build(folder: Path, names: set[str]) -> Model:
             return FuseLIPModel(config) if isinstance(config, FuseLIPConfig) else LateFusionModel(config)
     except FuselipError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"no model can be built from the configuration in {folder} ({error}); mend it") from error
+    # A configuration can be wrong in as many ways as torch, transformers and open_clip can say no.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"the configuration in {folder} describes no model ({reason}); mend it") from error
 
 
 def _read_config(folder: Path, names: set[str]) -> FuseLIPConfig | LateFusionConfig:

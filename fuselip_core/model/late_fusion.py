@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.fuselip import Transformer
 from fuselip_core.model.presets import open_clip_config
-from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, PAD
+from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, longest_text
 from fuselip_core.model.weights import StrictModel
 
 FUSIONS = {"siglip-sf": "add", "siglip-mlf": "magiclens"}  # this project's family names → published names
@@ -208,7 +208,7 @@ class LateFusionModel(StrictModel):
         if not bool((input_ids == END_OF_TEXT).any(dim=1).all()):
             raise FuselipError("every text needs an end-of-text token; make ids with the text tokenizer")
         if self.model.text.use_pad_mask:  # columns that are padding in every row cost time and change nothing
-            input_ids = input_ids[:, : int((input_ids != PAD).any(dim=0).nonzero().max()) + 1]
+            input_ids = input_ids[:, : longest_text(input_ids)]
         if input_ids.shape[1] > self.config.context_length:
             raise FuselipError(f"a text of {input_ids.shape[1]} tokens exceeds {self.config.context_length}; cut it")
         return self.model.encode_text(input_ids)

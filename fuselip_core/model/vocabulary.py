@@ -77,6 +77,11 @@ def text_sequence(text_ids: Tensor, lengths: Tensor) -> Tensor:
     return sequence
 
 
+def longest_text(text: Tensor) -> int:
+    """Columns of padded ids (B, L) up to the last that is not padding in every row: what is behind need not be read."""
+    return int((text != PAD).any(dim=0).nonzero().max()) + 1
+
+
 def join(image_ids: Tensor | None, text: Tensor | None, context_length: int) -> Tensor:
     """Joint image ids (B, K) and text with begin, end and padding (B, L), either absent → sequence (B, ≤ context).
 

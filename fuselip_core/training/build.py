@@ -85,6 +85,8 @@ def _from_checkpoint(options: ModelSettings, settings: TrainSettings, tokenizer:
         raise FuselipError(f"train.init {settings.init} has no mask token; set train.mask_weight=0")
     if options.context_length:
         extend_context(model, options.context_length)
+    # The codebook here may be the checkpoint's own fine-tuned: its codes are what is trained on, and looked at.
+    model.attach_image_tokenizer(tokenizer)
     return model
 
 
@@ -127,8 +129,11 @@ def open_measuring(
     """A split of the run in `artifacts` and an encoder that reads its sides, whatever the model's family.
 
     Where a joint encoder has another image tokenizer than that run, the split's images are tokenized anew, in memory.
+    Raises FuselipError where the prepared data are not those that were tokenized.
     """
     folder, prepared = artifacts / "tokens", PreparedData(artifacts / "prepared")
+    if read_manifest(folder).get("data_version") != prepared.data_version:
+        raise FuselipError(f"{prepared.folder} is not what was tokenized; run the tokenize stage again")
     if isinstance(model, FuseLIPModel):
         store = TokenStore(folder, split)
         if model.image_tokenizer is not None and not _is_codebook(model.image_tokenizer.model, artifacts / "codebook"):

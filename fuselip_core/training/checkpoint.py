@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,12 @@ from fuselip_core.files import atomic_folder, sha256_of
 
 logger = logging.getLogger("fuselip")
 STATE_FILE, DIGEST_FILE = "state.pt", "state.sha256"
+
+
+def folder_of_run(parent: Path, identity: Mapping[str, Any]) -> Path:
+    """Folder of a run's checkpoints: named by what must be equal for the run to go on, so that others start anew."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    return parent / digest[:12]
 
 
 class Checkpoints:
@@ -42,13 +51,9 @@ class Checkpoints:
                 if sha256_of(path / STATE_FILE) != (path / DIGEST_FILE).read_text().strip():
                     raise FuselipError("its digest does not match")
                 return step, torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, FuselipError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
         return None
-
-    def remove(self) -> None:
-        """Deletes every checkpoint."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _found(self) -> list[tuple[int, Path]]:
         found = []
@@ -80,7 +85,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # A run may go on where there are fewer GPUs; each of them takes its own state.
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def seed_everything(seed: int) -> None:

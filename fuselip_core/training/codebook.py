@@ -8,6 +8,7 @@ arXiv 2005.00341, section 3.1).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -24,7 +25,13 @@ from fuselip_core.config import CodebookSettings
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.titok import TiTok, TiTokOutput
 from fuselip_core.progress import track
-from fuselip_core.training.checkpoint import Checkpoints, random_state, seed_everything, set_random_state
+from fuselip_core.training.checkpoint import (
+    Checkpoints,
+    folder_of_run,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
 from fuselip_core.training.optimizer import build_adamw, learning_rate_at, set_learning_rate
 from fuselip_core.training.patch_start import can_start_from_patches, start_from_patches
 from fuselip_core.training.pixels import PixelCache
@@ -45,6 +52,16 @@ class Perception(Protocol):
     """Features of pixels (B, 3, S, S) whose distance says how different two images look."""
 
     def __call__(self, pixels: Tensor) -> Tensor: ...
+
+
+def codebook_run_folder(checkpoints: Path, settings: CodebookSettings, tokenizer: TiTok, data_version: str) -> Path:
+    """Folder of the checkpoints of this very run: one of other settings, sizes or data does not go on from them."""
+    identity = {
+        "codebook": settings.model_dump(mode="json"),
+        "tokenizer": dataclasses.asdict(tokenizer.config),
+        "data_version": data_version,
+    }
+    return folder_of_run(checkpoints, identity)
 
 
 def reconstruction_loss(predicted: Tensor, pixels: Tensor, gradient_weight: float) -> Tensor:
@@ -97,7 +114,7 @@ class CodebookTrainer:
             metrics = self._train_step(step)
             self.step = step + 1
             if self.step % 20 == 0 or self.step == self.settings.steps:
-                self.log(self.step, metrics)
+                self.log(self.step, {name: float(value) for name, value in metrics.items()})
             if time.monotonic() - last_save > CHECKPOINT_SECONDS:
                 self.checkpoints.save(self.step, self._state())
                 last_save = time.monotonic()
@@ -109,7 +126,7 @@ class CodebookTrainer:
         rows = np.linspace(0, len(self.images) - 1, min(START_IMAGES, len(self.images))).astype(int)
         start_from_patches(self.tokenizer, self.images.rows(rows, self.device))
 
-    def _train_step(self, step: int) -> dict[str, float]:
+    def _train_step(self, step: int) -> dict[str, Tensor | float]:
         settings = self.settings
         rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup_share)
         set_learning_rate(self.optimizer, rate)
@@ -117,20 +134,22 @@ class CodebookTrainer:
         quantise = step >= self.continuous_steps
         output = self.tokenizer(pixels, quantise=quantise)
         loss = self._loss(output, pixels)
-        if not torch.isfinite(loss):
-            raise FuselipError(
-                f"the image tokenizer's loss is {loss.item()} at step {step}; lower codebook.learning_rate"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        # One look for both: on a GPU every look waits for it. A step on such a gradient would ruin every weight.
+        if not torch.isfinite(loss.detach() + norm):
+            raise FuselipError(
+                f"the image tokenizer's loss is {loss.item()} and its gradient {norm.item()} at step {step}; "
+                "lower codebook.learning_rate"
+            )
         self.optimizer.step()
         if quantise:
             self._revive(step, output.codes, pixels)
         return {
-            "codebook/loss": loss.item(),
-            "codebook/batch_mse": F.mse_loss(output.pixels.detach().clamp(0, 1), pixels).item(),
-            "codebook/commitment": output.commitment.item(),
+            "codebook/loss": loss.detach(),
+            "codebook/batch_mse": F.mse_loss(output.pixels.detach().clamp(0, 1), pixels),
+            "codebook/commitment": output.commitment.detach(),
             "codebook/learning_rate": rate,
         }
 

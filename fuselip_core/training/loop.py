@@ -7,8 +7,6 @@ building everything else draws from them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 import signal
@@ -29,7 +27,13 @@ from fuselip_core.data.mixture import Mixture
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.progress import track
 from fuselip_core.training.batch import PairEncoder, pair_keys
-from fuselip_core.training.checkpoint import Checkpoints, random_state, seed_everything, set_random_state
+from fuselip_core.training.checkpoint import (
+    Checkpoints,
+    folder_of_run,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
 from fuselip_core.training.distributed import World
 from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
@@ -89,11 +93,11 @@ def _nothing(step: int, metrics: dict[str, float]) -> None:
 
 
 def run_folder(checkpoints: Path, settings: TrainSettings, store: Store) -> Path:
-    """Folder of this run's checkpoints: named by what must be equal for a run to go on, so others start anew."""
+    """Folder of this run's checkpoints; how often it looks and saves may change while it goes on."""
     free = {"validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"}
-    identity = {"train": settings.model_dump(mode="json", exclude=free), "tokens": store.manifest}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    return checkpoints / digest[:12]
+    return folder_of_run(
+        checkpoints, {"train": settings.model_dump(mode="json", exclude=free), "tokens": store.manifest}
+    )
 
 
 class Trainer:

@@ -72,15 +72,6 @@ def akin(keys: Tensor, others: Tensor) -> Tensor:
     return same_target | same_set
 
 
-def equal_targets(text_rows: Tensor, image_rows: Tensor) -> Tensor:
-    """Off-diagonal pairs (B, B) whose targets are the same: such a target is no wrong answer, so it is no negative.
-
-    `text_rows` and `image_rows` (B) int64 name each pair's target text and image; -1 means that there is none.
-    """
-    same = (text_rows[:, None] == text_rows[None, :]) & (image_rows[:, None] == image_rows[None, :])
-    return same & ~torch.eye(len(text_rows), dtype=torch.bool, device=text_rows.device)
-
-
 def mask_tokens(ids: Tensor, mask_id: int, probability: float) -> tuple[Tensor, Tensor]:
     """Hides a share of the tokens of `ids` (B, L): → ids with `mask_id` in place, labels with IGNORED elsewhere.
 

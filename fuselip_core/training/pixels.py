@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fuselip_core.data.images import decode, to_pixels
 from fuselip_core.data.prepared import PreparedData
+from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space
 from fuselip_core.progress import track
 
@@ -41,10 +42,21 @@ def decoded_batches(
 
     While the caller works on a batch the next one is decoded.
     """
+
+    def decode_and_draw(blob: bytes, row: int) -> np.ndarray:
+        try:
+            # Prepared images were checked against the limit of the prepare stage; no second limit here.
+            return draw(decode(blob, max_megapixels=float("inf")), row)
+        except FuselipError as error:
+            raise FuselipError(
+                f"image {row} of split '{split}' in {prepared.folder} is no longer what was prepared ({error}); "
+                "run `fuselip prepare` again"
+            ) from error
+
     with ThreadPoolExecutor(threads) as pool:
         waiting: tuple[int, list[Future[np.ndarray]]] | None = None
         for first, blobs in _encoded_batches(prepared, split, batch_rows, start, stop):
-            jobs = [pool.submit(_decode_and_draw, blob, draw, first + place) for place, blob in enumerate(blobs)]
+            jobs = [pool.submit(decode_and_draw, blob, first + place) for place, blob in enumerate(blobs)]
             if waiting:
                 yield waiting[0], np.stack([job.result() for job in waiting[1]])
             waiting = (first, jobs)
@@ -66,11 +78,6 @@ def _encoded_batches(
             yield first + begin, batch.column("bytes")[begin:end].to_pylist()
 
 
-def _decode_and_draw(blob: bytes, draw: Draw, row: int) -> np.ndarray:
-    # Prepared images were checked against the limit of the prepare stage; no second limit here.
-    return draw(decode(blob, max_megapixels=float("inf")), row)
-
-
 def as_pixels(batch: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (N, S, S, 3) → float32 (N, 3, S, S) in 0..1 on `device`."""
     return torch.from_numpy(np.ascontiguousarray(batch)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
@@ -81,7 +88,6 @@ class PixelCache:
 
     def __init__(self, path: Path, prepared: PreparedData, split: str, size: int, limit: int) -> None:
         count = min(prepared.image_count(split), limit)
-        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
         take_space(path)
@@ -93,9 +99,5 @@ class PixelCache:
         return len(self.pixels)
 
     def rows(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        """Rows (B) → float32 (B, 3, S, S) in 0..1."""
+        """Rows (B) → float32 (B, 3, S, S) in 0..1, in ascending order, in which a disk reads best."""
         return as_pixels(self.pixels[np.sort(rows)], device)
-
-    def remove(self) -> None:
-        """Deletes the file."""
-        self._path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.training.checkpoint import random_state, set_random_state
+from fuselip_core.training.losses import sigmoid_contrastive
 
 if TYPE_CHECKING:
     from fuselip_core.training.loop import Trainer
@@ -111,18 +112,15 @@ def overfit(trainer: Trainer) -> float:
     encoder = copy.copy(trainer.encoder)
     encoder.model = copy.deepcopy(trainer.model)
     rows = _distinct(trainer)
-    keys = np.stack([trainer.store.pairs.target_text[rows], trainer.store.pairs.target_image[rows]], axis=1)
     inputs = encoder.inputs(rows, np.random.default_rng(0))
     optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=max(trainer.settings.learning_rate, 1e-4))
     right = 0.0
     for step in range(OVERFIT_STEPS):
-        query, target, _ = encoder.encode(inputs)
-        logits = encoder.model.logit_scale.exp() * query.float() @ target.float().T + encoder.model.logit_bias
-        signs = 2.0 * torch.eye(len(rows), device=logits.device) - 1.0
+        query, target = (each.float() for each in encoder.encode(inputs)[:2])
         optimizer.zero_grad(set_to_none=True)
-        (-F.logsigmoid(signs * logits).sum() / len(rows)).backward()
+        sigmoid_contrastive(query, target, encoder.model.logit_scale.exp(), encoder.model.logit_bias).backward()
         optimizer.step()
-        if (step + 1) % OVERFIT_EVERY == 0 and (right := _accuracy(logits.detach(), keys)) >= LEARNED:
+        if (step + 1) % OVERFIT_EVERY == 0 and (right := _accuracy(query.detach() @ target.detach().T)) >= LEARNED:
             return right
     raise FuselipError(
         f"{len(rows)} pairs could not be learned by heart in {OVERFIT_STEPS} steps ({right:.0%} find their target); "
@@ -142,8 +140,8 @@ def _distinct(trainer: Trainer) -> np.ndarray:
     return rows[np.sort(first)][:OVERFIT_PAIRS]
 
 
-def _accuracy(logits: Tensor, keys: np.ndarray) -> float:
-    """Share of rows whose own target scores above every other; a tie is wrong."""
-    own = logits.diagonal()[:, None]
-    others = logits.masked_fill(torch.eye(len(keys), dtype=torch.bool, device=logits.device), -math.inf)
+def _accuracy(scores: Tensor) -> float:
+    """Share of rows of `scores` (B, B) whose own target scores above every other; a tie is wrong."""
+    own = scores.diagonal()[:, None]
+    others = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool, device=scores.device), -math.inf)
     return float((own > others).all(dim=1).float().mean())

@@ -15,13 +15,16 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from fuselip_core.config import TokenizeSettings
+from fuselip_core.config import Settings, TokenizeSettings
 from fuselip_core.data.images import random_crop, to_pixels
 from fuselip_core.data.prepared import PreparedData
 from fuselip_core.data.schemas import IMAGE_SCHEMA
 from fuselip_core.data.token_writer import TokenStoreWriter, index_pairs, write_manifest
+from fuselip_core.files import sha256_of
+from fuselip_core.model.processing import TextTokenizer
 from fuselip_core.model.titok import TiTok
 from fuselip_core.progress import track
+from fuselip_core.training.distributed import local_device
 from fuselip_core.training.pixels import Draw, as_pixels, decoded_batches
 
 EncodeText = Callable[[str], Sequence[int]]
@@ -31,7 +34,7 @@ PREPROCESSING = "RGB, squashed to {size} x {size}, bicubic with antialiasing, 0.
 def store_identity(
     prepared: PreparedData, codebook_id: str, tokenizer: TiTok, settings: TokenizeSettings
 ) -> dict[str, Any]:
-    """What the codes depend on; stored in the manifest and compared before training."""
+    """What the codes depend on; stored in the manifest, where training and evaluation see what they are given."""
     config = tokenizer.config
     return {
         "codebook": codebook_id,
@@ -58,6 +61,25 @@ def views_of(size: int, settings: TokenizeSettings) -> Draw:
     return draw
 
 
+def codebook_id(folder: Path) -> str:
+    """What names the image tokenizer in `folder`: the beginning of its weights' hash."""
+    return sha256_of(folder / "model.safetensors")[:16]
+
+
+def open_tokenizing(settings: Settings) -> Tokenizing:
+    """The work that is to do, or to go on with, in artifacts/work/tokens/; raises FuselipError where input is missing.
+
+    Not in the stage's own folder: DVC empties that before the stage starts, and what a killed run left must survive.
+    """
+    prepared, source = PreparedData(settings.artifacts / "prepared"), settings.artifacts / "codebook"
+    tokenizer = TiTok.load(source).to(local_device())
+    identity = store_identity(prepared, codebook_id(source), tokenizer, settings.tokenize)
+    encode_text = TextTokenizer(context_length=77).encode  # which cuts nothing
+    return Tokenizing(
+        prepared, tokenizer, encode_text, settings.tokenize, identity, settings.artifacts / "work" / "tokens"
+    )
+
+
 class Tokenizing:
     """Writes the token store of `prepared` into `target`, resuming a run of the same identity."""
 
@@ -81,20 +103,27 @@ class Tokenizing:
         write_manifest(self.target, self.identity, kinds)
         return counts
 
+    def writer(self, split: str) -> TokenStoreWriter:
+        """Where the codes of a split grow."""
+        shape = (self.prepared.image_count(split), self.settings.views, self.tokenizer.config.latent_tokens)
+        return TokenStoreWriter(self.target, split, *shape, self.identity)
+
+    def write_shard(self, writer: TokenStoreWriter, start: int, stop: int) -> None:
+        """Codes of the images from `start` to before `stop`, on disk on return."""
+        draw = views_of(self.tokenizer.config.image_size, self.settings)
+        writer.write_codes(start, self._codes(writer.split, draw, start, stop))
+
     def _kinds(self, split: str) -> list[str]:
         return [str(kind) for kind in self.prepared.pairs(split).column("kind").unique().to_pylist()]
 
     def _split(self, split: str, kinds: list[str]) -> dict[str, int]:
-        images = self.prepared.image_count(split)
-        config, settings = self.tokenizer.config, self.settings
-        writer = TokenStoreWriter(self.target, split, images, settings.views, config.latent_tokens, self.identity)
-        pairs = self.prepared.pairs(split)
-        counts = {"images": images, "pairs": pairs.num_rows}
+        writer, pairs = self.writer(split), self.prepared.pairs(split)
+        counts = {"images": self.prepared.image_count(split), "pairs": pairs.num_rows}
         if writer.finished:
             return counts
-        draw = views_of(config.image_size, settings)
-        for start, stop in track(writer.pending(settings.rows_per_shard), f"tokenizing {split} images, shards"):
-            writer.write_codes(start, self._codes(split, draw, start, stop))
+        shards = writer.pending(self.settings.rows_per_shard)
+        for start, stop in track(shards, f"tokenizing {split} images, shards"):
+            self.write_shard(writer, start, stop)
         columns, texts = index_pairs(pairs, self._column(split, "image_id"), kinds, self._column(split, "concepts"))
         ids = [self.encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
