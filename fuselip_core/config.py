@@ -338,7 +338,8 @@ def load_settings(
     values = corrected_recipe(corrections)
     if artifacts:
         values["artifacts"] = artifacts
-    return check_settings(values, origin=str(path or f"recipe {corrections['recipe']}"))
+    origin = str(path or f"recipe {corrections['recipe']}")
+    return check_settings(values, origin=f"{origin} and --set" if overrides else origin)
 
 
 def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
