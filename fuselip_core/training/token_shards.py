@@ -46,7 +46,7 @@ class SharedTokenizing(Tokenizing):
         return len(codes)
 
     def _writer(self, split: str) -> TokenStoreWriter:
-        shape = (self.prepared.image_count(split), self.settings.views, self.tokenizer.config.latent_tokens)
+        shape = (self.prepared.picture_count(split), self.settings.views, self.tokenizer.config.latent_tokens)
         return TokenStoreWriter(self.target, split, *shape, self.identity)
 
 

@@ -85,7 +85,7 @@ class Tokenizing:
         return [str(kind) for kind in self.prepared.pairs(split).column("kind").unique().to_pylist()]
 
     def _split(self, split: str, kinds: list[str]) -> dict[str, int]:
-        images = self.prepared.image_count(split)
+        images = self.prepared.picture_count(split)
         config, settings = self.tokenizer.config, self.settings
         writer = TokenStoreWriter(self.target, split, images, settings.views, config.latent_tokens, self.identity)
         pairs = self.prepared.pairs(split)
@@ -95,7 +95,7 @@ class Tokenizing:
         draw = views_of(config.image_size, settings)
         for start, stop in track(writer.pending(settings.rows_per_shard), f"tokenizing {split} images, shards"):
             writer.write_codes(start, self._codes(split, draw, start, stop))
-        columns, texts = index_pairs(pairs, self._column(split, "image_id"), kinds, self._column(split, "concepts"))
+        columns, texts = index_pairs(pairs, self.prepared.picture_ids(split), kinds, self._concepts(split))
         ids = [self.encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         flat = np.fromiter((token for text in ids for token in text), np.uint16, count=int(offsets[-1]))
@@ -120,6 +120,9 @@ class Tokenizing:
         size = self.tokenizer.config.image_size
         return self._encode(np.zeros((1, 1, size, size, 3), np.uint8))[0, 0]
 
-    def _column(self, split: str, name: str) -> pa.ChunkedArray:
-        batches = self.prepared.iter_images(split, columns=[name], batch_rows=65536)
-        return pa.chunked_array([batch.column(name) for batch in batches], IMAGE_SCHEMA.field(name).type)
+    def _concepts(self, split: str) -> pa.ChunkedArray:
+        """Concepts of each image; a made one has none."""
+        batches = self.prepared.iter_images(split, columns=["concepts"], batch_rows=65536)
+        kind = IMAGE_SCHEMA.field("concepts").type
+        made = self.prepared.picture_count(split) - self.prepared.image_count(split)
+        return pa.chunked_array([*(batch.column("concepts") for batch in batches), pa.nulls(made, kind)], kind)
