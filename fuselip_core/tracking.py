@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fuselip_core.config import Settings
+from fuselip_core.config import Settings, describe_settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.run_log import Event, EventLog, Service, read_events, read_run
 
@@ -50,11 +50,19 @@ def open_run(settings: Settings, stage: str, resume: bool = False) -> Iterator[E
         try:
             if name == stage:
                 log.params(settings.model_dump(mode="json", by_alias=True))
+                log.artifact(_write_recipe(settings, folder))
             yield log
         except BaseException as error:
             log.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
         log.end("FINISHED")
+
+
+def _write_recipe(settings: Settings, folder: Path) -> Path:
+    """The settings of a run with their meaning, as a file that stays with it."""
+    path = folder / "recipe.yaml"
+    path.write_text(describe_settings(settings) + "\n", encoding="utf-8")
+    return path
 
 
 def sync(artifacts: Path) -> int:

@@ -6,12 +6,14 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from fuselip_core.data.pair import SPLITS, DataError, Side
-from fuselip_core.data.schemas import CANDIDATES_SCHEMA, PAIR_SCHEMA
+from fuselip_core.data.schemas import CANDIDATES_SCHEMA, MADE_SCHEMA, PAIR_SCHEMA
 from fuselip_core.files import read_json_object
 
 MANIFEST = "manifest.json"
@@ -57,12 +59,48 @@ class PreparedData:
         return int(sum(pairs.values()) if kind is None else pairs.get(kind, 0))
 
     def iter_images(
-        self, split: str, columns: Sequence[str] | None = None, batch_rows: int = 256
+        self, split: str, columns: Sequence[str] | None = None, batch_rows: int = 256, first: int = 0
     ) -> Iterator[pa.RecordBatch]:
-        """Batches of at most `batch_rows` images in their order (see schemas.IMAGE_SCHEMA), holding one row group."""
+        """Batches of at most `batch_rows` images in their order (see schemas.IMAGE_SCHEMA), holding one row group.
+
+        They begin with row `first`; nothing before its row group is read.
+        """
         for path in self._shards("images", split):
             with _reading(path), pq.ParquetFile(path) as file:
-                yield from file.iter_batches(batch_rows, columns=None if columns is None else list(columns))
+                if first >= file.metadata.num_rows:
+                    first -= file.metadata.num_rows
+                    continue
+                sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+                groups = list(range(len(sizes)))
+                while first >= sizes[groups[0]]:
+                    first -= sizes[groups.pop(0)]
+                names = None if columns is None else list(columns)
+                for batch in file.iter_batches(batch_rows, row_groups=groups, columns=names):
+                    rest, first = batch.slice(first), max(0, first - batch.num_rows)
+                    if rest.num_rows:
+                        yield rest
+
+    def made(self, split: str) -> pa.Table:
+        """Images that are made of others when they are read (see schemas.MADE_SCHEMA), in the order of those."""
+        return self._table("made", split, MADE_SCHEMA)
+
+    def picture_count(self, split: str) -> int:
+        """Images of a split and those that are made of them: the rows of its token store."""
+        return self.image_count(split) + int(self.manifest["counts"][split].get("made_images", 0))
+
+    def picture_ids(self, split: str) -> pa.ChunkedArray:
+        """Ids of the images, then of those that are made of them."""
+        own = [batch.column("image_id") for batch in self.iter_images(split, ["image_id"], batch_rows=1 << 16)]
+        return pa.chunked_array([*own, *self.made(split).column("image_id").chunks], pa.string())
+
+    def sources_of_made(self, split: str) -> NDArray[np.int64]:
+        """Row of the original of each made image, never falling; raises DataError where one is missing."""
+        made = self.made(split).column("source")
+        own = self.picture_ids(split).slice(0, self.image_count(split))
+        rows = pc.index_in(made, value_set=own.combine_chunks() if own.num_chunks > 1 else own.chunk(0))
+        if rows.null_count:
+            raise DataError(f"{self.folder} lacks originals of made images; run `fuselip prepare` again")
+        return np.asarray(rows, dtype=np.int64)
 
     def pairs(self, split: str) -> pa.Table:
         """All pairs of a split, in their order (see schemas.PAIR_SCHEMA)."""
