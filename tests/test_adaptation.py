@@ -56,6 +56,7 @@ def adaptation(general: Settings, raw: Path, artifacts: Path, **train: Any) -> S
     changes = {
         "model": {"context_length": 160},
         "codebook": {"init": str(general.artifacts / "codebook"), "steps": 0},
+        "tokenize": {"views": 1},
         "train": {
             "init": str(general.artifacts / "model"),
             "learning_rate": 1e-4,
@@ -149,23 +150,14 @@ def test_torchrun_with_two_processes_is_one_process(general: Settings, target: P
         folder.mkdir()
         for name in ("prepared", "codebook", "tokens"):
             (folder / name).symlink_to(target / "artifacts" / name, target_is_directory=True)
-        plain = {"mask_weight": 0.0, "steps": 4, "interpolate": 1.0}
-        values = adaptation(general, target / "raw", folder, **plain).model_dump(mode="json", by_alias=True)
+        values = adaptation(general, target / "raw", folder, steps=4).model_dump(mode="json", by_alias=True)
+        # Without what each process draws for itself: hidden tokens, and views of the replayed pairs.
+        values["train"] |= {"mask_weight": 0.0, "mixture": {"caption": 0.5, "vqa": 0.5}, "tokens": {}}
         params = {name: values[name] for name in ("model", "prepare", "codebook", "tokenize", "train")}
         (folder / "params.yaml").write_text(yaml.safe_dump({"recipe": "sample", **params}), encoding="utf-8")
-        start = [sys.executable, "-m"]
-        start += (
-            ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
-        )
-        command = [
-            *start,
-            "fuselip_core",
-            "train",
-            "--settings",
-            str(folder / "params.yaml"),
-            "--artifacts",
-            str(folder),
-        ]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if processes == 2 else []
+        options = ["--settings", str(folder / "params.yaml"), "--artifacts", str(folder)]
+        command = [sys.executable, "-m", *launcher, "fuselip_core", "train", *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]

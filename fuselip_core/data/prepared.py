@@ -26,6 +26,7 @@ class PreparedData:
     def __init__(self, folder: Path) -> None:
         """Raises DataError if the folder has no manifest or a shard of it is missing."""
         self.folder = Path(folder)
+        self._sources: dict[str, NDArray[np.int64]] = {}
         if not (self.folder / MANIFEST).is_file():
             raise DataError(
                 f"no prepared data in {folder}; run `fuselip prepare`, or `fuselip data prepare --out {folder}`, first"
@@ -95,12 +96,15 @@ class PreparedData:
 
     def sources_of_made(self, split: str) -> NDArray[np.int64]:
         """Row of the original of each made image, never falling; raises DataError where one is missing."""
+        if split in self._sources:
+            return self._sources[split]
         made = self.made(split).column("source")
         own = self.picture_ids(split).slice(0, self.image_count(split))
         rows = pc.index_in(made, value_set=own.combine_chunks() if own.num_chunks > 1 else own.chunk(0))
         if rows.null_count:
             raise DataError(f"{self.folder} lacks originals of made images; run `fuselip prepare` again")
-        return np.asarray(rows, dtype=np.int64)
+        self._sources[split] = np.asarray(rows, dtype=np.int64)
+        return self._sources[split]
 
     def pairs(self, split: str) -> pa.Table:
         """All pairs of a split, in their order (see schemas.PAIR_SCHEMA)."""

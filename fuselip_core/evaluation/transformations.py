@@ -17,7 +17,7 @@ from PIL import Image
 from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.images import decode
 from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.transforms import FAMILIES, edits
+from fuselip_core.data.transforms import FAMILIES, Pixels, edits
 from fuselip_core.evaluation.candidates import MAX_MEGAPIXELS, SideEmbedder
 from fuselip_core.evaluation.metrics import Array, rank_answers
 from fuselip_core.evaluation.result import EvaluationResult
@@ -80,16 +80,22 @@ def _ask(
 ) -> tuple[dict[str, Array], int]:
     """Hits (Q) bool of each kind of query over the variants of one image, and the number of options."""
     drawn = edits(np.array(picture), rng, family, FAMILIES[family].evaluation)
-    options: dict[bytes, int] = {}
-    correct = np.array([options.setdefault(edit.target.tobytes(), len(options)) for edit in drawn])
-    variants = {options[edit.target.tobytes()]: edit.target for edit in drawn}
-    sources = [Image.fromarray(edit.query) for edit in drawn]
+    sources, of_query = _distinct([edit.query for edit in drawn])
+    variants, correct = _distinct([edit.target for edit in drawn])
     texts = [edit.instruction for edit in drawn]
     nothing: Sequence[None] = [None] * len(drawn)
-    targets = embedder.embed([Image.fromarray(variants[n]) for n in range(len(variants))], [None] * len(variants), 64)
+    targets = embedder.embed(variants, [None] * len(variants), batch_size)
     queries = {
-        "accuracy": embedder.embed(sources, texts, batch_size),
-        "image_only": embedder.embed(sources, nothing, batch_size),
+        "accuracy": embedder.embed([sources[number] for number in of_query], texts, batch_size),
+        "image_only": embedder.embed(sources, [None] * len(sources), batch_size)[of_query],
         "text_only": embedder.embed(nothing, texts, batch_size),
     }
     return {name: rank_answers(query, targets, correct) == 1 for name, query in queries.items()}, len(variants)
+
+
+def _distinct(images: Sequence[Pixels]) -> tuple[list[Image.Image], Array]:
+    """The different pictures among `images` (uint8 (H, W, 3)), and which of them each one is."""
+    found: dict[bytes, int] = {}
+    numbers = np.array([found.setdefault(image.tobytes(), len(found)) for image in images])
+    _, first = np.unique(numbers, return_index=True)
+    return [Image.fromarray(images[place]) for place in first], numbers
