@@ -48,6 +48,7 @@ __all__ = [
 
 Size = Literal["tiny", "small", "base", "large"]
 Family = Literal["fuselip", "siglip-sf", "siglip-mlf"]
+ExtraPairs = Literal["sentences", "concepts", "questions", "statements", "edits", "general-edits"]
 SourceName = Literal[
     "phantom",
     "rocov2",
@@ -100,11 +101,11 @@ class PrepareSettings(Section):
         120.0, gt=0, le=178, description="Larger images are set aside, in megapixels; Pillow opens no larger than 178."
     )
     min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are set aside.")
-    extra_pairs: tuple[Literal["sentences", "concepts", "questions", "edits", "general-edits"], ...] = Field(
+    extra_pairs: tuple[ExtraPairs, ...] = Field(
         (),
-        description="Kinds of pairs made of a captioned image beside its caption: one sentence of it, the names of its "
-        "concepts, questions that rules ask about them, and edits (training only): such as keep left and right, or the "
-        "published ones with flips and colours.",
+        description="Kinds of pairs made of an image beside the published ones: one sentence of its caption, the names "
+        "of its concepts, questions that rules ask about them, its questions with their answers as texts that describe "
+        "it, and edits (training only): such as keep left and right, or the published ones with flips and colours.",
     )
     edited_share: Share = Field(1.0, description="Share of the training images that edits are made of.")
     limit: int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")

@@ -126,13 +126,17 @@ class SetAside:
 
 @dataclass
 class Listing:
-    """All of a data set but the images' bytes, in a stable order; pairs and candidates name only listed images."""
+    """All of a data set but the images' bytes, in a stable order; pairs and candidates name only listed images.
+
+    `concept_names` are those of its concept codes where the data set has no table of them.
+    """
 
     images: Spool[ImageEntry] = field(default_factory=Spool)
     pairs: Spool[Pair] = field(default_factory=Spool)
     candidates: Spool[Candidates] = field(default_factory=Spool)
     set_aside: Spool[SetAside] = field(default_factory=Spool)
     notes: list[str] = field(default_factory=list)
+    concept_names: dict[str, str] = field(default_factory=dict)
 
 
 def caption_pair(image: ImageEntry, caption: str) -> Pair:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.joined_store import JoinedStore
@@ -14,7 +14,7 @@ from fuselip_core.training.optimizer import Schedule
 Store = TokenStore | JoinedStore
 
 
-def sample_ids(store: Store, rows: Sequence[int]) -> list[str]:
+def sample_ids(store: Store, rows: Iterable[int]) -> list[str]:
     """Ids of the pairs `rows` as the prepared data beside their token store have them; row numbers without such."""
     ids = []
     for row in map(int, rows):
