@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,15 @@ OUTPUT = {"prepare": "prepared", "codebook": "codebook", "tokenize": "tokens", "
 logger = logging.getLogger("fuselip")
 
 
-def run_stages(settings: config.Settings, stages: Sequence[str]) -> dict[str, Any]:
-    """Runs `stages` in order but for those whose data and settings are those of their last run; returns summaries."""
+def run_stages(
+    settings: config.Settings,
+    stages: Sequence[str],
+    fit: Callable[[config.Settings], config.Settings] = lambda settings: settings,
+) -> dict[str, Any]:
+    """Runs `stages` in order but for those whose data and settings are those of their last run; returns summaries.
+
+    `fit` gets the settings when the data are prepared, and returns those that the other stages are to have.
+    """
     functions = importlib.import_module("fuselip_core.stages")
     done: dict[str, Any] = {}
     key = fingerprint(settings.prepare.root) if "prepare" in stages else ""
@@ -44,20 +51,21 @@ def run_stages(settings: config.Settings, stages: Sequence[str]) -> dict[str, An
         if _is_done(marker, key, settings.artifacts, stage):
             logger.info("%s: nothing has changed", stage)
             done[stage] = json.loads(marker.read_text(encoding="utf-8"))["summary"]
-            continue
-        marker.unlink(missing_ok=True)
-        logger.info("%s: starting", stage)
-        if stage != "prepare" or not take_prepared(settings):
-            done[stage] = getattr(functions, stage)(settings)
-        write_json(marker, {"key": key, "summary": json.loads(json.dumps(done.get(stage), default=str))})
+        else:
+            marker.unlink(missing_ok=True)
+            logger.info("%s: starting", stage)
+            if stage != "prepare" or not take_prepared(settings):
+                done[stage] = getattr(functions, stage)(settings)
+            write_json(marker, {"key": key, "summary": json.loads(json.dumps(done.get(stage), default=str))})
+        if stage == "prepare":
+            settings = fit(settings)
     return done
 
 
 def take_prepared(settings: config.Settings) -> bool:
     """Whether the mounted folder holds this project's own shards, which then stand for the prepare stage's output."""
-    root, target = settings.prepare.root, settings.artifacts / "prepared"
-    found = next((folder for folder in (root, root / "prepared") if (folder / "manifest.json").is_file()), None)
-    if found is None or not list(found.glob("images-*.parquet")):
+    target, found = settings.artifacts / "prepared", own_shards(settings.prepare.root)
+    if found is None:
         return False
     if target.is_symlink() or target.is_file():
         target.unlink()
@@ -66,6 +74,12 @@ def take_prepared(settings: config.Settings) -> bool:
     target.symlink_to(found.resolve(), target_is_directory=True)
     logger.info("prepare: %s holds prepared shards, which are used as they are", found)
     return True
+
+
+def own_shards(root: Path) -> Path | None:
+    """The folder of this project's own shards in or below the mounted one; None if it holds another layout."""
+    found = next((folder for folder in (root, root / "prepared") if (folder / "manifest.json").is_file()), None)
+    return found if found and list(found.glob("images-*.parquet")) else None
 
 
 def fingerprint(folder: Path) -> str:

@@ -23,9 +23,10 @@ from types import FrameType
 from typing import Any, get_args
 
 from fuselip_core import cli, config
-from fuselip_core.chain import STAGES, run_stages
+from fuselip_core.chain import STAGES, own_shards, run_stages
 from fuselip_core.errors import FuselipError, Interrupted, sentence_of
 from fuselip_core.files import atomic_folder
+from fuselip_core.mounted_data import without_missing_kinds, without_nameless_concepts
 from fuselip_core.mounts import require_data, require_writable, sole_user
 
 SIZES = get_args(config.Size)
@@ -158,6 +159,7 @@ def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
     models, logs = workspace / "models", workspace / "logs"
     for folder, volume in ((models, MODELS_VOLUME), (logs, LOGS_VOLUME)):
         require_writable(folder, volume, _in_container())
+    asked = asked_fields(words, verb)
     if "prepare" in stages:
         require_data(settings.prepare.root, DATA_VOLUME)
     elif not (work / "model").is_dir():
@@ -167,7 +169,9 @@ def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
     _keep_log(logs / name / f"{verb}.log")
     with sole_user(work):
         _say_device()
-        done = run_stages(settings, stages)
+        if "prepare" in stages and own_shards(settings.prepare.root) is None:
+            settings = without_nameless_concepts(settings, asked)
+        done = run_stages(settings, stages, lambda prepared: without_missing_kinds(prepared, asked))
         _publish(work, models / name, logs / name)
     _say(_summary(settings, done, models / name, logs / name))
 
@@ -190,6 +194,12 @@ def read_words(words: list[str], verb: str) -> tuple[config.Settings, str]:
     name = options.name or f"{settings.register_.name}-{settings.model.size}"
     work = Path(os.environ.get("FUSELIP_WORK", _workspace() / "models" / ".work")) / name
     return settings.model_copy(update={"artifacts": work}), name
+
+
+def asked_fields(words: list[str], verb: str) -> set[str]:
+    """Names of the fields, such as train.steps, that the command line gives itself."""
+    options = _parser(verb).parse_intermixed_args(words)
+    return {word.partition("=")[0] for word in [*options.words, *options.set] if "=" in word}
 
 
 def recipe_of_size(size: str | None) -> str:

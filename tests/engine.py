@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 from docker import DockerClient, from_env
 from docker.errors import DockerException, ImageNotFound
 
+# A read-only root file system, with the one place that everything needs.
+CLOSED = ("--read-only", "--tmpfs", "/tmp")
 REPOSITORY = Path(__file__).parents[1]
 BASE = "python:3.11-slim-bookworm"
 # Where both clients are installed, Debian's has both builders.
@@ -31,9 +34,19 @@ def engine() -> DockerClient:
     return client
 
 
+@functools.cache
+def image_of(name: str) -> str:
+    """The image of this checkout, built once a session; `name` is that of its Dockerfile, `docker/` in front or not."""
+    engine()
+    build(name)
+    return f"bacor_fuselip_{Path(name).name}"
+
+
 def build(name: str, tag: str = "latest", buildkit: bool = True, folder: Path = REPOSITORY) -> str:
-    """Builds Dockerfile.<name> of `folder` as users do and returns what the builder said."""
-    command = [DOCKER, "build", "-f", f"Dockerfile.{name}", "-t", f"bacor_fuselip_{name}:{tag}", "."]
+    """Builds a Dockerfile of `folder` as users do and returns what the builder said."""
+    place = Path(name)
+    dockerfile, image = place.with_name(f"Dockerfile.{place.name}"), f"bacor_fuselip_{place.name}:{tag}"
+    command = [DOCKER, "build", "-f", str(dockerfile), "-t", image, "."]
     environment = {**os.environ, "DOCKER_BUILDKIT": str(int(buildkit))}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
@@ -44,6 +57,24 @@ def run(image: str, *words: str, options: tuple[str, ...] = (), user: int = 1234
     """``docker run`` as a user without a passwd entry."""
     command = [DOCKER, "run", "--rm", "-u", f"{user}:{user}", *options, image, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=550)
+
+
+class Mounted:
+    """Folders of a user on the host, as the published command lines mount them; closed: nothing else may be written."""
+
+    def __init__(self, place: Path, data: Path, user: int = 12345) -> None:
+        self.place, self.user = place, user
+        self.models, self.logs = place / "models", place / "logs"
+        place.chmod(0o755)
+        self.options: tuple[str, ...] = ("-v", f"{data}:/workspace/ROCOv2_data:ro")
+        for folder in (self.models, self.logs):
+            folder.mkdir()
+            os.chown(folder, user, user)
+            self.options += ("-v", f"{folder}:/workspace/{folder.name}")
+
+    def run(self, *words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """The training image with `words`."""
+        return run("bacor_fuselip_train", *words, options=(*CLOSED, *self.options, *options), user=self.user)
 
 
 def labels_of(image: str) -> dict[str, str]:

@@ -17,6 +17,8 @@ from fuselip_core import chain, container
 from fuselip_core.config import Settings, SettingsError, load_settings
 from fuselip_core.embed_table import read_rows
 from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.files import write_json
+from fuselip_core.mounted_data import without_missing_kinds, without_nameless_concepts
 from fuselip_core.mounts import MountError, require_data, require_writable, sole_user
 
 NOBODY = 12345
@@ -127,6 +129,8 @@ def test_a_stage_runs_again_only_if_what_it_reads_has_changed(
     def stand_in(stage: str, settings: Settings) -> dict[str, int]:
         called.append(stage)
         (settings.artifacts / chain.OUTPUT[stage]).mkdir(parents=True, exist_ok=True)
+        if stage == "prepare":
+            write_json(settings.artifacts / "prepared" / "manifest.json", {"counts": {}})
         return {"calls": len(called)}
 
     for stage in ("prepare", "codebook", "tokenize"):
@@ -158,6 +162,26 @@ def test_own_shards_are_used_as_they_are(workspace: Path) -> None:
     (settings.prepare.root / "images-train-00000-of-00001.parquet").touch()
     assert chain.take_prepared(settings) and chain.take_prepared(settings)
     assert (settings.artifacts / "prepared" / "manifest.json").read_text() == "{}"
+
+
+def test_what_the_data_set_lacks_is_taken_back_unless_it_was_asked_for(
+    workspace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fuselip")
+    settings, _ = container.read_words(["tiny"], "train")
+    assert "concepts" in settings.prepare.extra_pairs and settings.train.mixture["concepts"] > 0
+    asked = container.asked_fields(["tiny", "train.steps=3", "--set", "prepare.extra_pairs=[concepts]"], "train")
+    assert asked == {"train.steps", "prepare.extra_pairs"}
+    assert without_nameless_concepts(settings, asked) == settings
+    without = without_nameless_concepts(settings, ())
+    assert list(without.prepare.extra_pairs) == ["sentences"] and "no cui_mapping.csv" in caplog.text
+    (settings.prepare.root / "cui_mapping.csv").touch()
+    assert without_nameless_concepts(settings, ()) == settings
+    counts = {"train": {"images": 2, "pairs": {"caption": 2, "sentence": 1}}}
+    write_json(settings.artifacts / "prepared" / "manifest.json", {"counts": counts})
+    assert set(without_missing_kinds(settings, ()).train.mixture) == {"caption", "sentence"}
+    assert "no pairs of kind concepts" in caplog.text
+    assert without_missing_kinds(settings, {"train.mixture"}) == settings
 
 
 def test_evaluate_without_a_model_says_what_to_run_first(

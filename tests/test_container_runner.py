@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from engine import BASE, engine
+from engine import BASE, engine, image_of
 from repository_copy import copy_repository
 
 from flows.container import (
@@ -142,8 +142,7 @@ def test_what_a_killed_run_left_is_stopped_and_removed(tmp_path: Path) -> None:
 def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> None:
     """Through all that stands between: DVC's process, DVC, the shell, the client of the engine."""
     client = engine()
-    if not client.images.list(name="bacor_fuselip_download"):
-        pytest.skip("needs the image bacor_fuselip_download; tests/test_docker.py builds it")
+    image_of("download")
     from flows.runs import RunRequest, open_run_folder
 
     repository = copy_repository(tmp_path / "repository")
@@ -169,9 +168,7 @@ def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> N
 
 def test_a_stage_in_a_container_is_up_to_date_for_dvc(tmp_path: Path) -> None:
     """The real prepare stage in the download image, then DVC's word on it, with and without containers."""
-    client = engine()
-    if not client.images.list(name="bacor_fuselip_download"):
-        pytest.skip("needs the image bacor_fuselip_download; tests/test_docker.py builds it")
+    image_of("download")
     from flows.runner import ProcessRunner
     from flows.runs import RunRequest, open_run_folder
 

@@ -1,0 +1,50 @@
+"""A recipe's wishes less what the mounted data set can't fulfil, so that the images train on any layout of it.
+
+Older folders of JPEG and text, and the Hub's Parquet, come without the names of concepts; prepared shards hold the
+pairs that they were prepared with. Only the recipe's own wishes are taken back, each in a line that says so: what the
+command line asks for stands, and fails where it can't be had.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection
+from typing import Any
+
+from fuselip_core.config import Settings
+from fuselip_core.data.concept_pairs import NAMES
+
+logger = logging.getLogger("fuselip")
+
+
+def without_nameless_concepts(settings: Settings, asked: Collection[str]) -> Settings:
+    """`settings` without pairs of concepts where the data folder has no names for them; `asked` are fields by name."""
+    prepare = settings.prepare
+    if "prepare.extra_pairs" in asked or "concepts" not in prepare.extra_pairs or (prepare.root / NAMES).is_file():
+        return settings
+    logger.info("%s has no %s with the names of concepts: training goes without pairs of them", prepare.root, NAMES)
+    kept = [kind for kind in prepare.extra_pairs if kind != "concepts"]
+    return _changed(settings, "prepare", extra_pairs=kept)
+
+
+def without_missing_kinds(settings: Settings, asked: Collection[str]) -> Settings:
+    """`settings` with a mixture of the kinds of pairs that the prepared training split has."""
+    if "train.mixture" in asked:
+        return settings
+    manifest = json.loads((settings.artifacts / "prepared" / "manifest.json").read_text(encoding="utf-8"))
+    there = manifest["counts"].get("train", {}).get("pairs", {})
+    # A name with a colon is a kind of another store, which train.tokens names.
+    kept = {kind: share for kind, share in settings.train.mixture.items() if ":" in kind or there.get(kind)}
+    missing = sorted(set(settings.train.mixture) - set(kept))
+    if not missing or not kept:
+        return settings
+    logger.info("the data set has no pairs of kind %s: the mixture goes without", ", ".join(missing))
+    return _changed(settings, "train", mixture=kept)
+
+
+def _changed(settings: Settings, section: str, **values: Any) -> Settings:
+    """A copy with other values of one section, checked as if they had come from a file."""
+    part = getattr(settings, section)
+    checked = type(part).model_validate({**part.model_dump(by_alias=True), **values})
+    return settings.model_copy(update={section: checked})
