@@ -197,6 +197,13 @@ class TrainSettings(Section):
     accumulation: int = Field(
         1, ge=1, description="Parts a process computes its pairs in, each against all of the batch: less memory."
     )
+    contrast_rows: int | None = Field(
+        None, ge=1, description="Queries compared with all targets at a time, for large batches; all if empty."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute each block again in the backward pass: far less memory, a third more work."
+    )
+    compile: bool = Field(False, description="Compile the blocks with torch.compile (needs a C++ compiler).")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="Factor of the learning rate from a layer to the one below."

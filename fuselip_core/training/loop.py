@@ -28,6 +28,7 @@ from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.machine import machine_metrics
 from fuselip_core.progress import track
 from fuselip_core.training.batch import PairEncoder, pair_keys
+from fuselip_core.training.block_options import compile_blocks, recompute_blocks
 from fuselip_core.training.checkpoint import (
     Checkpoints,
     folder_of_run,
@@ -38,7 +39,7 @@ from fuselip_core.training.checkpoint import (
 from fuselip_core.training.distributed import World
 from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
-from fuselip_core.training.losses import contrastive_over_all
+from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
 from fuselip_core.training.plan import Store, kind_shares, plan_schedule, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
@@ -47,6 +48,8 @@ logger = logging.getLogger("fuselip")
 LOG_EVERY = 10
 SHOWN_PAIRS = 8
 MAX_LOGIT_SCALE = math.log(100.0)
+# What changes time and memory but not what is computed, so that a run may go on with another choice.
+SAME_VALUES = ("contrast_rows", "gradient_checkpointing", "compile")
 OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses are parts of one sum
 
 Log = Callable[[int, dict[str, float]], None]
@@ -96,7 +99,7 @@ def _nothing(step: int, metrics: dict[str, float]) -> None:
 
 def run_folder(checkpoints: Path, settings: TrainSettings, store: Store) -> Path:
     """Folder of this run's checkpoints; how often it looks and saves may change while it goes on."""
-    free = {"validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"}
+    free = {"validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", *SAME_VALUES}
     return folder_of_run(
         checkpoints, {"train": settings.model_dump(mode="json", exclude=free), "tokens": store.manifest}
     )
@@ -119,6 +122,10 @@ class Trainer:
         self.checkpoints, self.world = checkpoints, world
         self.log, self.validate = (log, validate) if world.leads else (_nothing, None)
         self.device = next(self.model.parameters()).device
+        if settings.gradient_checkpointing:
+            recompute_blocks(self.model)
+        if settings.compile:
+            compile_blocks(self.model)
         self.schedule = plan_schedule(store, settings)
         self.mixture = Mixture(
             store, kind_shares(store, settings), settings.batch_size, settings.seed, grouped=settings.grouped
@@ -172,8 +179,8 @@ class Trainer:
         keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored")).to(self.device)
 
         def contrast(query: Tensor, target: Tensor) -> Tensor:
-            scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
-            return contrastive_over_all(query, target, keys, scale, bias, self.world, settings.all_combinations)
+            loss_of = SigmoidLoss(self.model.logit_scale.exp(), self.model.logit_bias, settings.contrast_rows)
+            return contrastive_over_all(query, target, keys, loss_of, self.world, settings.all_combinations)
 
         losses = backward(self.encoder, parts, contrast, settings.mask_weight, self.world, self._uses_bfloat16())
         self.world.average_gradients(self.model.parameters())
