@@ -100,11 +100,13 @@ class PrepareSettings(Section):
         120.0, gt=0, le=178, description="Larger images are set aside, in megapixels; Pillow opens no larger than 178."
     )
     min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are set aside.")
-    extra_pairs: tuple[Literal["sentences", "concepts", "questions", "edits"], ...] = Field(
+    extra_pairs: tuple[Literal["sentences", "concepts", "questions", "edits", "general-edits"], ...] = Field(
         (),
         description="Kinds of pairs made of a captioned image beside its caption: one sentence of it, the names of its "
-        "concepts, questions that rules ask about them, and edits that keep left and right (training only).",
+        "concepts, questions that rules ask about them, and edits (training only): such as keep left and right, or the "
+        "published ones with flips and colours.",
     )
+    edited_share: Share = Field(1.0, description="Share of the training images that edits are made of.")
     limit: int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
     dev_share: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
@@ -121,6 +123,12 @@ class PrepareSettings(Section):
         None, description="For the source `dicom`; where empty, a dicom.yaml in its folder counts, else the defaults."
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
+
+    @model_validator(mode="after")
+    def _edits_are_of_one_sort(self) -> PrepareSettings:
+        if {"edits", "general-edits"} <= set(self.extra_pairs):
+            raise ValueError("extra_pairs has both edits and general-edits; leave one out (flips spoil left and right)")
+        return self
 
 
 class ModelSettings(Section):
@@ -278,6 +286,9 @@ class EvaluateSettings(Section):
     seed: int = Field(0, ge=0, description="Seed of shuffled controls.")
     candidates: tuple[Path, ...] = Field(
         (), description="Folders of prepared evaluation sets (SugarCrepe, MMEB, ...) whose questions are asked as well."
+    )
+    transformations: tuple[Literal["crop", "rotate", "light", "colour", "flip", "colorize"], ...] = Field(
+        (), description="Families of image transformations whose variants of a held-out image are to be told apart."
     )
     retention: Path | None = Field(
         None, description="Artifacts of a run on general data: what the adaptation keeps of train.init's ability there."

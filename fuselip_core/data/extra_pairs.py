@@ -4,6 +4,7 @@ sentences   image → one sentence of its caption                            kin
 concepts    image → the names of its concepts (concept_pairs.py)           kind "concepts"
 questions   image + question → answer, by rules (concept_questions.py)     kind "vqa"
 edits       image + instruction → edited image (edit_pairs.py)             kind "edit"
+general-edits  the same, with flips and colours, as published              kind "edit"
 """
 
 from __future__ import annotations

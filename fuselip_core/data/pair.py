@@ -61,6 +61,15 @@ class ImageEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class MadeImage:
+    """What an instruction of transforms.py makes of the image `source` when it is tokenized; no file holds it."""
+
+    image_id: str
+    source: str
+    instruction: str
+
+
+@dataclass(frozen=True, slots=True)
 class Side:
     """An image (by its id), a text, or both."""
 

@@ -19,6 +19,7 @@ from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
     Listing,
+    MadeImage,
     Pair,
     SetAside,
     fault_of_caption,
@@ -36,6 +37,7 @@ class Plan:
     images: dict[str, Spool[ImageEntry]] = field(default_factory=lambda: defaultdict(Spool))
     pairs: dict[str, Spool[Pair]] = field(default_factory=lambda: defaultdict(Spool))
     candidates: dict[str, Spool[Candidates]] = field(default_factory=lambda: defaultdict(Spool))
+    made: dict[str, Spool[MadeImage]] = field(default_factory=lambda: defaultdict(Spool))
     set_aside: Spool[SetAside] = field(default_factory=Spool)
     notes: list[str] = field(default_factory=list)
 

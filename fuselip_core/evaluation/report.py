@@ -13,6 +13,7 @@ from typing import Any
 from fuselip_core.config import Settings
 from fuselip_core.data.images import UnreadableImage, decode
 from fuselip_core.data.prepared import PreparedData
+from fuselip_core.evaluation.adaptation_sections import adaptation_section, modality_section, transformations_section
 from fuselip_core.evaluation.charts import DIRECTIONS, QUERIES
 from fuselip_core.evaluation.page import Html, document, join, picture, tag
 from fuselip_core.evaluation.result import EvaluationResult
@@ -47,9 +48,12 @@ def write_report(artifacts: Path, result: EvaluationResult, metrics: Metrics, se
         parts = [
             *retrieval_section(folder, result, pictures),
             *answer_section(folder, result, pictures),
+            *transformations_section(result),
             *candidates_section(result),
+            *adaptation_section(metrics),
             *training_section(folder, artifacts, metrics),
             *tokenizer_section(folder, artifacts, metrics),
+            *modality_section(metrics),
             data_section(prepared.manifest),
             settings_section(settings, metrics),
         ]
@@ -68,9 +72,10 @@ def _header(settings: Settings, result: EvaluationResult, prepared: PreparedData
     about = (
         f"Measured on the {result.split} split: {counts.get('images', 0):,} images, {pairs}. Recipe {settings.recipe}."
     )
-    tasks = [task for task in ("retrieval", "answers", "candidates") if has_task(result, task)]
-    shown = [*tasks, "training", "tokenizer", "data", "settings"]
-    titles = {"candidates": "Evaluation sets"}
+    tasks = [task for task in ("retrieval", "answers", "transformations", "candidates") if has_task(result, task)]
+    adapted = ["adaptation"] * any(name.startswith("adaptation/") for name in result.metrics)
+    shown = [*tasks, *adapted, "training", "tokenizer", "data", "settings"]
+    titles = {"candidates": "Evaluation sets", "adaptation": "Before and after"}
     links = [tag("a", titles.get(name, name.capitalize()), href=f"#{name}") for name in shown]
     title = tag("h1", f"{_family(model.family)} {model.size} on {settings.prepare.source}")
     return tag("header", tag("div", title, tag("p", about, klass="soft"), tag("nav", *links), klass="wrap"))

@@ -30,10 +30,10 @@ def retrieval_section(folder: Path, result: EvaluationResult, pictures: Pictures
     rows, ks = [], (1, 5, 10)
     for direction, title in DIRECTIONS.items():
         name = f"retrieval/{direction}"
-        shares = [_share(result, f"{name}/recall_at_{k}") for k in ks]
+        shares = [share(result, f"{name}/recall_at_{k}") for k in ks]
         rows.append((title, *shares, f"{metrics[f'{name}/median_rank']:g}"))
         rows.append(("chance", *(percent(metrics[f"{name}/chance_at_{k}"]) for k in ks), ""))
-        rows.append(("shuffled pairs", _share(result, f"retrieval_shuffled/{direction}/recall_at_1"), "", "", ""))
+        rows.append(("shuffled pairs", share(result, f"retrieval_shuffled/{direction}/recall_at_1"), "", "", ""))
     explained = tag(
         "p",
         f"All {metrics['retrieval/pool']:,.0f} captions are candidates, or all "
@@ -75,7 +75,7 @@ def answer_section(folder: Path, result: EvaluationResult, pictures: Pictures) -
     draw_answers(folder / "answers.png", metrics, result.intervals)
     parts = [part for part in PARTS if f"answers/fused/{part}" in metrics]
     rows = [
-        (label, *(_share(result, f"answers/{query}/{part}") for part in parts))
+        (label, *(share(result, f"answers/{query}/{part}") for part in parts))
         for query, label in QUERIES.items()
         if f"answers/{query}/accuracy" in metrics
     ]
@@ -113,7 +113,7 @@ def candidates_section(result: EvaluationResult) -> list[Html]:
     rows = [
         (
             task,
-            *(_share(result, f"candidates/{task}/{part}") for part in ("accuracy", "image_only", "text_only")),
+            *(share(result, f"candidates/{task}/{part}") for part in ("accuracy", "image_only", "text_only")),
             percent(metrics[f"candidates/{task}/chance"]),
             f"{metrics[f'candidates/{task}/questions']:,.0f}",
         )
@@ -235,7 +235,8 @@ def has_task(result: EvaluationResult, task: str) -> bool:
     return any(name.startswith(f"{task}/") for name in result.metrics)
 
 
-def _share(result: EvaluationResult, name: str) -> Html:
+def share(result: EvaluationResult, name: str) -> Html:
+    """A metric with its interval; nothing where it was not measured."""
     if name not in result.metrics:
         return Html("")
     return join([percent(result.metrics[name]), " ", tag("small", f"[{interval_text(result, name)}]")])

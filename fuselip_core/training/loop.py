@@ -25,6 +25,7 @@ from torch import Tensor
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.mixture import Mixture
 from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.machine import machine_metrics
 from fuselip_core.progress import track
 from fuselip_core.training.batch import PairEncoder, pair_keys
 from fuselip_core.training.checkpoint import (
@@ -39,11 +40,12 @@ from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
 from fuselip_core.training.losses import contrastive_over_all
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
-from fuselip_core.training.plan import Store, kind_shares, plan_schedule
+from fuselip_core.training.plan import Store, kind_shares, plan_schedule, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
 
 logger = logging.getLogger("fuselip")
 LOG_EVERY = 10
+SHOWN_PAIRS = 8
 MAX_LOGIT_SCALE = math.log(100.0)
 OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses are parts of one sum
 
@@ -165,7 +167,7 @@ class Trainer:
     def compute_gradients(self, rows: np.ndarray, step: int) -> Losses:
         """Gradients of the whole batch, of which `rows` (B) are this process's pairs, into the model's parameters."""
         settings = self.settings
-        view_rng = np.random.default_rng([settings.seed, step, *([self.world.rank] if self.world.rank else [])])
+        view_rng = self._view_rng(step)
         parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, settings.accumulation)]
         keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored")).to(self.device)
 
@@ -181,6 +183,7 @@ class Trainer:
         rate = self.schedule.rate(step)
         set_learning_rate(self.optimizer, rate)
         rows = self.next_rows()
+        self._look_ahead(step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.compute_gradients(rows, step)
         self.check_finite(losses.total, "loss", step, rows)
@@ -200,6 +203,18 @@ class Trainer:
             "lr": rate,
         }
 
+    def _view_rng(self, step: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed, step, *([self.world.rank] if self.world.rank else [])])
+
+    def _look_ahead(self, step: int) -> None:
+        """Tells an encoder that fetches its inputs which pairs the step after `step` will need."""
+        expect = getattr(self.encoder, "expect", None)
+        if expect is None or step + 1 >= self.schedule.steps:
+            return
+        here = self.mixture.state_dict()
+        expect(self.next_rows(), self._view_rng(step + 1), self.settings.accumulation)
+        self.mixture.load_state_dict(here)
+
     def _uses_bfloat16(self) -> bool:
         precision = self.settings.precision
         return precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
@@ -208,9 +223,9 @@ class Trainer:
         """A step on a non-finite value would ruin every weight, so the run ends before it."""
         if torch.isfinite(value):
             return
-        shown = ", ".join(map(str, rows[:8].tolist()))
+        shown = ", ".join(sample_ids(self.store, rows[:SHOWN_PAIRS]))
         raise FuselipError(
-            f"the {name} is {value.item()} at step {step} (pairs {shown}, ... of the token store); "
+            f"the {name} is {value.item()} at step {step} (pairs {shown}{', ...' * (len(rows) > SHOWN_PAIRS)}); "
             "lower train.learning_rate or look at these pairs"
         )
 
@@ -223,7 +238,8 @@ class Trainer:
             values |= dict(zip(OF_EACH_PROCESS, self.world.mean(own).tolist(), strict=True))
         values["pairs_per_second"] = self.pairs / max(self._seconds(), 1e-9)
         values["logit_scale"] = self.model.logit_scale.exp().item()
-        self.log(self.step, values)
+        values["masked_share"] = self.settings.mask_weight * values["masked"] / max(values["loss"], 1e-9)
+        self.log(self.step, values | machine_metrics())
 
     def _look_at_validation(self) -> None:
         if self.validate is None or (self.step % self.settings.validate_every and self.step != self.schedule.steps):
@@ -254,6 +270,7 @@ class Trainer:
         }
         if self.world.leads:
             self.checkpoints.save(self.step, state)
+        self.log(self.step, {"checkpoint": float(self.step)})
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
