@@ -158,7 +158,7 @@ def test_sync_sends_what_a_finished_run_could_not(settings: Settings, server: Se
     assert tracking.sync(settings.artifacts) == 1
     server.up = True
     assert tracking.sync(settings.artifacts) == 0
-    assert [event["type"] for event in server.got] == ["params", "metrics", "end"]
+    assert [event["type"] for event in server.got] == ["params", "artifact", "metrics", "end"]
     server.got.clear()
     assert tracking.sync(settings.artifacts) == 0
     assert server.got == [], "nothing is sent twice"
@@ -188,7 +188,7 @@ def test_unreachable_mlflow_does_not_stop_a_run(
         run.metrics({"loss": 1.0}, 1)
     assert "mlflow does not answer" in caplog.text
     events, _ = read_events(settings.artifacts / "tracking" / "train" / "events.jsonl", 0)
-    assert [event["type"] for event in events] == ["params", "metrics", "end"]
+    assert [event["type"] for event in events] == ["params", "artifact", "metrics", "end"]
 
 
 def test_half_a_line_is_not_read_yet(tmp_path: Path) -> None:
