@@ -71,15 +71,8 @@ class PreparedData:
                 if first >= file.metadata.num_rows:
                     first -= file.metadata.num_rows
                     continue
-                sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-                groups = list(range(len(sizes)))
-                while first >= sizes[groups[0]]:
-                    first -= sizes[groups.pop(0)]
-                names = None if columns is None else list(columns)
-                for batch in file.iter_batches(batch_rows, row_groups=groups, columns=names):
-                    rest, first = batch.slice(first), max(0, first - batch.num_rows)
-                    if rest.num_rows:
-                        yield rest
+                yield from _rows_from(file, first, batch_rows, None if columns is None else list(columns))
+                first = 0
 
     def made(self, split: str) -> pa.Table:
         """Images that are made of others when they are read (see schemas.MADE_SCHEMA), in the order of those."""
@@ -141,6 +134,19 @@ class PreparedData:
     def _require(self, split: str) -> None:
         if split not in self.manifest["counts"]:
             raise DataError(f"{self.folder} has no split '{split}'; there are: {', '.join(self.splits)}")
+
+
+def _rows_from(
+    file: pq.ParquetFile, first: int, batch_rows: int, columns: list[str] | None
+) -> Iterator[pa.RecordBatch]:
+    """Batches of a shard from its row `first` on; row groups before that are not read."""
+    groups = list(range(file.num_row_groups))
+    while groups and first >= file.metadata.row_group(groups[0]).num_rows:
+        first -= file.metadata.row_group(groups.pop(0)).num_rows
+    for batch in file.iter_batches(batch_rows, row_groups=groups, columns=columns):
+        rest, first = batch.slice(first), max(0, first - batch.num_rows)
+        if rest.num_rows:
+            yield rest
 
 
 @contextlib.contextmanager

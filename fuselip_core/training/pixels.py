@@ -46,8 +46,11 @@ def decoded_batches(
     """
 
     def decode_and_draw(encoded: Encoded, row: int) -> np.ndarray:
+        blob, instruction = encoded
         try:
-            return _decode_and_draw(encoded, draw, row)
+            # Prepared images were checked against the limit of the prepare stage; no second limit here.
+            image = decode(blob, max_megapixels=float("inf"))
+            return draw(image if instruction is None else made_picture(image, instruction), row)
         except FuselipError as error:
             raise FuselipError(
                 f"image {row} of split '{split}' in {prepared.folder} is no longer what was prepared ({error}); "
@@ -109,13 +112,6 @@ def _blobs_from(prepared: PreparedData, split: str, first: int) -> Iterator[tupl
         for blob in batch.column("bytes").to_pylist():
             yield row, blob
             row += 1
-
-
-def _decode_and_draw(encoded: Encoded, draw: Draw, row: int) -> np.ndarray:
-    blob, instruction = encoded
-    # Prepared images were checked against the limit of the prepare stage; no second limit here.
-    image = decode(blob, max_megapixels=float("inf"))
-    return draw(image if instruction is None else made_picture(image, instruction), row)
 
 
 def as_pixels(batch: np.ndarray, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import numpy as np
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.joined_store import JoinedStore
@@ -14,10 +14,10 @@ from fuselip_core.training.optimizer import Schedule
 Store = TokenStore | JoinedStore
 
 
-def sample_ids(store: Store, rows: Iterable[int]) -> list[str]:
-    """Ids of the pairs `rows` as the prepared data beside their token store have them; row numbers without such."""
+def sample_ids(store: Store, rows: np.ndarray) -> list[str]:
+    """Ids of the pairs `rows` (B) as the prepared data beside their token store have them; row numbers without such."""
     ids = []
-    for row in map(int, rows):
+    for row in rows.tolist():
         part, own = store.locate(row) if isinstance(store, JoinedStore) else (store, row)
         try:
             pairs = PreparedData(part.folder.parent / "prepared").pairs(part.split)
