@@ -84,12 +84,14 @@ def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path:
     page.get_by_label("Name (Optional)").first.fill(NAME)
     page.get_by_role("button", name="Submit").click()
     page.get_by_role("link", name="View run").click()
+    page.wait_for_url("**/runs/flow-run/**")
     run_id = page.url.split("?")[0].rpartition("/")[2]
     asked = served.run(run_id)["parameters"]["request"]
     # A form that fills in what nobody gave would hide a recipe's values, or those of a data set's own settings.
     assert {section: values for section, values in asked.items() if values} == wanted(served)
-    expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text("train", timeout=RUN_MS)
+    expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text("codebook/psnr", timeout=RUN_MS)
     expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=RUN_MS)
+    assert served.run(run_id)["state"]["name"] == "Completed"
     expect(page.get_by_role("main")).to_contain_text("sample-tiny-")
     page.get_by_role("tab", name="Artifacts").click()
     for name in ("results", "metrics", "report", "picture-0"):
@@ -158,7 +160,7 @@ def follow_to_mlflow(page: Page, served: Served, run_id: str) -> None:
     main = page.get_by_role("main")
     for words in ("Finished", "recipe: sample", run_id[:8], f"{served.prefect}/v2"[:20]):
         expect(main).to_contain_text(words)
-    main.get_by_role("link", name="fuselip-sample").last.click()
+    expect(main.locator("a[href*='/models/fuselip-sample']").first).to_be_visible()
     page.goto(f"{served.mlflow}/#/models/fuselip-sample")
     expect(main.get_by_role("heading", name="fuselip-sample")).to_be_visible()
     # Three steps of training pass no gate: the version is there, without the alias of what is served.
