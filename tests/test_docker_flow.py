@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from engine import CLOSED, DOCKER, REPOSITORY, engine, image_of, run
+from fake_hub import FakeHub
 from repository_copy import copy_of, copy_repository, dvc, run_flow
 
 from fuselip_core.data.phantom import draw_data_set
@@ -72,6 +73,24 @@ def test_containers_and_processes_make_the_same_bytes(tmp_path: Path) -> None:
     assert len(made[0]) == 3 and made[0] == made[1]
     owners = {path.stat().st_uid for path in (repository / "runs" / "docker").rglob("*")}
     assert owners == {os.getuid()}
+
+
+def test_a_download_flow_fetches_in_its_container(tmp_path: Path) -> None:
+    image_of("download")
+    repository = copy_repository(tmp_path / "repository")
+    hub = FakeHub()
+    hub.add_repo("owner/set", {"data/train.parquet": b"rows" * 50_000, "README.md": b"a set"}, {"data/train.parquet"})
+    command = [sys.executable, "-m", "flows.download", "--runner", "docker", "--folder", "set"]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "FUSELIP_NETWORK": "host"}
+    options: dict[str, Any] = {"cwd": repository, "env": environment, "capture_output": True, "text": True}
+    with hub.running():
+        done = subprocess.run([*command, "--source", "hub:owner/set"], timeout=500, **options)
+        wrong = subprocess.run([*command, "--source", "hub:owner/other"], timeout=500, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (repository / "set" / "data" / "train.parquet").read_bytes() == b"rows" * 50_000
+    assert (repository / "set.dvc").is_file() and "up to date" in dvc(repository, "status", "set.dvc")
+    assert (repository / "set" / "README.md").stat().st_uid == os.getuid()
+    assert wrong.returncode == 1 and "owner/other" in wrong.stderr.splitlines()[-1]
 
 
 def services() -> dict[str, Any]:
