@@ -172,7 +172,12 @@ def run_container(client: DockerClient, request: ContainerRequest, on_line: OnLi
     """
     container = _create(client, request)
     stopping = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: (stopping.set(), _stop_beside(container)))
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        _stop_beside(container)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         _start(container)
         # What came before the start found nothing to stop.
