@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flows.processes import Process
 from flows.runner import OnLine, ProcessRunner
 from fuselip_core.config import Settings, load_settings
 from fuselip_core.errors import FuselipError
@@ -36,6 +37,7 @@ PASSED_ON = (
     "MLFLOW_",
     "WANDB_",
     "HF_",
+    "ZENODO_",
     "OMP_",
     "AWS_",
     "DO_NOT_TRACK",
@@ -154,6 +156,7 @@ def request_for(client: DockerClient, words: Sequence[str], repository: Path) ->
         labels={
             f"{LABEL}.repository": str(repository),
             f"{LABEL}.stage": stage,
+            f"{LABEL}.process": str(Process.current()),
             f"{LABEL}.flow-run": os.environ.get("FUSELIP_FLOW_RUN", ""),
         },
         gpus=kind == "train" and wants_gpu(client),
@@ -168,9 +171,18 @@ def run_container(client: DockerClient, request: ContainerRequest, on_line: OnLi
     SIGTERM to this process goes on to the container, which has GRACE_SECONDS to save its state.
     """
     container = _create(client, request)
-    before = signal.signal(signal.SIGTERM, lambda *_: _stop_beside(container))
+    stopping = threading.Event()
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        _stop_beside(container)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         _start(container)
+        # What came before the start found nothing to stop.
+        if stopping.is_set():
+            _stop_beside(container)
         for line in _lines(container):
             on_line(line)
         code = int(container.wait()["StatusCode"])
@@ -184,10 +196,14 @@ def run_container(client: DockerClient, request: ContainerRequest, on_line: OnLi
 
 
 def sweep(client: DockerClient, repository: Path, on_line: OnLine) -> int:
-    """Stops and removes what killed runs of this repository left; the caller holds the repository's lock."""
+    """Stops and removes what killed runs of this repository left; returns how many that were.
+
+    Stages hold the repository's lock, but a download may run beside them: what a living process waits for stays.
+    """
     from docker.errors import NotFound
 
-    left = client.containers.list(all=True, filters={"label": f"{LABEL}.repository={repository}"})
+    found = client.containers.list(all=True, filters={"label": f"{LABEL}.repository={repository}"})
+    left = [container for container in found if not _is_attended(container)]
     for container in left:
         on_line(f"stopping the container that an earlier run left behind ({container.labels.get(f'{LABEL}.stage')})")
         try:
@@ -196,6 +212,12 @@ def sweep(client: DockerClient, repository: Path, on_line: OnLine) -> int:
         except NotFound:
             continue
     return len(left)
+
+
+def _is_attended(container: Container) -> bool:
+    """Whether the process that waits for the container still runs on this machine."""
+    process = Process.read(container.labels.get(f"{LABEL}.process", ""))
+    return process is not None and process.is_here and process.lives
 
 
 def volumes_of(

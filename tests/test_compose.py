@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -78,14 +79,29 @@ def test_secrets_must_be_given_and_are_nowhere(repository: Path, text: str) -> N
     assert not re.search(r"(PASSWORD|SECRET|ACCESS_KEY\w*): (?!\$\{)", text)
 
 
-def test_compose_itself_accepts_it(repository: Path, tmp_path: Path) -> None:
-    command = ["docker", "compose"]
-    try:
-        subprocess.run([*command, "version"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs the compose plugin")
-    filled = re.sub(r"=$", "=1000", (repository / "docker" / ".env.example").read_text(), flags=re.MULTILINE)
-    (tmp_path / "env").write_text(filled.replace("FUSELIP_REPOSITORY=1000", f"FUSELIP_REPOSITORY={repository}"))
-    files = ["--env-file", str(tmp_path / "env"), "-f", str(repository / "docker" / "compose.yaml")]
-    done = subprocess.run([*command, *files, "config", "--quiet"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_compose_itself_accepts_it(repository: Path, text: str, tmp_path: Path) -> None:
+    """Docker's plugin, or Debian's docker-compose, which is older and knows no name of the whole."""
+    commands = (["docker", "compose"], ["docker-compose"])
+    command = next((each for each in commands if answers(each)), None)
+    if command is None:
+        pytest.skip("needs the compose plugin of docker, or Debian's docker-compose")
+    docker = tmp_path / "docker"
+    docker.mkdir()
+    old = command == ["docker-compose"]
+    (docker / "compose.yaml").write_text(re.sub(r"^name: .*\n", "", text, flags=re.MULTILINE) if old else text)
+    example = (repository / "docker" / ".env.example").read_text()
+    filled = re.sub(r"=$", "=1000", example, flags=re.MULTILINE)
+    filled = filled.replace("FUSELIP_REPOSITORY=1000", f"FUSELIP_REPOSITORY={repository}")
+    for content, wanted in ((filled, True), (example, False)):
+        (tmp_path / "env").write_text(content)
+        files = ["--env-file", str(tmp_path / "env"), "-f", str(docker / "compose.yaml")]
+        done = subprocess.run([*command, *files, "config", "--quiet"], capture_output=True, text=True)
+        assert (done.returncode == 0) == wanted, done.stderr
+    assert "in docker/.env" in done.stderr, "what is empty is not named"
+
+
+def answers(command: list[str]) -> bool:
+    """Whether there is such a command."""
+    with contextlib.suppress(OSError):
+        return subprocess.run([*command, "version"], capture_output=True).returncode == 0
+    return False

@@ -23,6 +23,7 @@ from flows.container import (
     sweep,
     volumes_of,
 )
+from flows.processes import Process
 from fuselip_core.config import load_settings
 from fuselip_core.data.phantom import draw_data_set
 from fuselip_core.errors import Interrupted
@@ -131,12 +132,28 @@ def test_what_a_killed_run_left_is_stopped_and_removed(tmp_path: Path) -> None:
     left = client.containers.create(**python(WAITS_FOR_TERM, tmp_path).options())
     left.start()
     other = client.containers.create(**python("", tmp_path / "other").options())
+    attended = python("", tmp_path).options()
+    attended["labels"]["fuselip.process"] = str(Process.current())
+    download = client.containers.create(**attended)
     try:
         assert sweep(client, tmp_path, print) == 1
         assert not client.containers.list(all=True, filters={"id": left.id})
         assert client.containers.list(all=True, filters={"id": other.id})
+        assert client.containers.list(all=True, filters={"id": download.id}), "a download beside a stage was stopped"
     finally:
         other.remove(force=True)
+        download.remove(force=True)
+
+
+def test_a_container_without_memory_says_so(tmp_path: Path) -> None:
+    client, lines = engine(), []
+    limits = {"mem_limit": "32m", "memswap_limit": "32m"}
+    labels = {"fuselip.repository": str(tmp_path)}
+    request = ContainerRequest(
+        BASE, ("-c", "b'x' * 10**9"), Path("/"), {}, {}, labels, limits=limits, entrypoint=("python",)
+    )
+    assert run_container(client, request, lines.append) == 137
+    assert "ran out of memory; raise FUSELIP_MEMORY" in lines[-1]
 
 
 def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> None:
