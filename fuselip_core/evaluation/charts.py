@@ -21,7 +21,7 @@ QUERIES = {
     "blank_image": "Blank image",
     "shuffled_image": "Another image",
     "majority": "Most frequent answer",
-    "majority_by_question": "… to the same question",
+    "majority_by_question": "Most frequent by question",
 }
 PARTS = {"accuracy": "All questions", "accuracy_closed": "Closed", "accuracy_open": "Open"}
 

@@ -129,7 +129,7 @@ def _answer_tile(result: EvaluationResult) -> Html:
         f"95 % interval {interval_text(result, name)}",
         f"Question alone {percent(controls['question_only'])}, image alone {percent(controls['image_only'])}; "
         f"this is {metrics['answers/fused/over_best_control']:.1f} times the better",
-        f"Strongest control: {QUERIES[best].strip('… ').lower()}, {percent(controls[best])}",
+        f"Strongest control: {QUERIES[best].lower()}, {percent(controls[best])}",
     ]
     # On the same questions a difference is known better than either share.
     good = all(result.intervals[f"answers/gain/{query}/accuracy"][0] > 0 for query in controls)
