@@ -111,7 +111,7 @@ def _tiles(result: EvaluationResult) -> list[Html]:
             f"Median rank {metrics[f'retrieval/{direction}/median_rank']:g}, with shuffled pairs "
             f"{metrics[f'retrieval_shuffled/{direction}/median_rank']:g}"
         )
-        verdict = "clearly above chance" if good else "not clearly above chance"
+        verdict = "clearly above its controls" if good else "not clearly above its controls"
         tiles.append(_tile(title, percent(metrics[name]), "recall at 1", facts, verdict, good))
     if "answers/fused/accuracy" in metrics:
         tiles.append(_answer_tile(result))
