@@ -180,7 +180,7 @@ def test_strings_are_escaped_and_shown(page: Page, artifacts: Path) -> None:
         "placeholder caption",
         "1,234",
         "2.5",
-        "clearly above chance",
+        "clearly above its controls",
         "clearly above every control",
         "most frequent answer, 35.0 %",
         "not shown: not an image",

@@ -116,7 +116,7 @@ def _tiles(result: EvaluationResult) -> list[Html]:
             f"Median rank {metrics[f'retrieval/{direction}/median_rank']:g}, with shuffled pairs "
             f"{metrics[f'retrieval_shuffled/{direction}/median_rank']:g}"
         )
-        verdict = "clearly above chance" if good else "not clearly above chance"
+        verdict = "clearly above its controls" if good else "not clearly above its controls"
         tiles.append(_tile(title, percent(metrics[name]), "recall at 1", facts, verdict, good))
     if "answers/fused/accuracy" in metrics:
         tiles.append(_answer_tile(result))
@@ -134,7 +134,7 @@ def _answer_tile(result: EvaluationResult) -> Html:
         f"95 % interval {interval_text(result, name)}",
         f"Question alone {percent(controls['question_only'])}, image alone {percent(controls['image_only'])}; "
         f"this is {metrics['answers/fused/over_best_control']:.1f} times the better",
-        f"Strongest control: {QUERIES[best].strip('… ').lower()}, {percent(controls[best])}",
+        f"Strongest control: {QUERIES[best].lower()}, {percent(controls[best])}",
     ]
     # On the same questions a difference is known better than either share.
     good = all(result.intervals[f"answers/gain/{query}/accuracy"][0] > 0 for query in controls)

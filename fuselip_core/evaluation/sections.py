@@ -40,9 +40,10 @@ def retrieval_section(folder: Path, result: EvaluationResult, pictures: Pictures
         "p",
         f"All {metrics['retrieval/pool']:,.0f} captions are candidates, or all "
         f"{metrics['retrieval/pool_images']:,.0f} images in the other direction. Equal captions all count as right, by "
-        "chance too. For the shuffled control each query asks with the embedding of another one.",
+        "chance too. For the shuffled control each query asks with the embedding of another one; where many captions "
+        "are equal it can be below chance, since equal wrong captions come all at once. MRR is the mean of 1 / rank.",
     )
-    columns = ["", "Recall at 1", "Recall at 5", "Recall at 10", "Median rank", "Mean 1 / rank"]
+    columns = ["", "Recall at 1", "Recall at 5", "Recall at 10", "Median rank", "MRR"]
     numbers = table(columns, rows, main=(0, 3))
     alt = "Recall at 1, 5 and 10 in both directions, with chance and intervals; the table below has the numbers."
     cards = [_retrieval_card(example, pictures) for example in result.retrieval]
@@ -97,13 +98,14 @@ def answer_section(folder: Path, result: EvaluationResult, pictures: Pictures) -
         f"Each of {metrics['answers/questions']:,.0f} questions ({metrics['answers/questions_closed']:,.0f} closed, "
         f"{metrics['answers/questions_open']:,.0f} open) is ranked against all {metrics['answers/pool']:,.0f} distinct "
         "answers of the split. Right means that the correct answer comes first. The controls show what can be had "
-        "without looking at the image or without reading the question. “Fused is ahead by” compares on the same "
-        "questions, in points: an interval above 0 says that image and question together do better than that control.",
+        "without looking at the image or without reading the question. “Ahead by” compares image and question "
+        "together with a control on the same questions, in points: an interval above 0 says that they do better. MRR "
+        "is the mean of 1 / rank.",
     )
     alt = "Accuracy of image and question together beside each control; the table below has the numbers."
     cards = [_answer_card(example, pictures) for example in result.answers]
     examples = [tag("h3", "Questions drawn at random, with their first answers")] if cards else []
-    columns = ["Query", *(PARTS[part] for part in parts), "Fused is ahead by", "Mean 1 / rank"]
+    columns = ["Query", *(PARTS[part] for part in parts), "Ahead by", "MRR"]
     numbers = table(columns, rows, main=(0,))
     body = [explained, chart(folder / "answers.png", alt), numbers, *examples, tag("div", *cards, klass="examples")]
     return [section("answers", "Answers", *body)]
