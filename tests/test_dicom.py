@@ -608,6 +608,19 @@ def test_scrubbing_finds_identities_and_leaves_medicine(text: str, expected: str
     assert scrub(text) == expected
 
 
+def test_names_deep_in_the_header_are_scrubbed_too(tmp_path: Path) -> None:
+    """People whom only a nested or a private element names, such as a reader or another patient."""
+    dataset = picture(np.array([[0, 9]], np.uint8), StudyDescription="Chest read by Quacksalber for Knipser and Huber")
+    observer, content = Dataset(), Dataset()
+    observer.PersonName = "Quacksalber^Theodor"
+    content.ContentSequence = [observer]
+    dataset.RequestAttributesSequence = [content]
+    dataset.private_block(0x0011, "ACME", create=True).add_new(1, "PN", ["Knipser^Ida", "Huber^Max"])
+    save(dataset, tmp_path / "a")
+    (pair,) = list_dicom(tmp_path).pairs
+    assert pair.target.text == "Image. Chest read by for and."
+
+
 def test_scrubbing_knows_the_names_of_the_header() -> None:
     assert scrub("Nodule, LI WEI, wei", ["Li^Wei"]) == "Nodule, ___"
     assert scrub("A liver lesion", ["A^B"]) == "A liver lesion"
@@ -761,7 +774,7 @@ def test_few_patients_fill_train_first(count: int, sides: set[str]) -> None:
 def test_text_in_the_picture_sets_it_aside_and_markers_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.zeros((4, 4), np.uint8)
     burned_in.refuse_text(pixels, lambda _: [("L", 0.99), ("R.", 0.9), ("AP", 0.9), ("DOE^JANE", 0.2)])
-    with pytest.raises(UnreadableImage, match="2 pieces of text") as caught:
+    with pytest.raises(UnreadableImage, match="pieces of text found in the picture: 2") as caught:
         burned_in.refuse_text(pixels, lambda _: [("DOE^JANE", 0.9), ("1957-03-02", 0.8), ("L", 0.9)])
     assert "DOE" not in str(caught.value) and caught.value.reason == "burned_in_text"
     monkeypatch.setattr(burned_in, "_reader", lambda: lambda _: [("DOE^JANE", 0.9)])

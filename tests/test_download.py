@@ -545,6 +545,7 @@ def test_every_named_origin_can_be_listed(hub: FakeHub, tmp_path: Path) -> None:
     for name, origin in origins().items():
         kind, _, rest = origin.source.partition(":")
         files: dict[str, bytes | Path] = {"README.md": b"x", "images.zip": b"y", "a-0000.tar": b"z", "b.parquet": b"p"}
+        files["train.json"] = b"[]"
         hub.add_record(rest, files) if kind == "zenodo" else hub.add_repo(rest, files, {"a-0000.tar"})
         assert len(download(name, tmp_path / name, quick()).files) >= 2, name
 

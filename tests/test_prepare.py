@@ -240,10 +240,11 @@ def test_a_missing_folder_is_one_sentence(tmp_path: Path, source: str) -> None:
 
 
 def test_nothing_usable_is_an_error(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no usable pair"):
+    with pytest.raises(DataError, match=r"no usable pair is left of .* \(.*empty_image.*\)") as raised:
         prepare_data(
             settings(damaged(raw, tmp_path / "empty", lambda *_: b""), max_megapixels=1e-6), tmp_path / "prepared"
         )
+    assert Path(str(raised.value).split("; ")[1].removesuffix(" names each")).read_text().count("\n") > 1
 
 
 def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -241,6 +242,20 @@ def test_slake(tmp_path: Path) -> None:
     assert prepared.pairs("valid").to_pylist()[0]["target_text"] == "mri"
     assert next(prepared.iter_images("test", ["modality"])).to_pylist() == [{"modality": "MR"}]
     assert "3 questions in other languages (zh) were not read" in manifest["notes"]
+    _as_on_the_hub(root)
+    zipped, same = prepare("slake", root, tmp_path / "zipped")
+    assert zipped["counts"] == manifest["counts"] and zipped["quarantine"] == {"unsafe_member": 1}
+    assert same.pairs("valid").equals(prepared.pairs("valid"))
+
+
+def _as_on_the_hub(root: Path) -> None:
+    """The pictures in one archive, which also holds what must not be read, and the list by its other name."""
+    with zipfile.ZipFile(root / "imgs.zip", "w") as archive:
+        for path in sorted((root / "imgs").rglob("*.jpg")):
+            archive.write(path, path.relative_to(root))
+        archive.writestr("../outside.jpg", encoded(9))
+    shutil.rmtree(root / "imgs")
+    (root / "validate.json").rename(root / "validation.json")
 
 
 # ---- evaluation sets -------------------------------------------------------------------------------------------------

@@ -173,10 +173,11 @@ def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path,
     for split in plan.splits:
         shards += _write_pairs(split, plan, tally, work)
         shards += _write_candidates(split, plan, tally, work, late)
-    if not tally.usable:
-        raise DataError(f"no usable pair is left of {settings.root}; {work / QUARANTINE} would hold all of it")
     from_shards = (item for split in plan.splits for part in results[split] for item in part.set_aside)
     reasons = _write_quarantine(work / QUARANTINE, chain(plan.set_aside, from_shards, late))
+    if not tally.usable:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "it has no texts"
+        raise DataError(f"no usable pair is left of {settings.root} ({said}); {work / QUARANTINE} names each")
     manifest = {
         "tool_version": tool_version(),
         "source": settings.source,
