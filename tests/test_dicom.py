@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import pickle
 import re
 import subprocess
@@ -747,6 +748,33 @@ def test_what_belongs_together_stays_together(tmp_path: Path) -> None:
     for image in list_dicom(tmp_path).images:
         splits.setdefault(image.case, set()).add(image.split)
     assert all(len(sides) == 1 for sides in splits.values())
+
+
+def test_one_picture_of_three_patients_is_in_one_split(tmp_path: Path) -> None:
+    """Exports name a patient anew; where the splits are drawn here, no copy stays on another side."""
+    from fuselip_core.config import PrepareSettings
+    from fuselip_core.data.prepare import prepare_data
+
+    rng = np.random.default_rng(3)
+    shared, *others = rng.integers(0, 256, (31, 64, 64), dtype=np.uint8)
+    for number, own in enumerate(others):
+        for name, values in (("own", own), ("shared", shared)):
+            save(picture(values, PatientID=f"P{number}", BodyPartExamined="CHEST"), tmp_path / "in" / f"{name}{number}")
+    settings = PrepareSettings(source="dicom", root=tmp_path / "in", workers=1)
+    counts = prepare_data(settings, tmp_path / "out")["counts"]
+    assert set(counts) == {"train", "valid", "test"}
+    # Each case still has its own picture; of the shared one only test has copies.
+    assert all(counts[split]["images"] == counts[split]["cases"] for split in ("train", "valid"))
+    assert counts["test"]["images"] == 2 * counts["test"]["cases"]
+
+
+def test_file_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    save(picture(np.array([[0, 9]], np.uint8), BodyPartExamined="CHEST"), tmp_path / "a")
+    (tmp_path / "a").rename(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.dcm"))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.txt")).write_text("Huber")
+    listing = list_dicom(tmp_path)
+    assert len(listing.images) == 1 and [entry.reason for entry in listing.set_aside] == ["not_dicom"]
+    assert set(find_files(tmp_path, {listing.set_aside[0].id}, DicomSettings())) == {listing.set_aside[0].id}
 
 
 def test_patients_stay_on_their_side_when_more_come() -> None:

@@ -53,6 +53,7 @@ QUARANTINE = "quarantine.jsonl"
 PAIRS_A_SHARD = 1 << 20
 # Held-out splits first: their hashes keep copies out of the splits behind them.
 ROUNDS = (("test", "valid"), ("dev",), ("train",))
+OWN_ROUNDS = (("test",), ("valid",), ("dev",), ("train",))  # of published splits only train is touched
 TASKS_AHEAD = 2  # shards that wait for each worker
 
 Results = dict[str, list[ShardResult]]
@@ -94,7 +95,7 @@ def tool_version() -> str:
 def _write_images(plan: Plan, settings: PrepareSettings, work: Path, origin: Provenance) -> Results:
     """Image shards of every split; copies of held-out images stay out of dev and train unless they are to be kept."""
     results: Results = {}
-    for number, splits in enumerate(ROUNDS):
+    for number, splits in enumerate(OWN_ROUNDS if plan.own_splits else ROUNDS):
         here = [split for split in splits if split in plan.splits]
         index = _index_held_out(work, number, results) if here and settings.shared_images != "keep" else None
         count = sum(_shard_count(plan, split, settings) for split in here)
