@@ -179,9 +179,12 @@ def test_missing_and_private_data_sets_say_so(hub: FakeHub, target: Path) -> Non
     for name in ("some/private", "some/nothing"):
         with pytest.raises(DownloadError, match=f"data set {name} does not exist at .*, or is private.*HF_TOKEN"):
             download(f"hub:{name}", target, quick())
+        assert not target.exists()
+    target.mkdir()  # of the user's own, hence left alone
     hub.add_repo(ROCO, FILES, LARGE)
     with pytest.raises(DownloadError, match="has no revision 'v9'"):
         download(f"hub:{ROCO}@v9", target, quick())
+    assert target.is_dir()
 
 
 def test_listing_survives_a_busy_hub(hub: FakeHub, target: Path) -> None:
