@@ -26,7 +26,7 @@ from make_dicom import SECRETS, item, picture, save, table, with_identities
 from PIL import Image
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
+from pydicom.uid import JPEG2000, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, generate_uid
 
 from fuselip_core.config import check_settings
 from fuselip_core.data import burned_in, codec_helper, deidentify, dicom_file
@@ -208,6 +208,23 @@ def test_a_jpeg_inside_is_decoded_to_rgb() -> None:
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
     assert np.abs(shown(dataset).astype(int) - (200, 30, 60)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("photometric", "syntax", "lossy"), [("YBR_RCT", JPEG2000Lossless, False), ("YBR_ICT", JPEG2000, True)]
+)
+def test_colour_transforms_of_jpeg_2000(photometric: str, syntax: str, lossy: bool) -> None:
+    """The transform is part of the code stream: undone once, by its decoder, and not again for the header's word."""
+    colours = np.zeros((32, 32, 3), np.uint8)
+    colours[:16], colours[16:] = (200, 30, 60), (10, 240, 90)
+    stream = io.BytesIO()
+    Image.fromarray(colours).save(stream, "JPEG2000", irreversible=lossy, mct=1, no_jp2=True)
+    dataset = picture(np.zeros((32, 32, 3), np.uint8), photometric)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([stream.getvalue()])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    assert np.abs(shown(dataset).astype(int) - colours).max() <= (4 if lossy else 0)
 
 
 def test_frames_of_a_series_in_one_file(tmp_path: Path) -> None:
