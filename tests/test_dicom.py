@@ -555,6 +555,55 @@ def test_prepared_shards_and_manifest_name_nobody(tmp_path: Path) -> None:
         assert len(word) < 6 or word.lower().encode() not in raw.lower(), word
 
 
+IDENTIFYING = {"PN", "UI", "DA", "DT", "TM"}
+
+
+def identifying_values(dataset: Dataset) -> set[str]:
+    """Names, ids, dates and UIDs anywhere in a header, of six characters and more: shorter ones are words too."""
+    found: set[str] = set()
+    for tag in dataset.keys():  # noqa: SIM118  iterating decodes values, some of which are damaged
+        with contextlib.suppress(Exception):
+            element = dataset[tag]
+            if element.VR == "SQ":
+                found = found.union(*map(identifying_values, element.value))
+            elif element.VR in IDENTIFYING or element.keyword in SECRETS:
+                values = element.value if isinstance(element.value, pydicom.multival.MultiValue) else [element.value]
+                found |= {str(value).strip() for value in values}
+    return {value for value in found if len(value) >= 6 and not value.startswith("1.2.840.10008.")}
+
+
+def test_nobody_in_pydicoms_files_is_in_what_is_prepared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fuselip_core.config import PrepareSettings
+    from fuselip_core.data.inspection import inspect_data
+    from fuselip_core.data.prepare import prepare_data
+    from fuselip_core.data.prepared import PreparedData
+
+    caplog.set_level(logging.DEBUG)
+    secrets: set[str] = set()
+    for path in (path for path in EXAMPLES.rglob("*") if path.is_file()):
+        with contextlib.suppress(Exception), dicom_file.discreet():
+            secrets |= identifying_values(pydicom.dcmread(path, stop_before_pixels=True))
+    assert len(secrets) > 300
+    manifest = prepare_data(PrepareSettings(source="dicom", root=EXAMPLES, workers=1), tmp_path / "out")
+    inspect_data(tmp_path / "out", tmp_path / "look")
+    prepared, captured = PreparedData(tmp_path / "out"), capfd.readouterr()
+    texts = [(tmp_path / "out" / name).read_text() for name in ("manifest.json", "quarantine.jsonl")]
+    texts += [(tmp_path / "look" / "index.html").read_text(), caplog.text, captured.out, captured.err]
+    columns = [name for name in IMAGE_SCHEMA.names if name != "bytes"]
+    for split in prepared.splits:
+        texts.append(repr(prepared.pairs(split).to_pylist()))
+        texts += [repr(batch.to_pylist()) for batch in prepared.iter_images(split, columns)]
+    everything = re.sub(r"[0-9a-f]{16,}|base64,[\w+/=]+", "", "\n".join(texts).lower())
+    assert not [value for value in secrets if value.lower() in everything]
+    # Every file is accounted for: it is a picture, or set aside under a pseudonym.
+    files = sum(path.is_file() for path in EXAMPLES.rglob("*"))
+    reasons = manifest["quarantine"]
+    pictures = sum(part["images"] for part in manifest["counts"].values())
+    assert pictures + sum(reasons.values()) - reasons["missing_caption"] == files
+
+
 def test_every_secret_of_the_fixture_is_covered() -> None:
     covered = " ".join(REVEALING).lower()
     for value in SECRETS.values():
