@@ -53,7 +53,7 @@ class _Storable:
     not have; they become their number, so that names that differ stay different.
     """
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
