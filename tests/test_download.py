@@ -179,9 +179,12 @@ def test_missing_and_private_data_sets_say_so(hub: FakeHub, target: Path) -> Non
     for name in ("some/private", "some/nothing"):
         with pytest.raises(DownloadError, match=f"data set {name} does not exist at .*, or is private.*HF_TOKEN"):
             download(f"hub:{name}", target, quick())
+        assert not target.exists()
+    target.mkdir()  # of the user's own, hence left alone
     hub.add_repo(ROCO, FILES, LARGE)
     with pytest.raises(DownloadError, match="has no revision 'v9'"):
         download(f"hub:{ROCO}@v9", target, quick())
+    assert target.is_dir()
 
 
 def test_listing_survives_a_busy_hub(hub: FakeHub, target: Path) -> None:
@@ -545,6 +548,7 @@ def test_every_named_origin_can_be_listed(hub: FakeHub, tmp_path: Path) -> None:
     for name, origin in origins().items():
         kind, _, rest = origin.source.partition(":")
         files: dict[str, bytes | Path] = {"README.md": b"x", "images.zip": b"y", "a-0000.tar": b"z", "b.parquet": b"p"}
+        files["train.json"] = b"[]"
         hub.add_record(rest, files) if kind == "zenodo" else hub.add_repo(rest, files, {"a-0000.tar"})
         assert len(download(name, tmp_path / name, quick()).files) >= 2, name
 

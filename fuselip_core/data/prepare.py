@@ -56,6 +56,7 @@ QUARANTINE = "quarantine.jsonl"
 PAIRS_A_SHARD = 1 << 20
 # Held-out splits first: their hashes keep copies out of the splits behind them.
 ROUNDS = (("test", "valid"), ("dev",), ("train",))
+OWN_ROUNDS = (("test",), ("valid",), ("dev",), ("train",))  # of published splits only train is touched
 TASKS_AHEAD = 2  # shards that wait for each worker
 
 Results = dict[str, list[ShardResult]]
@@ -96,7 +97,7 @@ def tool_version() -> str:
 def _write_images(plan: Plan, settings: PrepareSettings, work: Path, origin: Provenance) -> Results:
     """Image shards of every split; copies of held-out images stay out of dev and train unless they are to be kept."""
     results: Results = {}
-    for number, splits in enumerate(ROUNDS):
+    for number, splits in enumerate(OWN_ROUNDS if plan.own_splits else ROUNDS):
         here = [split for split in splits if split in plan.splits]
         index = _index_held_out(work, number, results) if here and settings.shared_images != "keep" else None
         count = sum(_shard_count(plan, split, settings) for split in here)
@@ -176,10 +177,11 @@ def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path,
         shards += _write_made(split, plan, tally, work)
         shards += _write_pairs(split, plan, tally, work)
         shards += _write_candidates(split, plan, tally, work, late)
-    if not tally.usable:
-        raise DataError(f"no usable pair is left of {settings.root}; {work / QUARANTINE} would hold all of it")
     from_shards = (item for split in plan.splits for part in results[split] for item in part.set_aside)
     reasons = _write_quarantine(work / QUARANTINE, chain(plan.set_aside, from_shards, late))
+    if not tally.usable:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "it has no texts"
+        raise DataError(f"no usable pair is left of {settings.root} ({said}); {work / QUARANTINE} names each")
     manifest = {
         "tool_version": tool_version(),
         "source": settings.source,
