@@ -352,6 +352,18 @@ def test_waits_as_long_as_the_server_asks(hub: FakeHub, target: Path) -> None:
     assert same(target, {"a.csv": b"abc", "b.csv": b"def"})
 
 
+def test_the_hubs_own_way_to_ask_for_patience(hub: FakeHub, target: Path) -> None:
+    """It limits by windows of five minutes, which no back-off outlasts, and sends no Retry-After."""
+    hub.add_repo(ROCO, FILES, LARGE)
+    policy = {"RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    hub.fail(f"/api/datasets/{ROCO}", Fault(status=429, headers={"RateLimit": '"api";r=0;t=1', **policy}))
+    hub.fail("README.md", Fault(status=429, headers={"RateLimit": '"resolvers";r=0;t=9000', **policy}))
+    with pytest.raises(DownloadError, match=r"README\.md: .* asks to come back in 9000 s"):
+        download("rocov2", target, quick())
+    first, second = hub.requests_for(f"/api/datasets/{ROCO}")[:2]
+    assert second.moment - first.moment >= 0.95
+
+
 def test_a_server_that_asks_for_an_hour_is_not_waited_for(hub: FakeHub, target: Path) -> None:
     hub.add_record("1", {"a.csv": b"abc"})
     hub.fail("a.csv", Fault(status=429, headers={"Retry-After": "3600"}))
