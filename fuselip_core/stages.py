@@ -116,7 +116,7 @@ def train(settings: Settings) -> dict[str, Any]:
     checkpoints = Checkpoints(run_folder(all_checkpoints, settings.train, store), settings.train.keep_checkpoints)
     if not world.leads:
         return Trainer(encoder, store, settings.train, checkpoints, _quietly, world=world).run().metrics()
-    history = History(all_checkpoints / "history.jsonl", checkpoints)
+    history = History(checkpoints.folder / "history.jsonl", checkpoints)
     with open_run(settings, "train", resume=history.resumed_step > 0) as run:
         # By reference: where they are is known, and no tracking server has to hold gigabytes.
         run.params({"checkpoints": str(checkpoints.folder), "model_folder": str(settings.artifacts / "model")})

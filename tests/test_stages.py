@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_data import small_settings, write_raw
@@ -17,7 +18,8 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.model.embedder import Embedder
 from fuselip_core.model.hub import load_pretrained
 from fuselip_core.model.titok import TiTok
-from fuselip_core.training.batch import TokenEncoder, encode_sides
+from fuselip_core.model.vocabulary import PAD, join
+from fuselip_core.training.batch import TokenEncoder, encode_sides, prepare_sides
 from fuselip_core.training.build import build_model, open_measuring
 
 
@@ -86,6 +88,32 @@ def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None
     texts = store.texts_of(store.pairs.query_text[rows])
     slow = Embedder(model, processor).embed(images=images, texts=texts)
     torch.testing.assert_close(torch.from_numpy(fast), torch.from_numpy(slow), atol=1e-6, rtol=0)
+
+
+def test_tokenizing_in_every_step_gives_the_same_batches_for_view_0(run: Settings) -> None:
+    """What a batch out of the store holds is what its images and strings give when they are tokenized for it."""
+    from fuselip_core.data.images import decode
+    from fuselip_core.data.prepared import PreparedData
+
+    model, processor = load_pretrained(run.artifacts / "model", "cpu")
+    store = TokenStore(run.artifacts / "tokens", "train")
+    rows = np.concatenate([store.rows_of("caption")[5:9], store.rows_of("vqa")[7:12]])
+    batch = prepare_sides(model, [gather(store, rows, side) for side in ("query", "target")], 0.0)
+    table = PreparedData(run.artifacts / "prepared").iter_images("train", columns=["bytes"])
+    blobs = [blob for part in table for blob in part["bytes"].to_pylist()]
+    sides = [(side, row) for side in ("query", "target") for row in rows]
+    for place, (side, row) in zip(batch.places.tolist(), sides, strict=True):
+        image = getattr(store.pairs, f"{side}_image")[row]
+        text = getattr(store.pairs, f"{side}_text")[row]
+        codes = ids = None
+        if image >= 0:
+            pixels = processor.image_processor(decode(blobs[image], 100.0))
+            codes = model.tokenize_image(pixels[None])
+        if text >= 0:
+            ids = processor.text_tokenizer(store.texts_of(np.array([text])))
+        expected = join(codes, ids, model.config.context_length)[0]
+        start, end = batch.layout.boundaries[place : place + 2].tolist()
+        assert batch.ids[start:end].tolist() == expected[expected != PAD].tolist()
 
 
 def test_sides_with_and_without_image_keep_their_rows(run: Settings) -> None:

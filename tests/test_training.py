@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import socket
@@ -100,14 +101,23 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path: Path) -> None:
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
-def test_a_run_goes_on_with_another_choice_of_memory_and_starts_anew_with_another_batch(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_choice_of_memory_and_begins_anew_with_another_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = random_store(tmp_path / "store")
-    folders = {
-        str(fields): run_folder(tmp_path, settings_of(**fields), store)
-        for fields in ({}, {"gradient_checkpointing": True, "contrast_rows": 2, "compile": True}, {"batch_size": 4})
-    }
-    plain, saving, smaller = folders.values()
-    assert plain == saving != smaller
+    settings = settings_of(steps=3, checkpoint_every=2)
+    trainer_of(store, settings, run_folder(tmp_path / "runs", settings, store)).run()
+    saving = settings.model_copy(update={"gradient_checkpointing": True, "contrast_rows": 2})
+    assert run_folder(tmp_path / "runs", saving, store) == run_folder(tmp_path / "runs", settings, store)
+    with caplog.at_level(logging.WARNING, "fuselip"):
+        again = trainer_of(store, saving, run_folder(tmp_path / "runs", saving, store))
+        again._resume()
+        assert again.step == 2 and not caplog.text
+        smaller = settings.model_copy(update={"batch_size": 4})
+        anew = trainer_of(store, smaller, run_folder(tmp_path / "runs", smaller, store))
+        anew._resume()
+    assert anew.step == 0
+    assert "holds a run with other settings or data; this one begins anew" in caplog.text
 
 
 def process(rank: int, size: int, port: int, folder: Path, settings: TrainSettings) -> None:
@@ -156,22 +166,25 @@ def test_two_processes_compute_what_one_does_with_the_joined_batch(tmp_path: Pat
         trainer_of(store, settings, tmp_path / "run").run()
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_with_averages_and_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_resumed_run_equals_the_uninterrupted_one_with_averages_and_parts(tmp_path: Path, damaged: bool) -> None:
     store = random_store(tmp_path / "store")
-    settings = settings_of(ema=0.9, accumulation=2, layer_decay=0.7, steps=6, checkpoint_every=3)
+    settings = settings_of(ema=0.9, accumulation=2, layer_decay=0.7, steps=6, checkpoint_every=2)
     whole = trainer_of(store, settings, tmp_path / "whole")
     whole.run()
     cut = trainer_of(store, settings, tmp_path / "cut")
     original = cut._train_step
 
     def step(number: int) -> Any:
-        if number == 4:
+        if number == 5:
             raise KeyboardInterrupt
         return original(number)
 
     cut._train_step = step  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         cut.run()
+    if damaged:
+        (tmp_path / "cut" / "step-00000004" / "state.pt").write_bytes(b"not what was written")
     again = trainer_of(store, settings, tmp_path / "cut", seed=5)
     again.run()
     for name, p in whole.model.named_parameters():
