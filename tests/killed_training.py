@@ -30,7 +30,7 @@ from fuselip_core.training.checkpoint import Checkpoints, seed_everything
 from fuselip_core.training.distributed import join_world
 from fuselip_core.training.loop import Trainer, run_folder
 
-STEPS, EVERY = 40, 3
+STEPS, EVERY = 30, 3
 SETTINGS = settings_of(steps=STEPS, checkpoint_every=EVERY, ema=0.9, layer_decay=0.8, accumulation=2)
 
 

@@ -73,12 +73,12 @@ def test_what_saves_memory_changes_no_gradient(tmp_path: Path) -> None:
     )
     runs: list[int] = []
     for number, block in enumerate(saving.model.transformer.resblocks):
-        block.register_forward_hook(lambda *_, number=number: runs.append(number))
+        block.register_forward_pre_hook(lambda *_, number=number: runs.append(number))
     found = gradients_of(saving, rows)
     assert runs == [0, 1, 1, 0], "forward, and again in the backward pass, last block first"
     assert found.keys() == plain.keys() and len(found) > 20
     for name, gradient in plain.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.long  # compiling takes a minute
