@@ -233,9 +233,9 @@ class FuseLIPModel(StrictModel):
 
         `hidden` is (B, L, W) and `labels` (B, L), or packed: (T, W) and (T). Raises FuselipError without a mask token.
         """
-        masked = labels != IGNORED
-        chosen = labels[masked]
-        return self._prediction_head().loss_sum(hidden[masked], chosen) / max(len(chosen), 1)
+        places = (labels != IGNORED).flatten().nonzero().squeeze(1)  # once: on a GPU it waits
+        chosen = labels.flatten()[places]
+        return self._prediction_head().loss_sum(hidden.flatten(0, -2)[places], chosen) / max(len(chosen), 1)
 
     def _prediction_head(self) -> MaskPredictionHead:
         if self.mask_prediction_head is None:

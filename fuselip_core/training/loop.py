@@ -193,9 +193,8 @@ class Trainer:
         self._look_ahead(step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.compute_gradients(rows, step)
-        self.check_finite(losses.total, "loss", step, rows)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.check_finite(norm, "gradient norm", step, rows)
+        self.check_finite({"loss": losses.total, "gradient norm": norm}, step, rows)
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
@@ -226,10 +225,11 @@ class Trainer:
         precision = self.settings.precision
         return precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
 
-    def check_finite(self, value: Tensor, name: str, step: int, rows: np.ndarray) -> None:
+    def check_finite(self, values: dict[str, Tensor], step: int, rows: np.ndarray) -> None:
         """A step on a non-finite value would ruin every weight, so the run ends before it."""
-        if torch.isfinite(value):
+        if torch.stack(list(values.values())).isfinite().all():  # one look: on a GPU each waits for it
             return
+        name, value = next((name, value) for name, value in values.items() if not value.isfinite())
         shown = ", ".join(sample_ids(self.store, rows[:SHOWN_PAIRS]))
         raise FuselipError(
             f"the {name} is {value.item()} at step {step} (pairs {shown}{', ...' * (len(rows) > SHOWN_PAIRS)}); "
