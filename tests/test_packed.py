@@ -92,7 +92,7 @@ def test_no_sequence_sees_another(model: FuseLIPModel) -> None:
 def test_the_kernel_for_gpus_is_called_as_torch_declares_it(
     model: FuseLIPModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU: the declaration takes the call on the meta device, and a plain loop in the kernel's place agrees."""
+    """Without a GPU: its declaration takes the call on the meta device, and a plain loop in its place agrees."""
     ids, layout, _ = pack(mixed_sequences(model))
     elsewhere = torch.empty(len(ids), 96, device="meta", dtype=torch.bfloat16, requires_grad=True)
     declared = packed._boundary_attention(elsewhere, 4, layout.to(torch.device("meta")))
