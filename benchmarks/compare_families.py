@@ -26,115 +26,20 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 os.environ["FUSELIP_TRACKERS"] = ""  # the disk alone: dozens of short runs are no experiment to look up
 
-from measure import SHARED
+from families_runs import COMMON, DATA, FAMILIES, Run, all_runs, family_run
+from families_table import Results, adaptation_table, comparison_table
 
 from fuselip_core import stages
 from fuselip_core.config import Settings, check_settings, corrected_recipe, merge
 
 REPOSITORY = Path(__file__).parents[1]
-SEEDS = (0, 1, 2)
-FAMILIES = {"fuselip": "early fusion", "siglip-sf": "SigLIP-SF", "siglip-mlf": "SigLIP-MLF"}
 TIMED, PASSED_OVER = 14, 4  # steps that are timed, of which the first do not count
 ADAPTATION_SHARE = 0.6  # of the seconds of a run
-
-# What is the same for all: the recipe `sample`, smaller batches, whole groups in a batch, edits among the pairs.
-COMMON: dict[str, Any] = {
-    "prepare": {"extra_pairs": ["edits"]},
-    "tokenize": {"views": 2},
-    "train": {"batch_size": 64, "grouped": True, "preflight": False, "validate_every": 100000},
-    "evaluate": {"examples": 0, "transformations": ["crop", "rotate", "light"]},
-}
-DATA: dict[str, dict[str, Any]] = {
-    "sample": {
-        "prepare": {"source": "phantom", "limit": 2000},
-        "train": {"mixture": {"caption": 0.4, "vqa": 0.4, "edit": 0.2}},
-        "evaluate": {"split": "test"},
-    },
-    "medpix": {
-        "prepare": {
-            "source": "rocov2",
-            "root": SHARED / "medpix-rocov2",
-            "extra_pairs": ["sentences", "concepts", "questions", "edits"],
-            "dev_share": 0.05,
-        },
-        "train": {"mixture": {"caption": 0.3, "sentence": 0.1, "concepts": 0.2, "vqa": 0.2, "edit": 0.2}},
-        "evaluate": {"split": "valid"},
-    },
-    "vqa-rad": {
-        "prepare": {"source": "vqa-rad", "root": SHARED / "vqa-rad", "dev_share": 0.1},
-        "train": {"mixture": {"vqa": 0.8, "edit": 0.2}},
-        "evaluate": {"split": "test"},
-    },
-}
-# MedPix once more, in the codes of the sample's image tokenizer, which an adaptation of the sample's model reads.
-DATA["adapted"] = DATA["medpix"]
-GUARDED: dict[str, Any] = {
-    "learning_rate": 0.0005,
-    "layer_decay": 0.8,
-    "ema": 0.98,
-    "interpolate": 0.8,
-    "alike_pairs": "ignored",
-    "mixture": {**DATA["medpix"]["train"]["mixture"], "sample:caption": 0.15, "sample:vqa": 0.15},
-}
-UNGUARDED: dict[str, Any] = {
-    "learning_rate": 0.002,
-    "layer_decay": 1.0,
-    "ema": 0.0,
-    "interpolate": 1.0,
-    "alike_pairs": "negatives",
-    "mixture": DATA["medpix"]["train"]["mixture"],
-}
-# Name → title, and what is different from the run beside it.
-ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "unmasked": ("without masked modelling", {"mask_weight": 0.0}),
-    "ungrouped": ("variants of an image apart: no grouped negatives", {"grouped": False}),
-}
-ADAPTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "guarded": ("all guards", {}),
-    "unguarded": ("none of them", UNGUARDED),
-    "fast": ("peak learning rate 0.002 instead of 0.0005", {"learning_rate": 0.002}),
-    "unreplayed": ("no pairs of the sample replayed", {"mixture": DATA["medpix"]["train"]["mixture"]}),
-    "final-weights": ("no interpolation with the weights before", {"interpolate": 1.0}),
-    "unaveraged": ("no averaged weights", {"ema": 0.0}),
-    "flat": ("one learning rate for all layers", {"layer_decay": 1.0}),
-    "all-negative": ("pairs of the same concepts are negatives", {"alike_pairs": "negatives"}),
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training and its measures."""
-
-    data: str
-    label: str
-    seed: int
-    family: str = "fuselip"
-    train: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"{self.data}-{self.label}-{self.seed}"
-
-
-def all_runs() -> list[Run]:
-    """In the order of their use: should the time run out, what is missing is missing last."""
-    runs = [
-        Run(data, family, seed, family)
-        for data in ("sample", "medpix", "vqa-rad")
-        for seed in SEEDS
-        for family in FAMILIES
-    ]
-    for label, (_, changed) in ABLATIONS.items():
-        runs += [Run("sample", label, seed, train=changed) for seed in SEEDS]
-    for label, (_, changed) in ADAPTATIONS.items():
-        runs += [Run("adapted", label, seed, train=GUARDED | changed) for seed in SEEDS]
-    return runs
 
 
 class Comparison:
@@ -189,24 +94,19 @@ class Comparison:
             shutil.rmtree(artifacts / name, ignore_errors=True)
 
     def _settings(self, data: str, artifacts: Path, run: Run | None = None) -> Settings:
+        """The recipe `sample` corrected for a data set and, where one is given, for a run with its steps."""
         values = merge(merge({"recipe": "sample"}, COMMON), DATA[data])
+        mixture = DATA[data]["train"]["mixture"]
         if DATA[data]["prepare"]["source"] == "phantom":
             values = merge(values, {"prepare": {"root": self.sample}})
         if run is not None:
-            values = merge(values, {"train": {**run.train, "seed": run.seed}})
-            if "mixture" in run.train:
-                values["train"]["mixture"] = run.train["mixture"]
-            if run.family != "fuselip":
-                off = {"mask_weight": 0.0, "mask_probability": 0.0, "codes_from_codebook": False}
-                values = merge(values, {"model": {"family": run.family, "mask_token": False}, "train": off})
-            values = merge(values, {"train": {"steps": self._steps(data, [run.family])[run.family]}})
+            mixture = run.train.get("mixture", mixture)
+            steps = {"steps": self._steps(data, [run.family])[run.family], "seed": run.seed}
+            values = merge(values, {"model": run.model, "train": {**run.train, **steps}})
             if data == "adapted":
                 values = merge(values, self._adaptation(run))
         settings = corrected_recipe(values)
-        if run is not None and "mixture" in run.train:
-            settings["train"]["mixture"] = run.train["mixture"]
-        elif "mixture" in DATA[data]["train"]:
-            settings["train"]["mixture"] = DATA[data]["train"]["mixture"]
+        settings["train"]["mixture"] = mixture  # as a whole: kinds of the recipe that are not in it stay out
         return check_settings({**settings, "artifacts": artifacts}, origin=f"comparison, {data}")
 
     def _adaptation(self, run: Run) -> dict[str, Any]:
@@ -243,13 +143,9 @@ class Comparison:
         from fuselip_core.training.loop import Trainer
 
         artifacts = self.folder / "data" / data
-        run = Run(data, family, 0, family)
-        changed: dict[str, Any] = {"model": {"family": family}}
-        if family != "fuselip":
-            changed["train"] = {"mask_weight": 0.0, "mask_probability": 0.0}
-            changed["model"]["mask_token"] = False
+        run = family_run(data, family, 0)
         base = self._settings(data, artifacts).model_dump(by_alias=True)
-        settings = check_settings(merge(base, changed), origin=run.name)
+        settings = check_settings(merge(base, {"model": run.model, "train": run.train}), origin=run.name)
         model = build_model(settings.model, settings.train, TiTok.load(artifacts / "codebook"))
         device = torch.device("cpu")
         store, encoder = open_training(model, artifacts, settings.train, device, World())
@@ -267,93 +163,6 @@ class Comparison:
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source.resolve(), target_is_directory=True)
-
-
-# ---- table -----------------------------------------------------------------------------------------------------------
-
-TITLES = {"sample": "sample, test", "medpix": "MedPix 2.0, valid", "vqa-rad": "VQA-RAD, test"}
-MEASURES = {
-    "image → caption, at 1 / 10": ("retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/recall_at_10"),
-    "caption → image, at 1 / 10": ("retrieval/text_to_image/recall_at_1", "retrieval/text_to_image/recall_at_10"),
-    "image + question → answer": ("answers/fused/accuracy",),
-    "image + instruction → image": ("transformations/mean_accuracy",),
-}
-CHANCES = {
-    "retrieval/image_to_text/recall_at_1": "retrieval/image_to_text/chance_at_1",
-    "retrieval/image_to_text/recall_at_10": "retrieval/image_to_text/chance_at_10",
-    "retrieval/text_to_image/recall_at_1": "retrieval/text_to_image/chance_at_1",
-    "retrieval/text_to_image/recall_at_10": "retrieval/text_to_image/chance_at_10",
-    "answers/fused/accuracy": "answers/majority/accuracy",
-    "transformations/mean_accuracy": "transformations/mean_chance",
-}
-ADAPTED = (
-    "adaptation/{0}/retrieval/image_to_text/recall_at_10/{1}",
-    "adaptation/{0}/retrieval/text_to_image/recall_at_10/{1}",
-)
-
-Results = list[dict[str, Any]]  # of one label, a seed each
-
-
-def spread_of(results: Results, names: Iterable[str], scale: float = 100.0) -> str:
-    """Mean and standard deviation over the seeds of the first name, and the second behind a slash; "-" without."""
-    parts = []
-    for name in names:
-        values = [scale * each["metrics"][name] for each in results if name in each["metrics"]]
-        if values:
-            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            parts.append(f"{statistics.mean(values):.1f}{deviation}")
-    return " / ".join(parts) or "-"
-
-
-def row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def comparison_table(results: dict[tuple[str, str], Results]) -> list[str]:
-    """Families and ablations, a row each, beside chance (for answers: the most frequent one of each kind)."""
-    lines = [row("data", "model", *MEASURES, "steps"), row(*["---"] * (len(MEASURES) + 3))]
-    named = [(data, label, title) for data in TITLES for label, title in FAMILIES.items()]
-    named += [("sample", label, f"early fusion {title}") for label, (title, _) in ABLATIONS.items()]
-    named.sort(key=lambda entry: list(TITLES).index(entry[0]))
-    for data, label, title in named:
-        if found := results.get((data, label)):
-            steps = f"{found[0]['train']['steps']:,}" + (f" ({len(found)} seeds)" if len(found) != len(SEEDS) else "")
-            lines.append(row(TITLES[data], title, *(spread_of(found, names) for names in MEASURES.values()), steps))
-        if label == "siglip-mlf" and (found := results.get((data, "fuselip"))):
-            chances = ([CHANCES[name] for name in names] for names in MEASURES.values())
-            lines.append(
-                row(
-                    TITLES[data],
-                    "chance, most frequent answer",
-                    *(spread_of(found[:1], names) for names in chances),
-                    "",
-                )
-            )
-    return lines
-
-
-def adaptation_table(results: dict[tuple[str, str], Results]) -> list[str]:
-    """What each guard contributes on the target (MedPix) and on what is to be kept (the sample), recall at 10."""
-    heads = (
-        "adapted to MedPix",
-        "MedPix: image → caption",
-        "caption → image",
-        "sample: image → caption",
-        "caption → image",
-        "answers on the sample",
-    )
-    lines = [row(*heads), row(*["---"] * len(heads))]
-    places = [name.format(part, "{0}") for part in ("target", "retention") for name in ADAPTED]
-    places.append("adaptation/retention/answers/fused/accuracy/{0}")
-    if found := results.get(("adapted", "guarded")):
-        lines.append(
-            row("before (the sample's model)", *(spread_of(found, [name.format("before")]) for name in places))
-        )
-    for label, (title, _) in ADAPTATIONS.items():
-        if found := results.get(("adapted", label)):
-            title = f"{title} ({len(found)} seeds)" if len(found) != len(SEEDS) else title
-            lines.append(row(title, *(spread_of(found, [name.format("after")]) for name in places)))
-    return lines
 
 
 def write_tables(comparison: Comparison) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fuselip")
 CODEBOOK_IMAGES = 20_000  # enough to train a codebook on, and 4 GB as pixels of 256 x 256
 VALIDATION_PAIRS = 512
+OF_A_SESSION = ("system/", "checkpoint")
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
@@ -200,7 +201,10 @@ class History:
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line."""
+        """Appends one line, without what differs between a run that was cut off and one that was not."""
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(OF_A_SESSION)}
+        if not metrics:
+            return
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **metrics}) + "\n")
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from training_data import write_raw
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.extra_pairs import sentences_of
+from fuselip_core.data.images import to_pixels
 from fuselip_core.data.mixture import Mixture
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.places import apply_instruction
@@ -179,10 +181,17 @@ def test_every_kind_reaches_the_mixture_and_knows_its_like(tmp_path: Path) -> No
     write_raw(tmp_path / "raw", train=8, held_out=2)
     data = prepared(tmp_path / "raw", tmp_path, kinds=("concepts", "questions", "edits"))
     torch.manual_seed(0)
-    tokenizer, settings = TiTok(tokenizer_config("tiny")), TokenizeSettings()
+    # Shards that end within the images and within those made of them.
+    tokenizer, settings = TiTok(tokenizer_config("tiny")), TokenizeSettings(rows_per_shard=5, batch_size=3)
     identity = store_identity(data, "random", tokenizer, settings)
     Tokenizing(data, tokenizer, TextTokenizer(77).encode, settings, identity, tmp_path / "tokens").run()
     store = TokenStore(tmp_path / "tokens", "train")
+    pictures = pictures_of(data)
+    assert store.images == len(pictures) > 8
+    for row, name in enumerate(data.picture_ids("train").to_pylist()):
+        pixels = torch.from_numpy(to_pixels(Image.fromarray(pictures[name]), 96)).permute(2, 0, 1)[None] / 255.0
+        # A code may lie on a tie between two batch sizes.
+        assert (tokenizer.codes(pixels.float())[0].numpy() == store.codes[row, 0]).mean() > 0.9, name
     weights = {"caption": 0.25, "concepts": 0.25, "vqa": 0.25, "edit": 0.25}
     rows = next(Mixture(store, weights, batch_size=8, seed=0))
     drawn = Counter(store.kinds[kind] for kind in store.pairs.kind[rows])

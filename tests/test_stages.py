@@ -17,6 +17,7 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.model.embedder import Embedder
 from fuselip_core.model.hub import load_pretrained
 from fuselip_core.model.titok import TiTok
+from fuselip_core.run_log import read_events
 from fuselip_core.training.batch import TokenEncoder, encode_sides
 from fuselip_core.training.build import build_model, open_measuring
 
@@ -59,10 +60,18 @@ def test_history_has_both_losses_and_the_validation(run: Settings) -> None:
     lines = [json.loads(line) for line in (run.artifacts / "history.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if "loss" in line} >= {1, 10, 12}
     assert all(line["masked"] > 0 for line in lines if "loss" in line)
-    assert all(0 < line["masked_share"] < 1 and line["system/memory_mb"] > 50 for line in lines if "loss" in line)
-    # Where the checkpoints were, though not the last step, which is saved as the model.
-    assert [line["step"] for line in lines if "checkpoint" in line] == [2, 4, 6, 8, 10]
+    assert all(0 < line["masked_share"] < 1 for line in lines if "loss" in line)
     assert [line["step"] for line in lines if any(name.startswith("valid/") for name in line)] == [6, 12]
+
+
+def test_trackers_hear_of_the_machine_and_of_checkpoints(run: Settings) -> None:
+    events, _ = read_events(run.artifacts / "tracking" / "train" / "events.jsonl", 0)
+    values = [(event["step"], event["values"]) for event in events if event["type"] == "metrics"]
+    assert all(metrics["system/memory_mb"] > 50 for _, metrics in values if "loss" in metrics)
+    # The last step is saved as the model instead.
+    assert [step for step, metrics in values if "checkpoint" in metrics] == [2, 4, 6, 8, 10]
+    stated = {name: value for event in events if event["type"] == "params" for name, value in event["values"].items()}
+    assert stated["model_folder"] == str(run.artifacts / "model") and stated["checkpoints"]
 
 
 def test_registered_version_embeds_like_the_saved_model(run: Settings) -> None:
@@ -102,19 +111,6 @@ def test_sides_with_and_without_image_keep_their_rows(run: Settings) -> None:
                 encode_sides(model, [side.part(slice(i, i + 1))], 0.0, torch.device("cpu"))[0][0] for i in range(6)
             ]
             torch.testing.assert_close(embeddings, torch.cat(single), atol=1e-6, rtol=0)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_samples(run: Settings, tmp_path: Path) -> None:
-    from fuselip_core.training.batch import TokenPairs
-    from fuselip_core.training.checkpoint import Checkpoints
-    from fuselip_core.training.loop import Trainer
-
-    model, _ = load_pretrained(run.artifacts / "model", "cpu")
-    model.ln_final.weight.data.fill_(float("nan"))
-    store = TokenStore(run.artifacts / "tokens", "train")
-    encoder = TokenPairs(model, store, 0.0)
-    with pytest.raises(FuselipError, match=r"the loss is nan at step 0 \(pairs ROCOv2_2023_train_0000\d\d/(caption|q)"):
-        Trainer(encoder, store, run.train, Checkpoints(tmp_path), lambda step, metrics: None).run()
 
 
 def test_evaluation_sets_are_asked_as_well(run: Settings, tmp_path: Path) -> None:
