@@ -171,7 +171,7 @@ def write_tables(comparison: Comparison) -> None:
     for run in all_runs():
         if comparison.result(run).is_file():
             results.setdefault((run.data, run.label), []).append(json.loads(comparison.result(run).read_text("utf-8")))
-    text = "\n".join([*comparison_table(results), "", *adaptation_table(results)])
+    text = "\n".join([*comparison_table(results), *adaptation_table(results)])
     print(text)
     readme = REPOSITORY / "README.md"
     page = readme.read_text(encoding="utf-8")

@@ -79,7 +79,9 @@ def adaptation_table(results: dict[tuple[str, str], Results]) -> list[str]:
         "caption → image",
         "answers on the sample",
     )
-    lines = [row(*heads), row(*["---"] * len(heads))]
+    if not any(data == "adapted" for data, _ in results):
+        return []
+    lines = ["", row(*heads), row(*["---"] * len(heads))]
     places = [name.format(part, "{0}") for part in ("target", "retention") for name in ADAPTED]
     places.append("adaptation/retention/answers/fused/accuracy/{0}")
     if found := results.get(("adapted", "guarded")):
