@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -28,14 +29,16 @@ def retrieval_rows(name: str, metrics: Metrics) -> list[str]:
     rows = []
     for direction, label in (("image_to_text", "image → caption"), ("text_to_image", "caption → image")):
         chance = metrics[f"retrieval/{direction}/chance_at_1"]
-        shuffled = percent(metrics, f"retrieval_shuffled/{direction}/recall_at_1")
+        shuffled = f"retrieval_shuffled/{direction}"
         cells = [
             f"{name}: {label}",
             f"{percent(metrics, f'retrieval/{direction}/recall_at_1')} at 1, "
             f"{percent(metrics, f'retrieval/{direction}/recall_at_10')} at 10, "
             f"median rank {metrics[f'retrieval/{direction}/median_rank']:.0f}",
             f"chance {100 * chance:.2f} % at 1, {100 * metrics[f'retrieval/{direction}/chance_at_10']:.1f} % at 10; "
-            f"shuffled {shuffled} at 1",
+            f"shuffled {percent(metrics, f'{shuffled}/recall_at_1')} at 1, "
+            f"{percent(metrics, f'{shuffled}/recall_at_10')} at 10, "
+            f"median rank {metrics[f'{shuffled}/median_rank']:.0f}",
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
@@ -56,6 +59,22 @@ def answer_rows(name: str, metrics: Metrics) -> list[str]:
     return rows
 
 
+def gain_row(name: str, metrics: Metrics, intervals: Mapping[str, Sequence[float]]) -> list[str]:
+    """By how much the fused query is ahead of the same question about another image, on the same questions."""
+    gain = "answers/gain/shuffled_image"
+    if f"{gain}/accuracy" not in metrics:
+        return []
+    points = [100 * value for value in (metrics[f"{gain}/accuracy"], *intervals[f"{gain}/accuracy"])]
+    rank = f"{gain}/mean_reciprocal_rank"
+    low, high = intervals[rank]
+    return [
+        f"| {name}: ahead of the shuffled image | {points[0]:+.1f} points, 95 % interval {points[1]:+.1f} to "
+        f"{points[2]:+.1f} | mean 1 / rank {metrics['answers/fused/mean_reciprocal_rank']:.3f} against "
+        f"{metrics['answers/shuffled_image/mean_reciprocal_rank']:.3f}, {metrics[rank]:+.3f}, "
+        f"95 % interval {low:+.3f} to {high:+.3f} |"
+    ]
+
+
 def main() -> None:
     lines = ["| data and task | result | beside it |", "| --- | --- | --- |"]
     for name, artifacts in RUNS.items():
@@ -64,7 +83,9 @@ def main() -> None:
             print(f"left out: {name}, since {path} is missing")
             continue
         metrics = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads((artifacts / "report" / "results.json").read_text(encoding="utf-8"))
         lines += retrieval_rows(name, metrics) + answer_rows(name, metrics)
+        lines += gain_row(name, metrics, results["intervals"])
     readme = REPOSITORY / "README.md"
     text = readme.read_text(encoding="utf-8")
     block = "<!-- results -->\n" + "\n".join(lines) + "\n<!-- /results -->"

@@ -1,14 +1,17 @@
 """Measures a training step: as published, as this project does it, and the least that its matrix products can take.
 
     python benchmarks/train.py [--size small] [--batch 32] [--rounds 7] [--steps 4] [--threads 2] [--out FILE]
+                               [--also compiled recomputed]
 
 published   decode a JPEG, crop at random, run the frozen image tokenizer, encode the caption, pad it to the longest of
             the batch, and step; a plain reference on this project's own model, without its padding-free path
 ours        the project's Trainer, whole, on a token store
 floor       every matrix product of one of our steps, at its own shape, forward and backward, and nothing else; what
             attention multiplies is counted at the same rate
+compiled    ours with train.compile
+recomputed  ours with train.gradient_checkpointing; both where --also names them
 
-All three see captions of the same lengths, take turns (measure.py), and count medians. `fraction_of_floor` is the
+All see captions of the same lengths, take turns (measure.py), and count medians. `fraction_of_floor` is the
 floor's time over ours: 1 would be a step without anything but matrix products. `fraction_of_peak` counts the same
 work at the machine's best rate, that of large square products. On a GPU the precision is bfloat16 and `mfu` is the
 work of a step over its time and the GPU's own published rate, where that is known. Memory: each variant in a process
@@ -22,6 +25,8 @@ import sys
 sys.path.append(sys.path.pop(0))  # behind Python's own modules, one of which is called tokenize
 
 import argparse
+import copy
+import functools
 import io
 import logging
 import tempfile
@@ -66,6 +71,11 @@ from fuselip_core.training.optimizer import build_adamw
 from fuselip_core.training.pixels import as_pixels
 
 BATCHES = {"tiny": 64, "small": 32, "base": 16, "large": 8}
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "compiled": {"compile": True},
+    "recomputed": {"gradient_checkpointing": True},
+}
 CROP_SCALE = (0.8, 1.0)
 PAIRS, PICTURES = 2048, 256
 SQUARE = {"cpu": 2048, "cuda": 8192}
@@ -83,6 +93,7 @@ class Bench:
         codebook = tokenizer_config(size)
         self.tokenizer = TiTok(codebook).to(self.device).eval().requires_grad_(False)
         self.model = FuseLIPModel(FuseLIPConfig.of_size(size, codebook)).to(self.device)
+        self.models = {"ours": self.model}
         self.settings = TrainSettings(batch_size=batch, mask_probability=0.1, mask_weight=0.25, learning_rate=1e-5)
         self.texts = captions(PAIRS)
         encode = TextTokenizer(context_length=77).encode
@@ -98,20 +109,30 @@ class Bench:
 
     # ---- ours ----------------------------------------------------------------------------------------------------
 
-    def ours(self, steps: int) -> float:
+    def ours(self, steps: int, variant: str = "ours") -> float:
         """Seconds of `steps` steps of the project's own loop, behind one that warms it up."""
-        settings = self.settings.model_copy(
-            update={"steps": steps + 1, "checkpoint_every": 10**9, "checkpoint_minutes": 1e9, "preflight": False}
-        )
+        fixed: dict[str, Any] = {
+            "steps": steps + 1,
+            "checkpoint_every": 10**9,
+            "checkpoint_minutes": 1e9,
+            "preflight": False,
+        }
+        settings = self.settings.model_copy(update=fixed | OURS[variant])
         at: dict[int, float] = {}
 
         def log(step: int, metrics: dict[str, float]) -> None:
             wait_for_gpu()
             at.setdefault(step, time.perf_counter())
 
-        encoder = TokenPairs(self.model, self.store, settings.mask_probability)
+        encoder = TokenPairs(self.model_of(variant), self.store, settings.mask_probability)
         Trainer(encoder, self.store, settings, Checkpoints(self.folder / "checkpoints"), log).run()
         return at[steps + 1] - at[1]
+
+    def model_of(self, variant: str) -> FuseLIPModel:
+        """The model, or a copy that stays changed as the variant has it."""
+        if variant not in self.models:
+            self.models[variant] = copy.deepcopy(self.model)
+        return self.models[variant]
 
     # ---- published -----------------------------------------------------------------------------------------------
 
@@ -229,7 +250,7 @@ class Shapes:
         return 6.0 * 2.0 * squares * self.config.width * self.config.layers
 
 
-def measure(size: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
+def measure(size: str, batch: int, rounds: int, steps: int, also: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(size, batch, Path(name))
         shapes = bench.step_shapes(steps)
@@ -242,6 +263,7 @@ def measure(size: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
                 "ours": lambda: bench.ours(steps),
                 "floor": timed(multiply),
                 "square": timed(square),
+                **{name: functools.partial(bench.ours, steps, name) for name in also},
             },
             rounds,
         )
@@ -251,7 +273,8 @@ def measure(size: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
         "spread": {name: round(spread(values), 2) for name, values in seconds.items()},
         "tokens_per_pair": round(sum(step.tokens for step in shapes) / (batch * steps), 1),
         "parameters": sum(p.numel() for p in bench.model.parameters()),
-        "peak_memory_mb": {variant: _memory_of(variant, size, batch) for variant in ("published", "ours")},
+        "peak_memory_mb": {variant: _memory_of(variant, size, batch) for variant in ("published", "ours", *also)},
+        "ratio_to_ours": {name: round(middle["ours"] / middle[name], 3) for name in also},
     }
 
 
@@ -262,8 +285,8 @@ def figures(middle: dict[str, float], work: float, linear: float, square: float,
     result: dict[str, Any] = {
         "pairs_per_second": {
             "published": round(pairs / middle["published"], 3),
-            "ours": round(pairs / middle["ours"], 3),
             "floor": round(pairs / floor, 3),
+            **{name: round(pairs / middle[name], 3) for name in OURS if name in middle},
         },
         "ratio_to_published": round(middle["published"] / middle["ours"], 3),
         "fraction_of_floor": round(floor / middle["ours"], 3),
@@ -289,9 +312,12 @@ def memory(variant: str, size: str, batch: int) -> dict[str, Any]:
     """Peak memory of three steps of one variant, in this process; on a GPU that of the GPU."""
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(size, batch, Path(name))
-        if variant == "ours":
+        if variant == "published":
+            bench.published(2)
+        else:
             del bench.tokenizer
-        getattr(bench, variant)(2)
+            bench.models = {variant: bench.model}
+            bench.ours(2, variant)
     if torch.cuda.is_available():
         return {"peak_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6, 1)}
     return {"peak_memory_mb": peak_memory_mb()}
@@ -316,7 +342,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="Steps of each variant in a round.")
     parser.add_argument("--threads", type=int, help="Threads of torch; all cores if not given.")
     parser.add_argument("--profile", action="store_true", help="Show where the time of our step goes.")
-    parser.add_argument("--child", choices=("published", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--also", nargs="+", choices=("compiled", "recomputed"), default=[], help="Further variants.")
+    parser.add_argument("--child", choices=("published", *OURS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -332,7 +359,12 @@ def main() -> None:
     if given.profile:
         print(profile(given.size, batch))
         return
-    result = {"size": given.size, "batch": batch, **machine(), **measure(given.size, batch, given.rounds, given.steps)}
+    result = {
+        "size": given.size,
+        "batch": batch,
+        **machine(),
+        **measure(given.size, batch, given.rounds, given.steps, given.also),
+    }
     rows = [[name, rate, result["peak_memory_mb"].get(name, "-")] for name, rate in result["pairs_per_second"].items()]
     print(table(["variant", "pairs/s", "peak memory, MB"], rows))
     ratio, fraction = result["ratio_to_published"], 100 * result["fraction_of_floor"]

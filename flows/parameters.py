@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
 
 from pydantic import (
     BaseModel,
@@ -57,15 +57,16 @@ class Corrections(Form):
     """Base of the generated models: fields of one section, each empty unless corrected."""
 
     def given(self) -> dict[str, Any]:
-        """The fields that are not empty, as plain values."""
-        return self.model_dump(mode="json")
+        """The fields that are not empty, as plain values; a part of which every field is empty is empty too."""
+        parts = {name for name in type(self).model_fields if isinstance(getattr(self, name), Corrections)}
+        return {name: value for name, value in self.model_dump(mode="json").items() if value or name not in parts}
 
 
 def corrections_of(section: type[Section], name: str) -> type[Corrections]:
     """A model with the fields of `section`, which stands in recipes as `name`; none is required, none has a default."""
     fields: dict[str, Any] = {
         field_name: (
-            Optional[_with_limits(field)],  # noqa: UP045 - `|` can't be used on a value
+            Optional[_type_of(field, field_name)],  # noqa: UP045 - `|` can't be used on a value
             Field(None, description=_help(field, name, field_name), json_schema_extra=without_empty),
         )
         for field_name, field in section.model_fields.items()
@@ -74,8 +75,14 @@ def corrections_of(section: type[Section], name: str) -> type[Corrections]:
     return create_model(name.capitalize(), __base__=Corrections, __doc__=docstring, **fields)
 
 
-def _with_limits(field: FieldInfo) -> Any:
-    """The field's type with its limits, such as a range or a pattern."""
+def _type_of(field: FieldInfo, name: str) -> Any:
+    """The field's type with its limits, such as a range or a pattern.
+
+    A section within a section is all empty as well: the form sends the defaults that it shows, given or not.
+    """
+    match get_args(field.annotation):
+        case (type() as part, none) if none is type(None) and issubclass(part, Section):
+            return corrections_of(part, name)
     return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
 
 
@@ -87,11 +94,14 @@ def _help(field: FieldInfo, section: str, name: str) -> str:
         if isinstance(values, Mapping) and name in values:
             text = as_yaml(values[name])
             recipes_of.setdefault(text if len(text) <= LONGEST_VALUE else "a value of its own", []).append(recipe)
-    if len(recipes_of) == 1:
+    if not recipes_of:
+        # Of a part that recipes leave empty.
+        known = f" Empty: {as_yaml(field.default)}."
+    elif len(recipes_of) == 1:
         known = f" Empty: {next(iter(recipes_of))}, as in all recipes."
     else:
         each = "; ".join(f"{value} in {', '.join(recipes)}" for value, recipes in recipes_of.items())
-        known = f" Empty: {each}." if each else ""
+        known = f" Empty: {each}."
     return f"{field.description or ''}{known}"
 
 

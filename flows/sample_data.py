@@ -32,6 +32,8 @@ def ensure_sample(repository: Path, on_line: OnLine) -> bool:
 def _compare(repository: Path) -> None:
     from dvc.repo import Repo
 
+    if not (repository / "data.dvc").read_bytes().strip():  # which DVC takes for nothing to compare
+        raise FuselipError("data.dvc is empty; bring data.dvc back with git")
     target = str(repository / "data.dvc")  # whole, since DVC takes targets from the current folder
     try:
         with Repo(str(repository)) as repo:

@@ -22,13 +22,31 @@ SAID_ELSEWHERE = ("prepare.source", "prepare.root", "train.steps", "train.epochs
 COMPARISONS = (
     ("image → text, recall@1", "retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/chance_at_1", "chance"),
     ("", "", "retrieval_shuffled/image_to_text/recall_at_1", "pairs shuffled"),
+    (
+        "image → text, mean 1 / rank",
+        "retrieval/image_to_text/mean_reciprocal_rank",
+        "retrieval_shuffled/image_to_text/mean_reciprocal_rank",
+        "pairs shuffled",
+    ),
     ("text → image, recall@1", "retrieval/text_to_image/recall_at_1", "retrieval/text_to_image/chance_at_1", "chance"),
     ("", "", "retrieval_shuffled/text_to_image/recall_at_1", "pairs shuffled"),
+    (
+        "text → image, mean 1 / rank",
+        "retrieval/text_to_image/mean_reciprocal_rank",
+        "retrieval_shuffled/text_to_image/mean_reciprocal_rank",
+        "pairs shuffled",
+    ),
     ("answers, image and question", "answers/fused/accuracy", "answers/majority/accuracy", "commonest answer"),
     ("", "", "answers/question_only/accuracy", "question alone"),
     ("", "", "answers/image_only/accuracy", "image alone"),
     ("", "", "answers/blank_image/accuracy", "blank image"),
     ("", "", "answers/shuffled_image/accuracy", "shuffled image"),
+    (
+        "answers, mean 1 / rank",
+        "answers/fused/mean_reciprocal_rank",
+        "answers/shuffled_image/mean_reciprocal_rank",
+        "shuffled image",
+    ),
 )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from fuselip_core import config, data_cli, vqa_cli
+from fuselip_core import config, data_cli, telemetry, vqa_cli
 from fuselip_core.errors import FuselipError, sentence_of
 
 STAGE_HELP = {
@@ -146,6 +146,7 @@ def diff_recipes(
 
 def main() -> None:
     """Entry point: an error a user can mend is one sentence on stderr and its exit code (1, 2 for settings)."""
+    telemetry.turn_off()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

@@ -48,6 +48,7 @@ __all__ = [
 
 Size = Literal["tiny", "small", "base", "large"]
 Family = Literal["fuselip", "siglip-sf", "siglip-mlf"]
+ExtraPairs = Literal["sentences", "concepts", "questions", "statements", "edits", "general-edits"]
 SourceName = Literal[
     "phantom",
     "rocov2",
@@ -100,11 +101,13 @@ class PrepareSettings(Section):
         120.0, gt=0, le=178, description="Larger images are set aside, in megapixels; Pillow opens no larger than 178."
     )
     min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are set aside.")
-    extra_pairs: tuple[Literal["sentences", "concepts", "questions", "edits"], ...] = Field(
+    extra_pairs: tuple[ExtraPairs, ...] = Field(
         (),
-        description="Kinds of pairs made of a captioned image beside its caption: one sentence of it, the names of its "
-        "concepts, questions that rules ask about them, and edits that keep left and right (training only).",
+        description="Kinds of pairs made of an image beside the published ones: one sentence of its caption, the names "
+        "of its concepts, questions that rules ask about them, its questions with their answers as texts that describe "
+        "it, and edits (training only): such as keep left and right, or the published ones with flips and colours.",
     )
+    edited_share: Share = Field(1.0, description="Share of the training images that edits are made of.")
     limit: int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
     dev_share: float = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
@@ -121,6 +124,12 @@ class PrepareSettings(Section):
         None, description="For the source `dicom`; where empty, a dicom.yaml in its folder counts, else the defaults."
     )
     seed: int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
+
+    @model_validator(mode="after")
+    def _edits_are_of_one_sort(self) -> PrepareSettings:
+        if {"edits", "general-edits"} <= set(self.extra_pairs):
+            raise ValueError("extra_pairs has both edits and general-edits; leave one out (flips spoil left and right)")
+        return self
 
 
 class ModelSettings(Section):
@@ -188,6 +197,13 @@ class TrainSettings(Section):
     accumulation: int = Field(
         1, ge=1, description="Parts a process computes its pairs in, each against all of the batch: less memory."
     )
+    contrast_rows: int | None = Field(
+        None, ge=1, description="Queries compared with all targets at a time, for large batches; all if empty."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute each block again in the backward pass: far less memory, a third more work."
+    )
+    compile: bool = Field(False, description="Compile the blocks with torch.compile (needs a C++ compiler).")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="Factor of the learning rate from a layer to the one below."
@@ -279,6 +295,9 @@ class EvaluateSettings(Section):
     candidates: tuple[Path, ...] = Field(
         (), description="Folders of prepared evaluation sets (SugarCrepe, MMEB, ...) whose questions are asked as well."
     )
+    transformations: tuple[Literal["crop", "rotate", "light", "colour", "flip", "colorize"], ...] = Field(
+        (), description="Families of image transformations whose variants of a held-out image are to be told apart."
+    )
     retention: Path | None = Field(
         None, description="Artifacts of a run on general data: what the adaptation keeps of train.init's ability there."
     )
@@ -338,7 +357,8 @@ def load_settings(
     values = corrected_recipe(corrections)
     if artifacts:
         values["artifacts"] = artifacts
-    return check_settings(values, origin=str(path or f"recipe {corrections['recipe']}"))
+    origin = str(path or f"recipe {corrections['recipe']}")
+    return check_settings(values, origin=f"{origin} and --set" if overrides else origin)
 
 
 def check_settings(values: Mapping[str, Any], origin: str) -> Settings:

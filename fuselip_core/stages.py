@@ -20,6 +20,7 @@ from fuselip_core.files import atomic_folder, read_json_object, replace_folder, 
 if TYPE_CHECKING:
     import torch
 
+    from fuselip_core.data.prepared import PreparedData
     from fuselip_core.data.token_store import TokenStore
     from fuselip_core.model.hub import Model
     from fuselip_core.training.codebook import Perception
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fuselip")
 CODEBOOK_IMAGES = 20_000  # enough to train a codebook on, and 4 GB as pixels of 256 x 256
 VALIDATION_PAIRS = 512
+OF_A_SESSION = ("system/", "checkpoint")
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
@@ -66,8 +68,12 @@ def codebook(settings: Settings) -> dict[str, Any]:
         def log(step: int, metrics: dict[str, float]) -> None:
             run.metrics(metrics, step)
 
+        modalities = _modalities(prepared, len(held_out))
+        # A tokenizer that is adapted is measured before as well: an error that rises for one modality must show.
+        adapted = settings.codebook.init is not None and settings.codebook.steps > 0
+        before = measure_codebook(tokenizer, held_out, modalities, "codebook/before") if adapted else {}
         CodebookTrainer(tokenizer, train, settings.codebook, checkpoints, log, _perception(settings)).run()
-        measured = measure_codebook(tokenizer, held_out)
+        measured = before | measure_codebook(tokenizer, held_out, modalities)
         with atomic_folder(settings.artifacts / "codebook") as folder:
             tokenizer.save(folder)
             write_json(folder / "codebook.json", measured)
@@ -111,8 +117,10 @@ def train(settings: Settings) -> dict[str, Any]:
     checkpoints = Checkpoints(run_folder(all_checkpoints, settings.train, store), settings.train.keep_checkpoints)
     if not world.leads:
         return Trainer(encoder, store, settings.train, checkpoints, _quietly, world=world).run().metrics()
-    history = History(all_checkpoints / "history.jsonl", checkpoints)
+    history = History(checkpoints.folder / "history.jsonl", checkpoints)
     with open_run(settings, "train", resume=history.resumed_step > 0) as run:
+        # By reference: where they are is known, and no tracking server has to hold gigabytes.
+        run.params({"checkpoints": str(checkpoints.folder), "model_folder": str(settings.artifacts / "model")})
 
         def log(step: int, metrics: dict[str, float]) -> None:
             history.add(step, metrics)
@@ -137,6 +145,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     from fuselip_core.evaluation.candidates import measure_candidates
     from fuselip_core.evaluation.report import write_report
     from fuselip_core.evaluation.tasks import evaluate as measure
+    from fuselip_core.evaluation.transformations import measure_transformations
     from fuselip_core.model.embedder import Embedder
     from fuselip_core.model.hub import load_pretrained
     from fuselip_core.tracking import open_run
@@ -151,8 +160,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     # Opened first: a wrong folder is told before anything is measured.
     with_candidates = [prepared, *map(PreparedData, settings.evaluate.candidates)]
     result = measure(encoder, store, prepared, settings.evaluate)
+    embedder = Embedder(model, processor)
     for data in with_candidates:
-        measure_candidates(Embedder(model, processor), data, settings.evaluate, result)
+        measure_candidates(embedder, data, settings.evaluate, result)
+    measure_transformations(embedder, prepared, settings.evaluate, result)
     result.metrics.update(measure_adaptation(model, artifacts, settings.evaluate, result.metrics, _device()))
     metrics = {**result.metrics, **made}
     with open_run(settings, "evaluate") as run:
@@ -190,7 +201,10 @@ class History:
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line."""
+        """Appends one line, without what differs between a run that was cut off and one that was not."""
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(OF_A_SESSION)}
+        if not metrics:
+            return
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **metrics}) + "\n")
 
@@ -230,6 +244,12 @@ def _new_tokenizer(settings: Settings) -> Any:
             raise FuselipError("codebook.steps is 0 and codebook.init is empty: there is no image tokenizer; set one")
         return TiTok(tokenizer_config(settings.model.size), decoder=True)
     return load_tokenizer(settings.codebook.init, decoder=True)
+
+
+def _modalities(prepared: PreparedData, count: int) -> list[str | None]:
+    """Modality of each of the first `count` images that the tokenizer is measured on."""
+    batches = prepared.iter_images(_validation_split(prepared.splits), columns=["modality"])
+    return [name for batch in batches for name in batch.column("modality").to_pylist()][:count]
 
 
 def _perception(settings: Settings) -> Perception | None:

@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fuselip_core.config import Settings
+import yaml
+
+from fuselip_core.config import Settings, describe_settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.run_log import Event, EventLog, Service, read_events, read_run
 
@@ -50,11 +52,19 @@ def open_run(settings: Settings, stage: str, resume: bool = False) -> Iterator[E
         try:
             if name == stage:
                 log.params(settings.model_dump(mode="json", by_alias=True))
+                log.artifact(_write_recipe(settings, folder))
             yield log
         except BaseException as error:
             log.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
         log.end("FINISHED")
+
+
+def _write_recipe(settings: Settings, folder: Path) -> Path:
+    """The settings of a run with their meaning, as a file that stays with it."""
+    path = folder / "recipe.yaml"
+    path.write_text(describe_settings(settings) + "\n", encoding="utf-8")
+    return path
 
 
 def sync(artifacts: Path) -> int:
@@ -222,6 +232,7 @@ def _describe(settings: Settings, name: str) -> dict[str, Any]:
         "family": settings.model.family,
         "size": settings.model.size,
         "data_version": data,
+        "dvc_data": dvc_version(settings.prepare.root),
         **_git_tags(),
     }
     for tag, variable in (("prefect_flow_run", "FUSELIP_FLOW_RUN"), ("prefect_flow_url", "FUSELIP_FLOW_URL")):
@@ -240,6 +251,16 @@ def data_version(artifacts: Path) -> str:
         manifest = json.loads((artifacts / "prepared" / "manifest.json").read_text(encoding="utf-8"))
         return str(manifest["data_version"])
     except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def dvc_version(root: Path) -> str:
+    """Hash by which DVC knows the raw data at `root`, from the file that `dvc add` leaves beside it, or `unknown`."""
+    beside = repository_root() / root
+    try:
+        known = yaml.safe_load(beside.with_name(f"{beside.name}.dvc").read_text(encoding="utf-8"))
+        return str(known["outs"][0]["md5"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError):
         return "unknown"
 
 

@@ -70,10 +70,12 @@ class Served:
         """An answer of Prefect's API to `content`."""
         return answer_of(lambda: httpx.post(f"{self.api}/{path}", json=content, timeout=60))
 
-    def start(self, deployment: str, **parameters: Any) -> str:
+    def start(self, deployment: str, environment: dict[str, str] | None = None, **parameters: Any) -> str:
         """Starts a deployment, such as ``pipeline/pipeline-nightly``, and returns the flow run's id."""
         found = self.get(f"deployments/name/{deployment}")
-        content = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        content: dict[str, Any] = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        if environment:
+            content["job_variables"] = {"env": {"PYTHONPATH": str(self.repository), **environment}}
         return str(self.post(f"deployments/{found['id']}/create_flow_run", content)["id"])
 
     def run(self, run_id: str) -> dict[str, Any]:

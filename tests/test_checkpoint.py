@@ -42,6 +42,18 @@ def test_a_damaged_newest_one_falls_back(tmp_path: Path, damage: str, caplog: py
     assert "damaged" in caplog.text
 
 
+def test_a_full_disk_harms_no_finished_checkpoint(small_disk: Path) -> None:
+    checkpoints = Checkpoints(small_disk)
+    checkpoints.save(1, {"value": torch.zeros(100_000)})
+    with pytest.raises(OSError, match="No space left") as full:
+        checkpoints.save(2, {"value": torch.ones(400_000)})
+    assert full.value.filename == str(small_disk / "step-00000002")
+    assert [path.name for path in small_disk.iterdir()] == ["step-00000001"], "nothing half written stays"
+    assert (checkpoints.latest() or (0, {}))[0] == 1
+    checkpoints.save(2, {"value": torch.ones(100_000)})  # as soon as there is room
+    assert (checkpoints.latest() or (0, {}))[0] == 2
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "absent").latest() is None
 

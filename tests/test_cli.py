@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fuselip_core import cli
+from fuselip_core import cli, telemetry
 from fuselip_core.config import SettingsError
 from fuselip_core.errors import FuselipError, Interrupted
 
@@ -156,3 +156,20 @@ def test_summary_is_printed_as_json(stage_that: Any) -> None:
 def test_interrupt_from_the_keyboard_is_no_traceback(stage_that: Any) -> None:
     done = stage_that(fail(KeyboardInterrupt()))
     assert done.code in (1, 130) and "Traceback" not in done.err
+
+
+def test_nothing_reports_home_unless_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow, DVC, wandb and the Hub's client read it when they are imported: commands set it before that."""
+    for name in telemetry.OFF:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
+    code = (
+        "import json, os, sys\n"
+        "from fuselip_core.cli import main\n"
+        "sys.argv = ['fuselip', 'recipes', 'list']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(json.dumps(dict(os.environ)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name: found.get(name) for name in telemetry.OFF} == {**telemetry.OFF, "WANDB_ERROR_REPORTING": "true"}

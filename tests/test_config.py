@@ -18,6 +18,7 @@ from fuselip_core.config import (
     merge,
     recipe_names,
 )
+from fuselip_core.data.transforms import FAMILIES, GENERAL
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -168,3 +169,18 @@ def test_overrides_of_one_mixture_add_up_and_replace_the_recipes() -> None:
     words = ["train.mixture.vqa=0.3", "train.mixture.region=0.7"]
     assert load_settings(recipe="sample", overrides=words).train.mixture == {"vqa": 0.3, "region": 0.7}
     assert load_settings(recipe="sample", overrides=words[:1]).train.mixture == {"vqa": 0.3}
+
+
+@pytest.mark.parametrize(("data", "share"), [("cc3m", 0.1), ("cc12m", 0.029)])
+def test_transformations_have_the_published_share_of_pretraining(data: str, share: float) -> None:
+    """Of the pairs that an epoch draws of the data set's own images, from the recipe's passes and edited share."""
+    draws = {name: weight / FAMILIES[name].training for name, weight in GENERAL.items()}
+    variants = sum(GENERAL.values()) / sum(draws.values())
+    for family in ("fuselip", "siglip-sf", "siglip-mlf"):
+        settings = load_settings(recipe=f"{family}-{data}")
+        assert settings.prepare.extra_pairs == ("general-edits",) and settings.train.grouped
+        edits = settings.train.mixture["edit"] * settings.prepare.edited_share * variants
+        captions = settings.train.mixture["caption"]
+        assert edits / (edits + captions) == pytest.approx(share, rel=0.01)
+        # Every image once an epoch: as a caption, or with a group of edits.
+        assert captions + edits / variants == pytest.approx(1.0, abs=0.002)

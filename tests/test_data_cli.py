@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from fuselip_core.cli import app
 from fuselip_core.config import SettingsError, SourceName
+from fuselip_core.data.contact_sheet import write_sheet
 from fuselip_core.data.difference import differences
 from fuselip_core.data.phantom import draw_data_set
 from fuselip_core.data.prepared import PreparedData
@@ -86,6 +89,24 @@ def test_inspect_writes_a_page_that_needs_nothing_else(folders: tuple[Path, Path
     # Licences may be addresses; nothing is loaded from one.
     assert not re.search(r"(?:src|href|url|@import)[=(\s'\"]*https?:", content)
     assert Image.open(tmp_path / "look" / "contact-sheet.png").width > 800
+
+
+def test_the_sheet_has_every_split_and_both_pictures_of_an_edit(tmp_path: Path) -> None:
+    pictures = {}
+    for name, colour in (("before", (255, 0, 0)), ("after", (0, 0, 255))):
+        stream = io.BytesIO()
+        Image.new("RGB", (50, 50), colour).save(stream, "PNG")
+        pictures[name] = stream.getvalue()
+    edit = {"query_image": "before", "query_text": "make it blue", "target_image": "after", "target_text": None}
+    question = {"query_image": "before", "query_text": "red?", "target_image": None, "target_text": "yes"}
+    write_sheet(tmp_path / "sheet.png", {"train": ([edit] * 7, pictures), "test": ([question], pictures)})
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    red, blue = ((sheet == colour).all(axis=2) for colour in ((255, 0, 0), (0, 0, 255)))
+    # Thumbnails keep their 50 pixels: eight reds, seven blues, each blue right of a red in the same rows.
+    assert (red.sum(), blue.sum()) == (8 * 2500, 7 * 2500)
+    first = np.argwhere(red).min(axis=0), np.argwhere(blue).min(axis=0)
+    assert first[0][0] == first[1][0] and first[0][1] < first[1][1]
+    assert np.argwhere(red).max() > np.argwhere(blue).max(axis=0)[0]
 
 
 def test_inspect_escapes_what_a_data_set_says(folders: tuple[Path, Path], tmp_path: Path) -> None:

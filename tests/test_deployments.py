@@ -14,11 +14,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from fake_hub import FakeHub, Fault
 from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import validate
 from prefect_stack import Served, wait_until
-from repository_copy import copy_of
+from repository_copy import copy_of, dvc
 
 from flows.gpu import limit_name
 from flows.processes import Process
@@ -146,6 +147,31 @@ def test_worker_runs_a_deployment_and_leaves_its_results_on_the_page(served: Ser
     found = {each["key"]: each for each in served.post("artifacts/filter", asked)}
     assert found["results"]["type"] == "markdown" and "| 0.400 | chance | 0.010 |" in found["results"]["data"]
     assert found["metrics"]["type"] == "table"
+
+
+def test_download_fetches_keeps_the_version_and_is_done_the_second_time(served: Served) -> None:
+    files = {"train.bin": b"shard" * 5000, "README.md": b"a data set"}
+    hub = FakeHub()
+    hub.add_repo("someone/pictures", dict(files), {"train.bin"})
+    hub.fail("/store/", Fault(cut_after=1000))
+    request = {"source": "hub:someone/pictures", "folder": "Pictures_data"}
+    with hub.running():
+        for fetches in (True, False):
+            hub.seen.clear()
+            run = served.wait(
+                served.start("download/download", {"HF_ENDPOINT": hub.url}, request=request), {"Completed"}
+            )
+            assert run["name"] == "download-pictures"
+            assert bool(hub.requests_for("/resolve/")) == fetches
+        missing = {**request, "source": "hub:someone/nothing"}
+        failed = served.wait(served.start("download/download", {"HF_ENDPOINT": hub.url}, request=missing), {"Failed"})
+    assert "someone/nothing" in failed["state"]["message"] and "Traceback" not in failed["state"]["message"]
+    folder = served.repository / request["folder"]
+    assert {name: (folder / name).read_bytes() for name in files} == files
+    assert "up to date" in dvc(served.repository, "status", "Pictures_data.dvc")
+    asked = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
+    found = {each["key"]: each for each in served.post("artifacts/filter", asked)}
+    assert "version: `Pictures_data.dvc`" in found["download"]["data"]
 
 
 def test_cancelling_stops_the_stage_which_saves_its_state(served: Served) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import pickle
 import re
 import subprocess
@@ -25,7 +26,7 @@ from make_dicom import SECRETS, item, picture, save, table, with_identities
 from PIL import Image
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
+from pydicom.uid import JPEG2000, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, generate_uid
 
 from fuselip_core.config import check_settings
 from fuselip_core.data import burned_in, codec_helper, deidentify, dicom_file
@@ -207,6 +208,23 @@ def test_a_jpeg_inside_is_decoded_to_rgb() -> None:
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
     assert np.abs(shown(dataset).astype(int) - (200, 30, 60)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("photometric", "syntax", "lossy"), [("YBR_RCT", JPEG2000Lossless, False), ("YBR_ICT", JPEG2000, True)]
+)
+def test_colour_transforms_of_jpeg_2000(photometric: str, syntax: str, lossy: bool) -> None:
+    """The transform is part of the code stream: undone once, by its decoder, and not again for the header's word."""
+    colours = np.zeros((32, 32, 3), np.uint8)
+    colours[:16], colours[16:] = (200, 30, 60), (10, 240, 90)
+    stream = io.BytesIO()
+    Image.fromarray(colours).save(stream, "JPEG2000", irreversible=lossy, mct=1, no_jp2=True)
+    dataset = picture(np.zeros((32, 32, 3), np.uint8), photometric)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([stream.getvalue()])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    assert np.abs(shown(dataset).astype(int) - colours).max() <= (4 if lossy else 0)
 
 
 def test_frames_of_a_series_in_one_file(tmp_path: Path) -> None:
@@ -537,6 +555,55 @@ def test_prepared_shards_and_manifest_name_nobody(tmp_path: Path) -> None:
         assert len(word) < 6 or word.lower().encode() not in raw.lower(), word
 
 
+IDENTIFYING = {"PN", "UI", "DA", "DT", "TM"}
+
+
+def identifying_values(dataset: Dataset) -> set[str]:
+    """Names, ids, dates and UIDs anywhere in a header, of six characters and more: shorter ones are words too."""
+    found: set[str] = set()
+    for tag in dataset.keys():  # noqa: SIM118  iterating decodes values, some of which are damaged
+        with contextlib.suppress(Exception):
+            element = dataset[tag]
+            if element.VR == "SQ":
+                found = found.union(*map(identifying_values, element.value))
+            elif element.VR in IDENTIFYING or element.keyword in SECRETS:
+                values = element.value if isinstance(element.value, pydicom.multival.MultiValue) else [element.value]
+                found |= {str(value).strip() for value in values}
+    return {value for value in found if len(value) >= 6 and not value.startswith("1.2.840.10008.")}
+
+
+def test_nobody_in_pydicoms_files_is_in_what_is_prepared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fuselip_core.config import PrepareSettings
+    from fuselip_core.data.inspection import inspect_data
+    from fuselip_core.data.prepare import prepare_data
+    from fuselip_core.data.prepared import PreparedData
+
+    caplog.set_level(logging.DEBUG)
+    secrets: set[str] = set()
+    for path in (path for path in EXAMPLES.rglob("*") if path.is_file()):
+        with contextlib.suppress(Exception), dicom_file.discreet():
+            secrets |= identifying_values(pydicom.dcmread(path, stop_before_pixels=True))
+    assert len(secrets) > 300
+    manifest = prepare_data(PrepareSettings(source="dicom", root=EXAMPLES, workers=1), tmp_path / "out")
+    inspect_data(tmp_path / "out", tmp_path / "look")
+    prepared, captured = PreparedData(tmp_path / "out"), capfd.readouterr()
+    texts = [(tmp_path / "out" / name).read_text() for name in ("manifest.json", "quarantine.jsonl")]
+    texts += [(tmp_path / "look" / "index.html").read_text(), caplog.text, captured.out, captured.err]
+    columns = [name for name in IMAGE_SCHEMA.names if name != "bytes"]
+    for split in prepared.splits:
+        texts.append(repr(prepared.pairs(split).to_pylist()))
+        texts += [repr(batch.to_pylist()) for batch in prepared.iter_images(split, columns)]
+    everything = re.sub(r"[0-9a-f]{16,}|base64,[\w+/=]+", "", "\n".join(texts).lower())
+    assert not [value for value in secrets if value.lower() in everything]
+    # Every file is accounted for: it is a picture, or set aside under a pseudonym.
+    files = sum(path.is_file() for path in EXAMPLES.rglob("*"))
+    reasons = manifest["quarantine"]
+    pictures = sum(part["images"] for part in manifest["counts"].values())
+    assert pictures + sum(reasons.values()) - reasons["missing_caption"] == files
+
+
 def test_every_secret_of_the_fixture_is_covered() -> None:
     covered = " ".join(REVEALING).lower()
     for value in SECRETS.values():
@@ -606,6 +673,19 @@ def test_the_key_is_made_once_and_for_its_owner_only(tmp_path: Path, monkeypatch
 )
 def test_scrubbing_finds_identities_and_leaves_medicine(text: str, expected: str) -> None:
     assert scrub(text) == expected
+
+
+def test_names_deep_in_the_header_are_scrubbed_too(tmp_path: Path) -> None:
+    """People whom only a nested or a private element names, such as a reader or another patient."""
+    dataset = picture(np.array([[0, 9]], np.uint8), StudyDescription="Chest read by Quacksalber for Knipser and Huber")
+    observer, content = Dataset(), Dataset()
+    observer.PersonName = "Quacksalber^Theodor"
+    content.ContentSequence = [observer]
+    dataset.RequestAttributesSequence = [content]
+    dataset.private_block(0x0011, "ACME", create=True).add_new(1, "PN", ["Knipser^Ida", "Huber^Max"])
+    save(dataset, tmp_path / "a")
+    (pair,) = list_dicom(tmp_path).pairs
+    assert pair.target.text == "Image. Chest read by for and."
 
 
 def test_scrubbing_knows_the_names_of_the_header() -> None:
@@ -736,6 +816,33 @@ def test_what_belongs_together_stays_together(tmp_path: Path) -> None:
     assert all(len(sides) == 1 for sides in splits.values())
 
 
+def test_one_picture_of_three_patients_is_in_one_split(tmp_path: Path) -> None:
+    """Exports name a patient anew; where the splits are drawn here, no copy stays on another side."""
+    from fuselip_core.config import PrepareSettings
+    from fuselip_core.data.prepare import prepare_data
+
+    rng = np.random.default_rng(3)
+    shared, *others = rng.integers(0, 256, (31, 64, 64), dtype=np.uint8)
+    for number, own in enumerate(others):
+        for name, values in (("own", own), ("shared", shared)):
+            save(picture(values, PatientID=f"P{number}", BodyPartExamined="CHEST"), tmp_path / "in" / f"{name}{number}")
+    settings = PrepareSettings(source="dicom", root=tmp_path / "in", workers=1)
+    counts = prepare_data(settings, tmp_path / "out")["counts"]
+    assert set(counts) == {"train", "valid", "test"}
+    # Each case still has its own picture; of the shared one only test has copies.
+    assert all(counts[split]["images"] == counts[split]["cases"] for split in ("train", "valid"))
+    assert counts["test"]["images"] == 2 * counts["test"]["cases"]
+
+
+def test_file_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    save(picture(np.array([[0, 9]], np.uint8), BodyPartExamined="CHEST"), tmp_path / "a")
+    (tmp_path / "a").rename(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.dcm"))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/M\xfcller.txt")).write_text("Huber")
+    listing = list_dicom(tmp_path)
+    assert len(listing.images) == 1 and [entry.reason for entry in listing.set_aside] == ["not_dicom"]
+    assert set(find_files(tmp_path, {listing.set_aside[0].id}, DicomSettings())) == {listing.set_aside[0].id}
+
+
 def test_patients_stay_on_their_side_when_more_come() -> None:
     pseudonyms = Pseudonyms(b"a key of sixteen")
     cases = [pseudonyms.of("case", str(number)) for number in range(2000)]
@@ -761,7 +868,7 @@ def test_few_patients_fill_train_first(count: int, sides: set[str]) -> None:
 def test_text_in_the_picture_sets_it_aside_and_markers_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.zeros((4, 4), np.uint8)
     burned_in.refuse_text(pixels, lambda _: [("L", 0.99), ("R.", 0.9), ("AP", 0.9), ("DOE^JANE", 0.2)])
-    with pytest.raises(UnreadableImage, match="2 pieces of text") as caught:
+    with pytest.raises(UnreadableImage, match="pieces of text found in the picture: 2") as caught:
         burned_in.refuse_text(pixels, lambda _: [("DOE^JANE", 0.9), ("1957-03-02", 0.8), ("L", 0.9)])
     assert "DOE" not in str(caught.value) and caught.value.reason == "burned_in_text"
     monkeypatch.setattr(burned_in, "_reader", lambda: lambda _: [("DOE^JANE", 0.9)])

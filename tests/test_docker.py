@@ -113,12 +113,12 @@ def stopped_in_training(mounted: Mounted, words: tuple[str, ...]) -> tuple[int, 
     """Exit code and stderr of a container that gets `docker stop -t 60` after its first training step."""
     name = f"fuselip-test-{os.getpid()}"
     options = ("--rm", "--name", name, "-u", f"{USER}:{USER}", *CLOSED, *mounted.options)
-    curves = mounted.models / ".work" / "fuselip-rocov2-tiny" / "checkpoints" / "history.jsonl"
+    checkpoints = mounted.models / ".work" / "fuselip-rocov2-tiny" / "checkpoints"
     log = mounted.place / "stderr"
     with log.open("w") as stderr:
         child = subprocess.Popen([DOCKER, "run", *options, "bacor_fuselip_train", *words], stderr=stderr)
     late = time.monotonic() + 500
-    while child.poll() is None and not (curves.is_file() and curves.stat().st_size):
+    while child.poll() is None and not any(curves.stat().st_size for curves in checkpoints.glob("*/history.jsonl")):
         assert time.monotonic() < late, log.read_text()[-2000:]
         time.sleep(0.05)
     subprocess.run([DOCKER, "stop", "-t", "60", name], capture_output=True)

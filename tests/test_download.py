@@ -179,9 +179,12 @@ def test_missing_and_private_data_sets_say_so(hub: FakeHub, target: Path) -> Non
     for name in ("some/private", "some/nothing"):
         with pytest.raises(DownloadError, match=f"data set {name} does not exist at .*, or is private.*HF_TOKEN"):
             download(f"hub:{name}", target, quick())
+        assert not target.exists()
+    target.mkdir()  # of the user's own, hence left alone
     hub.add_repo(ROCO, FILES, LARGE)
     with pytest.raises(DownloadError, match="has no revision 'v9'"):
         download(f"hub:{ROCO}@v9", target, quick())
+    assert target.is_dir()
 
 
 def test_listing_survives_a_busy_hub(hub: FakeHub, target: Path) -> None:
@@ -347,6 +350,18 @@ def test_waits_as_long_as_the_server_asks(hub: FakeHub, target: Path) -> None:
     first, second = hub.requests_for("a.csv")
     assert second.moment - first.moment >= 0.95
     assert same(target, {"a.csv": b"abc", "b.csv": b"def"})
+
+
+def test_the_hubs_own_way_to_ask_for_patience(hub: FakeHub, target: Path) -> None:
+    """It limits by windows of five minutes, which no back-off outlasts, and sends no Retry-After."""
+    hub.add_repo(ROCO, FILES, LARGE)
+    policy = {"RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    hub.fail(f"/api/datasets/{ROCO}", Fault(status=429, headers={"RateLimit": '"api";r=0;t=1', **policy}))
+    hub.fail("README.md", Fault(status=429, headers={"RateLimit": '"resolvers";r=0;t=9000', **policy}))
+    with pytest.raises(DownloadError, match=r"README\.md: .* asks to come back in 9000 s"):
+        download("rocov2", target, quick())
+    first, second = hub.requests_for(f"/api/datasets/{ROCO}")[:2]
+    assert second.moment - first.moment >= 0.95
 
 
 def test_a_server_that_asks_for_an_hour_is_not_waited_for(hub: FakeHub, target: Path) -> None:
@@ -545,6 +560,7 @@ def test_every_named_origin_can_be_listed(hub: FakeHub, tmp_path: Path) -> None:
     for name, origin in origins().items():
         kind, _, rest = origin.source.partition(":")
         files: dict[str, bytes | Path] = {"README.md": b"x", "images.zip": b"y", "a-0000.tar": b"z", "b.parquet": b"p"}
+        files["train.json"] = b"[]"
         hub.add_record(rest, files) if kind == "zenodo" else hub.add_repo(rest, files, {"a-0000.tar"})
         assert len(download(name, tmp_path / name, quick()).files) >= 2, name
 

@@ -65,6 +65,20 @@ def test_a_form_shows_ranges_choices_and_what_recipes_have() -> None:
     assert request["$defs"]["Train"]["additionalProperties"] is False
 
 
+def test_a_form_shows_no_value_that_it_would_send_though_nobody_gave_it() -> None:
+    """A part within a section too: `prepare.dicom` with defaults would put a folder's own dicom.yaml aside."""
+    parts = RunRequest.model_json_schema()["$defs"]
+    assert [
+        name for name, part in parts.items() if any("default" in each for each in part["properties"].values())
+    ] == []
+    assert "Empty: file." in parts["Dicom"]["properties"]["window"]["description"]
+    assert RunRequest.model_validate({"prepare": {"dicom": {}}}).corrections() == {}
+    request = RunRequest.model_validate({"prepare": {"dicom": {"window": "lung"}}})
+    assert request.corrections() == {"prepare": {"dicom": {"window": "lung"}}}
+    with pytest.raises(ValidationError):
+        RunRequest.model_validate({"prepare": {"dicom": {"windows": "lung"}}})
+
+
 def test_a_form_keeps_limits_and_writes_down_only_what_is_filled() -> None:
     with pytest.raises(ValidationError):
         RunRequest.model_validate({"train": {"steps": 0}})

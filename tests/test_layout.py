@@ -30,7 +30,7 @@ RANKS = (
     ("data", "model"),
     ("training", "evaluation", "generation"),
     ("run_log", "tracking", "made_from", "registry", "serving"),
-    ("stages", "chain", "embed_table", "mounts", "mounted_data"),
+    ("stages", "chain", "embed_table", "mounted_data", "mounts"),
     ("cli", "data_cli", "vqa_cli", "container", "__main__"),
     ("flows",),
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD
-from fuselip_core.training.losses import akin, mask_tokens, sigmoid_contrastive
+from fuselip_core.training.losses import SigmoidLoss, akin, mask_tokens, sigmoid_contrastive
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -40,6 +40,32 @@ def test_ignored_pairs_leave_the_sum() -> None:
     kept = [(i, j) for i in range(3) for j in range(3) if (i, j) not in ((0, 2), (2, 0))]
     by_hand = -sum(F.logsigmoid(logits[i, j] * (1 if i == j else -1)) for i, j in kept) / 3
     torch.testing.assert_close(sigmoid_contrastive(query, target, scale, bias, ignored), by_hand)
+
+
+@pytest.mark.parametrize("belong", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_loss_in_chunks_is_the_whole_one_and_never_holds_all_similarities(rows: int, belong: bool) -> None:
+    torch.manual_seed(0)
+    others = 7 if belong else 9
+    keys, other_keys = torch.randint(0, 3, (7, 3)), torch.randint(0, 3, (others, 3))
+    found, largest = [], 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.numel())
+        return tensor
+
+    for chunk in (None, rows):
+        left, right = unit(7, 4, 4), unit(others, 4, 5)
+        scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+        largest = 0
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = SigmoidLoss(scale, bias, chunk)(left, right, keys, keys if belong else other_keys, belong)
+        (3.0 * loss).backward()
+        found.append([loss, *(each.grad for each in (left, right, scale, bias))])
+        assert (largest >= 7 * others) == (chunk in (None, 7)), "what is kept for the backward pass"
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_masks_hide_the_asked_share_and_no_special_token() -> None:

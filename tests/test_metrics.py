@@ -13,6 +13,7 @@ from fuselip_core.evaluation.metrics import (
     chance,
     deranged,
     interval,
+    paired_interval,
     rank_answers,
     ranks,
     recall,
@@ -175,3 +176,24 @@ def test_a_derangement_leaves_nothing_in_place(count: int) -> None:
     exchanged = deranged(count, seed=1)
     np.testing.assert_array_equal(np.sort(exchanged), np.arange(count))
     assert (exchanged != np.arange(count)).all()
+
+
+def test_a_paired_difference_is_known_better_than_its_parts() -> None:
+    """Two ways of asking that agree on all but a few questions: the interval is that of the few."""
+    generator = np.random.default_rng(0)
+    control = generator.random(400) < 0.5
+    fused = control.copy()
+    fused[np.flatnonzero(~control)[:16]] = True  # 4 points ahead, never behind
+    low, high = paired_interval(fused, control, seed=0)
+    assert 0.015 < low < 0.04 < high < 0.07
+    assert interval(fused, 0)[0] < control.mean()  # alone, its share could be the control's
+    swapped = paired_interval(control, fused, seed=0)
+    assert swapped == pytest.approx((-high, -low), abs=0.005)
+    alone = paired_interval(fused, control, seed=0, clusters=np.arange(400) // 40)
+    assert alone != (low, high)
+
+
+def test_what_never_differs_is_not_known_to_be_equal() -> None:
+    hits = np.arange(10) % 2 == 0
+    low, high = paired_interval(hits, hits, seed=0)
+    assert low == -high and 0.2 < high < 0.4  # 1 - 0.025 ** (1 / 10)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.model import linear_cross_entropy as chunks
+from fuselip_core.model import packed
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.linear_cross_entropy import linear_cross_entropy
@@ -86,6 +87,35 @@ def test_no_sequence_sees_another(model: FuseLIPModel) -> None:
     changed[int(layout.boundaries[3]) + 1] += 1
     moved = (model(changed, layout=layout).embeddings - before).abs().amax(dim=1) > 0
     assert moved.nonzero().flatten().tolist() == [3]
+
+
+def test_the_kernel_for_gpus_is_called_as_torch_declares_it(
+    model: FuseLIPModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: its declaration takes the call on the meta device, and a plain loop in its place agrees."""
+    ids, layout, _ = pack(mixed_sequences(model))
+    elsewhere = torch.empty(len(ids), 96, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    declared = packed._boundary_attention(elsewhere, 4, layout.to(torch.device("meta")))
+    declared.sum().backward()
+    assert declared.shape == (len(ids), 32) and declared.dtype == torch.bfloat16
+    assert elsewhere.grad is not None and elsewhere.grad.shape == elsewhere.shape
+
+    def one_by_one(
+        query: Tensor, key: Tensor, value: Tensor, start: Tensor, key_start: Tensor, *longest: int
+    ) -> Tensor:
+        assert start.dtype == torch.int32 and start is key_start and longest == (24, 24)
+        assert all(part.shape == (len(ids), 4, 8) and part.stride(2) == 1 for part in (query, key, value))
+        pieces = [part.split(start.diff().tolist()) for part in (query, key, value)]
+        mixed = [
+            F.scaled_dot_product_attention(*(p.transpose(0, 1) for p in each)) for each in zip(*pieces, strict=True)
+        ]
+        return torch.cat([each.transpose(0, 1) for each in mixed])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", one_by_one)
+    projected = torch.randn(len(ids), 96, dtype=torch.double)
+    torch.testing.assert_close(
+        packed._boundary_attention(projected, 4, layout), packed._run_attention(projected, 4, layout.runs)
+    )
 
 
 def test_what_packed_sequences_can_not_do_is_refused(model: FuseLIPModel) -> None:

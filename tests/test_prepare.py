@@ -223,6 +223,37 @@ def test_a_killed_run_goes_on_with_the_first_unfinished_shard(raw: Path, tmp_pat
     assert manifest["data_version"] == prepare_data(settings(raw, rows_per_shard=5), tmp_path / "whole")["data_version"]
 
 
+INTERRUPTED = """
+import os, pathlib, sys, time
+from fuselip_core.data.workers import process_pool
+
+def work(folder):
+    pathlib.Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with process_pool(2) as pool:
+        [pool.submit(work, sys.argv[1]) for _ in range(9)]
+        time.sleep(600)
+"""
+
+
+def test_an_interrupt_ends_the_workers_at_once_and_without_a_word_of_theirs(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    (tmp_path / "seen").mkdir()
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "seen")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "seen").iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)  # until the last of them has closed its end of the pipe
+    assert process.returncode and said.count("Traceback") == 1 and "SpawnProcess" not in said
+    for path in (tmp_path / "seen").iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.name), 0)
+
+
 def test_other_settings_do_not_take_over_unfinished_work(raw: Path, tmp_path: Path) -> None:
     work = tmp_path / "prepared.partial"
     work.mkdir()
@@ -241,10 +272,11 @@ def test_a_missing_folder_is_one_sentence(tmp_path: Path, source: str) -> None:
 
 
 def test_nothing_usable_is_an_error(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no usable pair"):
+    with pytest.raises(DataError, match=r"no usable pair is left of .* \(.*empty_image.*\)") as raised:
         prepare_data(
             settings(damaged(raw, tmp_path / "empty", lambda *_: b""), max_megapixels=1e-6), tmp_path / "prepared"
         )
+    assert Path(str(raised.value).split("; ")[1].removesuffix(" names each")).read_text().count("\n") > 1
 
 
 def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) -> None:

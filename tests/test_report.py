@@ -81,8 +81,12 @@ def retrieval_metrics() -> dict[str, float]:
         for k, chance in ((1, 0.01), (5, 0.05), (10, 0.1)):
             metrics[f"retrieval/{direction}/recall_at_{k}"] = 0.25
             metrics[f"retrieval/{direction}/chance_at_{k}"] = chance
+            metrics[f"retrieval_shuffled/{direction}/recall_at_{k}"] = 0.02
         metrics[f"retrieval/{direction}/median_rank"] = 2.5
-        metrics[f"retrieval_shuffled/{direction}/recall_at_1"] = 0.02
+        metrics[f"retrieval_shuffled/{direction}/median_rank"] = 6.0
+        metrics[f"retrieval/{direction}/mean_reciprocal_rank"] = 0.45
+        metrics[f"retrieval_shuffled/{direction}/mean_reciprocal_rank"] = 0.05
+        metrics[f"retrieval/{direction}/gain/mean_reciprocal_rank"] = 0.4
     return metrics
 
 
@@ -93,14 +97,16 @@ def answer_metrics(fused: float = 0.6) -> dict[str, float]:
     for query, share in (shares | {"majority": 0.35}).items():
         for part in ("accuracy", "accuracy_closed", "accuracy_open"):
             metrics[f"answers/{query}/{part}"] = share
+        if query != "fused":
+            metrics[f"answers/gain/{query}/accuracy"] = fused - share
     return metrics
 
 
 def result_of(metrics: dict[str, float]) -> EvaluationResult:
     intervals = {
-        name: (max(0.0, value - 0.1), min(1.0, value + 0.1))
+        name: (value - 0.1, value + 0.1) if "/gain/" in name else (max(0.0, value - 0.1), min(1.0, value + 0.1))
         for name, value in metrics.items()
-        if "recall_at" in name or "accuracy" in name
+        if "recall_at" in name or "accuracy" in name or "/gain/" in name
     }
     top = (Candidate("a wrong caption", 0.5, False), Candidate(NASTY, 0.25, True))
     result = EvaluationResult("test", metrics, intervals)
@@ -168,11 +174,13 @@ def test_strings_are_escaped_and_shown(page: Page, artifacts: Path) -> None:
         "2.0 times the better",
         "60.0 %",
         "place 4,321",
+        "+25.0 [+15.0 to +35.0]",
+        "Median rank 2.5, with shuffled pairs 6",
         "3,200,000",
         "placeholder caption",
         "1,234",
         "2.5",
-        "clearly above chance",
+        "clearly above its controls",
         "clearly above every control",
         "most frequent answer, 35.0 %",
         "not shown: not an image",

@@ -82,12 +82,12 @@ def test_a_non_finite_loss_ends_the_run_before_the_step(tokens: Settings, tmp_pa
         model.logit_bias.fill_(float("nan"))
     before = model.token_embedding.weight.clone()
     trainer = Trainer(TokenPairs(model, store, 0.1), store, tokens.train, Checkpoints(tmp_path), lambda *_: None)
-    with pytest.raises(FuselipError, match=r"loss is nan at step 0 \(pairs \d+"):
+    with pytest.raises(FuselipError, match=r"loss is nan at step 0 \(pairs ROCOv2_2023_train_0000\d\d/"):
         trainer.run()
     assert torch.equal(model.token_embedding.weight, before)
 
 
-def start(tokens: Settings, artifacts: Path, steps: int) -> subprocess.Popen[str]:
+def start(tokens: Settings, artifacts: Path, steps: int, processes: int = 1) -> subprocess.Popen[str]:
     artifacts.mkdir(exist_ok=True)
     for name in ("prepared", "codebook", "tokens"):
         if not (artifacts / name).exists():
@@ -97,6 +97,8 @@ def start(tokens: Settings, artifacts: Path, steps: int) -> subprocess.Popen[str
     values["train"] |= {"steps": steps, "checkpoint_every": 4}
     (artifacts / "params.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "fuselip_core", "train", "--settings", str(artifacts / "params.yaml")]
+    if processes > 1:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "FUSELIP_TRACKERS": ""}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
@@ -126,8 +128,25 @@ def test_a_killed_process_goes_on_and_a_terminated_one_says_so(tokens: Settings,
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
     assert "the same command goes on from there" in errors
+    assert_equal_to_uninterrupted(tokens, tmp_path)
+
+
+@pytest.mark.long  # six processes import all there is
+def test_two_processes_under_torchrun_go_on_when_the_kernel_has_killed_one(tokens: Settings, tmp_path: Path) -> None:
+    launcher = start(tokens, tmp_path / "cut", steps=24, processes=2)
+    wait_for_checkpoint(tmp_path / "cut", launcher)
+    workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    launcher.communicate(timeout=120)
+    assert launcher.returncode not in (0, None), "the other one does not train alone"
+    assert_equal_to_uninterrupted(tokens, tmp_path, processes=2)
+
+
+def assert_equal_to_uninterrupted(tokens: Settings, tmp_path: Path, processes: int = 1) -> None:
+    """Lets the run in cut/ end, and one in whole/ that nobody touches: their curves are the same numbers."""
     for name in ("cut", "whole"):
-        process = start(tokens, tmp_path / name, steps=24)
+        process = start(tokens, tmp_path / name, steps=24, processes=processes)
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     histories = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -241,6 +243,20 @@ def test_slake(tmp_path: Path) -> None:
     assert prepared.pairs("valid").to_pylist()[0]["target_text"] == "mri"
     assert next(prepared.iter_images("test", ["modality"])).to_pylist() == [{"modality": "MR"}]
     assert "3 questions in other languages (zh) were not read" in manifest["notes"]
+    _as_on_the_hub(root)
+    zipped, same = prepare("slake", root, tmp_path / "zipped")
+    assert zipped["counts"] == manifest["counts"] and zipped["quarantine"] == {"unsafe_member": 1}
+    assert same.pairs("valid").equals(prepared.pairs("valid"))
+
+
+def _as_on_the_hub(root: Path) -> None:
+    """The pictures in one archive, which also holds what must not be read, and the list by its other name."""
+    with zipfile.ZipFile(root / "imgs.zip", "w") as archive:
+        for path in sorted((root / "imgs").rglob("*.jpg")):
+            archive.write(path, path.relative_to(root))
+        archive.writestr("../outside.jpg", encoded(9))
+    shutil.rmtree(root / "imgs")
+    (root / "validate.json").rename(root / "validation.json")
 
 
 # ---- evaluation sets -------------------------------------------------------------------------------------------------
@@ -367,6 +383,29 @@ def test_transformations_of_the_published_rows(shared: Path, tmp_path: Path) -> 
 
 
 # ---- all -------------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_names_that_utf_8_does_not_have(tmp_path: Path) -> None:
+    """Half of a surrogate pair in a JSON list, and a file name in another encoding: neither ends a run."""
+    roco, crepe = tmp_path / "roco", tmp_path / "crepe"
+    for folder in (roco / "train", crepe):
+        folder.mkdir(parents=True)
+    for number, name in enumerate((b"M\xfcller", b"M\xfdller", "Ελληνικά".encode())):
+        base = os.fsencode(roco / "train") + b"/" + name
+        Path(os.fsdecode(base + b".jpg")).write_bytes(encoded(number))
+        Path(os.fsdecode(base + b".jpg.txt")).write_text("胸部 صورة рентген \U0001fac1", encoding="utf-8")
+    (crepe / "a.jpg").write_bytes(encoded(1))
+    text = '{"0": {"filename": "a.jpg", "caption": "a \\ud83d b", "negative_caption": "\\ud83d\\ude00 c"}}'
+    (crepe / "add_att.json").write_text(text)
+    _, prepared = prepare("rocov2", roco, tmp_path / "out", min_caption_words=1)
+    rows = prepared.pairs("train").to_pylist()
+    assert {row["query_image"] for row in rows} == {"M\\udcfcller", "M\\udcfdller", "Ελληνικά"}
+    assert {row["target_text"] for row in rows} == {"胸部 صورة рентген \U0001fac1"}
+    _, prepared = prepare("sugarcrepe", crepe, tmp_path / "asked")
+    (options,) = prepared.options("test").values()
+    assert {side.text for side in options} == {"a \\ud83d b", "\U0001f600 c"}
+    inspect_data(tmp_path / "out", tmp_path / "look", samples=3)
+    assert "Ελληνικά" in (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("source", sorted(source_names()))

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_data import small_settings, write_raw
@@ -17,7 +18,9 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.model.embedder import Embedder
 from fuselip_core.model.hub import load_pretrained
 from fuselip_core.model.titok import TiTok
-from fuselip_core.training.batch import TokenEncoder, encode_sides
+from fuselip_core.model.vocabulary import PAD, join
+from fuselip_core.run_log import read_events
+from fuselip_core.training.batch import TokenEncoder, encode_sides, prepare_sides
 from fuselip_core.training.build import build_model, open_measuring
 
 
@@ -59,7 +62,18 @@ def test_history_has_both_losses_and_the_validation(run: Settings) -> None:
     lines = [json.loads(line) for line in (run.artifacts / "history.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if "loss" in line} >= {1, 10, 12}
     assert all(line["masked"] > 0 for line in lines if "loss" in line)
+    assert all(0 < line["masked_share"] < 1 for line in lines if "loss" in line)
     assert [line["step"] for line in lines if any(name.startswith("valid/") for name in line)] == [6, 12]
+
+
+def test_trackers_hear_of_the_machine_and_of_checkpoints(run: Settings) -> None:
+    events, _ = read_events(run.artifacts / "tracking" / "train" / "events.jsonl", 0)
+    values = [(event["step"], event["values"]) for event in events if event["type"] == "metrics"]
+    assert all(metrics["system/memory_mb"] > 50 for _, metrics in values if "loss" in metrics)
+    # The last step is saved as the model instead.
+    assert [step for step, metrics in values if "checkpoint" in metrics] == [2, 4, 6, 8, 10]
+    stated = {name: value for event in events if event["type"] == "params" for name, value in event["values"].items()}
+    assert stated["model_folder"] == str(run.artifacts / "model") and stated["checkpoints"]
 
 
 def test_registered_version_embeds_like_the_saved_model(run: Settings) -> None:
@@ -85,6 +99,32 @@ def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None
     torch.testing.assert_close(torch.from_numpy(fast), torch.from_numpy(slow), atol=1e-6, rtol=0)
 
 
+def test_tokenizing_in_every_step_gives_the_same_batches_for_view_0(run: Settings) -> None:
+    """What a batch out of the store holds is what its images and strings give when they are tokenized for it."""
+    from fuselip_core.data.images import decode
+    from fuselip_core.data.prepared import PreparedData
+
+    model, processor = load_pretrained(run.artifacts / "model", "cpu")
+    store = TokenStore(run.artifacts / "tokens", "train")
+    rows = np.concatenate([store.rows_of("caption")[5:9], store.rows_of("vqa")[7:12]])
+    batch = prepare_sides(model, [gather(store, rows, side) for side in ("query", "target")], 0.0)
+    table = PreparedData(run.artifacts / "prepared").iter_images("train", columns=["bytes"])
+    blobs = [blob for part in table for blob in part["bytes"].to_pylist()]
+    sides = [(side, row) for side in ("query", "target") for row in rows]
+    for place, (side, row) in zip(batch.places.tolist(), sides, strict=True):
+        image = getattr(store.pairs, f"{side}_image")[row]
+        text = getattr(store.pairs, f"{side}_text")[row]
+        codes = ids = None
+        if image >= 0:
+            pixels = processor.image_processor(decode(blobs[image], 100.0))
+            codes = model.tokenize_image(pixels[None])
+        if text >= 0:
+            ids = processor.text_tokenizer(store.texts_of(np.array([text])))
+        expected = join(codes, ids, model.config.context_length)[0]
+        start, end = batch.layout.boundaries[place : place + 2].tolist()
+        assert batch.ids[start:end].tolist() == expected[expected != PAD].tolist()
+
+
 def test_sides_with_and_without_image_keep_their_rows(run: Settings) -> None:
     """A mixed side equals its rows embedded one by one, padding or not."""
     model, _ = load_pretrained(run.artifacts / "model", "cpu")
@@ -99,6 +139,19 @@ def test_sides_with_and_without_image_keep_their_rows(run: Settings) -> None:
                 encode_sides(model, [side.part(slice(i, i + 1))], 0.0, torch.device("cpu"))[0][0] for i in range(6)
             ]
             torch.testing.assert_close(embeddings, torch.cat(single), atol=1e-6, rtol=0)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_samples(run: Settings, tmp_path: Path) -> None:
+    from fuselip_core.training.batch import TokenPairs
+    from fuselip_core.training.checkpoint import Checkpoints
+    from fuselip_core.training.loop import Trainer
+
+    model, _ = load_pretrained(run.artifacts / "model", "cpu")
+    model.ln_final.weight.data.fill_(float("nan"))
+    store = TokenStore(run.artifacts / "tokens", "train")
+    encoder = TokenPairs(model, store, 0.0)
+    with pytest.raises(FuselipError, match=r"the loss is nan at step 0 \(pairs ROCOv2_2023_train_0000\d\d/(caption|q)"):
+        Trainer(encoder, store, run.train, Checkpoints(tmp_path), lambda step, metrics: None).run()
 
 
 def test_evaluation_sets_are_asked_as_well(run: Settings, tmp_path: Path) -> None:

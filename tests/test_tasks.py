@@ -119,6 +119,9 @@ def test_a_model_that_knows_all_is_right_and_its_shuffled_control_is_not(tmp_pat
         assert metrics[f"retrieval/{direction}/over_chance"] == pytest.approx(20)
         assert metrics[f"retrieval/{direction}/median_rank"] == 1
         assert metrics[f"retrieval_shuffled/{direction}/recall_at_1"] == 0
+        assert metrics[f"retrieval_shuffled/{direction}/median_rank"] > 1
+        assert metrics[f"retrieval/{direction}/mean_reciprocal_rank"] == 1
+        assert result.intervals[f"retrieval/{direction}/gain/mean_reciprocal_rank"][0] > 0.5
         assert result.intervals[f"retrieval/{direction}/recall_at_1"][1] == 1
     assert metrics["retrieval/pool"] == 20
     assert max(encoder.sizes) == 7 and sum(encoder.sizes) == 40
@@ -177,6 +180,12 @@ def test_answers_need_image_and_question(tmp_path: Path) -> None:
     assert metrics["answers/shuffled_image/accuracy_open"] == 0
     assert 0 <= metrics["answers/shuffled_image/accuracy_closed"] <= 1 / 3
     assert metrics["answers/fused/over_best_control"] == pytest.approx(5)
+    assert metrics["answers/gain/blank_image/accuracy"] == 1
+    gains = [metrics[f"answers/gain/{name}/accuracy"] for name in ("shuffled_image", "majority")]
+    assert gains == [1 - metrics[f"answers/{name}/accuracy"] for name in ("shuffled_image", "majority")]
+    assert metrics["answers/gain/smallest"] == min(gains)
+    assert metrics["answers/fused/mean_reciprocal_rank"] == 1
+    assert 0 < metrics["answers/gain/shuffled_image/mean_reciprocal_rank"] < 1
     assert (metrics["answers/questions_closed"], metrics["answers/questions_open"]) == (3, 3)
     assert not any(name.startswith("retrieval") for name in metrics)
 
@@ -185,12 +194,16 @@ def test_a_model_that_reads_only_the_question_does_no_better_than_its_control(tm
     likely = {"is it there?": "no", "which side?": "left"}
     encoder = Knowing(lambda image, text: likely.get(text, text))
     store = store_of(tmp_path, QUESTIONS)
-    metrics = evaluate(encoder, store, FakePrepared(3), SETTINGS).metrics
+    result = evaluate(encoder, store, FakePrepared(3), SETTINGS)
+    metrics = result.metrics
     for name in ("fused", "question_only", "blank_image", "shuffled_image"):
         assert metrics[f"answers/{name}/accuracy"] == pytest.approx(0.5)
         assert metrics[f"answers/{name}/accuracy_closed"] == pytest.approx(2 / 3)
     assert metrics["answers/image_only/accuracy"] == 0
     assert metrics["answers/fused/over_best_control"] == pytest.approx(1)
+    assert metrics["answers/gain/shuffled_image/accuracy"] == metrics["answers/gain/smallest"] == 0
+    low, high = result.intervals["answers/gain/shuffled_image/accuracy"]
+    assert low < 0 < high
 
 
 def test_majority_comes_from_training_by_type_and_by_question(tmp_path: Path) -> None:

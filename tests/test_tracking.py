@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from fuselip_core import run_log, tracking
@@ -77,7 +78,13 @@ def test_run_reaches_mlflow_with_tags_params_metrics_and_files(settings: Setting
     assert len(found.data.tags["git_commit"]) == 40 and found.data.tags["git_dirty"] in ("true", "false")
     history = client.get_metric_history(known["mlflow_run_id"], "loss/total")
     assert [(each.step, each.value) for each in history] == [(0, 3.0), (100, 2.0), (200, 1.0)]
-    assert {each.path for each in client.list_artifacts(known["mlflow_run_id"])} == {"picture.png", "report"}
+    assert {each.path for each in client.list_artifacts(known["mlflow_run_id"])} == {
+        "picture.png",
+        "report",
+        "recipe.yaml",
+    }
+    recipe = client.download_artifacts(known["mlflow_run_id"], "recipe.yaml", str(tmp_path))
+    assert yaml.safe_load(Path(recipe).read_text())["train"]["steps"] == settings.train.steps
     experiment = client.get_experiment(found.info.experiment_id)
     assert experiment.name == "fuselip-sample"
     assert experiment.artifact_location.endswith("/artifacts")
@@ -151,7 +158,7 @@ def test_sync_sends_what_a_finished_run_could_not(settings: Settings, server: Se
     assert tracking.sync(settings.artifacts) == 1
     server.up = True
     assert tracking.sync(settings.artifacts) == 0
-    assert [event["type"] for event in server.got] == ["params", "metrics", "end"]
+    assert [event["type"] for event in server.got] == ["params", "artifact", "metrics", "end"]
     server.got.clear()
     assert tracking.sync(settings.artifacts) == 0
     assert server.got == [], "nothing is sent twice"
@@ -181,7 +188,7 @@ def test_unreachable_mlflow_does_not_stop_a_run(
         run.metrics({"loss": 1.0}, 1)
     assert "mlflow does not answer" in caplog.text
     events, _ = read_events(settings.artifacts / "tracking" / "train" / "events.jsonl", 0)
-    assert [event["type"] for event in events] == ["params", "metrics", "end"]
+    assert [event["type"] for event in events] == ["params", "artifact", "metrics", "end"]
 
 
 def test_half_a_line_is_not_read_yet(tmp_path: Path) -> None:
@@ -214,6 +221,19 @@ def test_unknown_tracker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSELIP_TRACKERS", "mlflow,comet")
     with pytest.raises(FuselipError, match="comet"):
         tracking.services_from_environment()
+
+
+def test_a_run_names_the_data_as_dvc_knows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "data.dvc").write_text("outs:\n- md5: 0123abcd.dir\n  path: data\n")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs" / "mine")
+    monkeypatch.setenv("FUSELIP_TRACKERS", "")
+    for root, known in (("data", "0123abcd.dir"), ("elsewhere", "unknown")):
+        settings = load_settings(recipe="sample", overrides=[f"prepare.root={root}"], artifacts=tmp_path / root)
+        with tracking.open_run(settings, "train"):
+            pass
+        assert tracking.run_of(settings.artifacts)["tags"]["dvc_data"] == known
 
 
 def test_default_store_lies_in_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

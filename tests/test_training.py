@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import socket
@@ -25,8 +26,8 @@ from fuselip_core.training.batch import TokenEncoder, TokenPairs
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.distributed import World, join_world
 from fuselip_core.training.ema import AveragedWeights
-from fuselip_core.training.loop import Trainer
-from fuselip_core.training.losses import contrastive_over_all
+from fuselip_core.training.loop import Trainer, run_folder
+from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
 from fuselip_core.training.optimizer import build_adamw, layers_above
 from fuselip_core.training.plan import plan_schedule
 from fuselip_core.training.preflight import chance_loss
@@ -61,6 +62,62 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(tmp_path: Path, all_com
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_saves_memory_changes_no_gradient(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store", views=1)
+    rows = np.arange(0, 24, 3)
+    plain = gradients_of(trainer_of(store, settings_of(mask_probability=1.0), tmp_path / "plain"), rows)
+    saving = trainer_of(
+        store, settings_of(mask_probability=1.0, gradient_checkpointing=True, contrast_rows=3), tmp_path / "saving"
+    )
+    runs: list[int] = []
+    for number, block in enumerate(saving.model.transformer.resblocks):
+        block.register_forward_pre_hook(lambda *_, number=number: runs.append(number))
+    found = gradients_of(saving, rows)
+    assert runs == [0, 1, 1, 0], "forward, and again in the backward pass, last block first"
+    assert found.keys() == plain.keys() and len(found) > 20
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.long  # compiling takes a minute
+def test_compiled_blocks_compute_what_plain_ones_do(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store", views=1)
+    plain, compiled = (
+        trainer_of(store, settings_of(mask_probability=1.0, compile=choice), tmp_path / str(choice))
+        for choice in (False, True)
+    )
+    compilations = torch._dynamo.utils.counters["stats"]
+    for rows in (np.arange(0, 24, 3), np.arange(1, 24, 2), np.arange(5)):  # other numbers of tokens
+        before, wanted = compilations["unique_graphs"], gradients_of(plain, rows)
+        found = gradients_of(compiled, rows)
+        assert found.keys() == wanted.keys() and len(found) > 20
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        for trainer in (plain, compiled):
+            trainer.optimizer.zero_grad(set_to_none=True)
+    assert compilations["unique_graphs"] == before > 0, "nothing is compiled again for another number of tokens"
+    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+def test_a_run_goes_on_with_another_choice_of_memory_and_begins_anew_with_another_batch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = random_store(tmp_path / "store")
+    settings = settings_of(steps=3, checkpoint_every=2)
+    trainer_of(store, settings, run_folder(tmp_path / "runs", settings, store)).run()
+    saving = settings.model_copy(update={"gradient_checkpointing": True, "contrast_rows": 2})
+    assert run_folder(tmp_path / "runs", saving, store) == run_folder(tmp_path / "runs", settings, store)
+    with caplog.at_level(logging.WARNING, "fuselip"):
+        again = trainer_of(store, saving, run_folder(tmp_path / "runs", saving, store))
+        again._resume()
+        assert again.step == 2 and not caplog.text
+        smaller = settings.model_copy(update={"batch_size": 4})
+        anew = trainer_of(store, smaller, run_folder(tmp_path / "runs", smaller, store))
+        anew._resume()
+    assert anew.step == 0
+    assert "holds a run with other settings or data; this one begins anew" in caplog.text
 
 
 def process(rank: int, size: int, port: int, folder: Path, settings: TrainSettings) -> None:
@@ -109,22 +166,25 @@ def test_two_processes_compute_what_one_does_with_the_joined_batch(tmp_path: Pat
         trainer_of(store, settings, tmp_path / "run").run()
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_with_averages_and_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_resumed_run_equals_the_uninterrupted_one_with_averages_and_parts(tmp_path: Path, damaged: bool) -> None:
     store = random_store(tmp_path / "store")
-    settings = settings_of(ema=0.9, accumulation=2, layer_decay=0.7, steps=6, checkpoint_every=3)
+    settings = settings_of(ema=0.9, accumulation=2, layer_decay=0.7, steps=6, checkpoint_every=2)
     whole = trainer_of(store, settings, tmp_path / "whole")
     whole.run()
     cut = trainer_of(store, settings, tmp_path / "cut")
     original = cut._train_step
 
     def step(number: int) -> Any:
-        if number == 4:
+        if number == 5:
             raise KeyboardInterrupt
         return original(number)
 
     cut._train_step = step  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         cut.run()
+    if damaged:
+        (tmp_path / "cut" / "step-00000004" / "state.pt").write_bytes(b"not what was written")
     again = trainer_of(store, settings, tmp_path / "cut", seed=5)
     again.run()
     for name, p in whole.model.named_parameters():
@@ -203,7 +263,7 @@ def test_chance_loss_is_that_of_equal_similarities() -> None:
     embeddings = torch.nn.functional.normalize(torch.ones(5, 4), dim=-1)
     keys = torch.arange(15).reshape(5, 3)
     scale, bias = torch.tensor(10.0), torch.tensor(-3.0)
-    loss = contrastive_over_all(embeddings, embeddings, keys, scale, bias, World(), all_combinations=False)
+    loss = contrastive_over_all(embeddings, embeddings, keys, SigmoidLoss(scale, bias), World(), all_combinations=False)
     assert chance_loss(1.0, 10.0, -3.0, 5) == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -230,7 +290,7 @@ def test_all_combinations_tell_queries_from_queries_and_targets_from_targets() -
     # Pairs 0 and 2 have the same target, 1 and 3 are of one set.
     keys = torch.tensor([[0, 0, -1], [1, 0, 7], [0, 0, -1], [2, 0, 7]])
     scale, bias = torch.tensor(5.0), torch.tensor(-2.0)
-    found = contrastive_over_all(query, target, keys, scale, bias, World(), all_combinations=True)
+    found = contrastive_over_all(query, target, keys, SigmoidLoss(scale, bias), World(), all_combinations=True)
     expected = torch.zeros(())
     for i in range(4):
         for j in range(4):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fuselip_core.config import PrepareSettings
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.phantom import draw_data_set
 from fuselip_core.data.sources import list_source
@@ -54,6 +55,35 @@ def test_cases_that_share_an_image_are_one_case(tmp_path: Path) -> None:
     assert cases["a"] == cases["b"] != cases["c"]
     pair = listing.pairs[0]
     assert (pair.query.text, pair.target.text, pair.answer_type) == ("How many lesions are there?", "2", "open")
+
+
+def test_what_is_said_about_an_image_becomes_pairs_of_the_image_alone(tmp_path: Path) -> None:
+    rows = [
+        row(1, "a.jpg", "x", question="Is this an MRI?", answer="No", answer_type="CLOSED", image_organ="CHEST"),
+        row(2, "a.jpg", "x", question="Which side?", answer="left", image_organ="CHEST"),
+        row(3, "b.jpg", "y", phrase_type="test_freeform", image_organ="HEAD"),
+        row(4, "c.jpg", "z", image_organ="KNEE"),
+    ]
+    root = write(tmp_path / "vqa", rows)
+    settings = PrepareSettings(source="vqa-rad", root=root, extra_pairs=("statements", "concepts"))
+    listing = list_source("vqa-rad", root, settings)
+    said = {(pair.kind, pair.split, pair.query.image, pair.target.text) for pair in listing.pairs if pair.kind != "vqa"}
+    assert said == {
+        ("statement", "train", "a", "Is this an MRI? no"),
+        ("statement", "train", "a", "Which side? left"),
+        ("statement", "test", "b", "How many lesions are there? 2"),
+        ("statement", "train", "c", "How many lesions are there? 2"),
+        ("concepts", "train", "a", "chest"),
+        ("concepts", "test", "b", "head"),
+    }
+    assert all(pair.query.text is None for pair in listing.pairs if pair.kind != "vqa")
+    assert len({pair.pair_id for pair in listing.pairs}) == len(listing.pairs)
+
+
+def test_every_organ_of_vqa_rad_has_a_name(shared: Path) -> None:
+    listing = list_vqa_rad(shared / "data" / "vqa-rad")
+    names = [listing.concept_names[code] for image in listing.images for code in image.concepts]
+    assert len(names) == len(listing.images) and set(names) == {"head", "chest", "abdomen"}
 
 
 def test_unusable_questions_are_set_aside(tmp_path: Path) -> None:

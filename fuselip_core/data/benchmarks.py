@@ -11,7 +11,7 @@ Each lists its pictures once and its questions as Candidates; all of it is the s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from fuselip_core.data import transforms
 from fuselip_core.data.pair import Candidates, DataError, ImageEntry, Listing, Place, SetAside, Side, require_folder
-from fuselip_core.data.places import Crop, Derived, Edited
+from fuselip_core.data.places import Crop, Derived, Edited, edit_steps
 from fuselip_core.data.web import list_web_captions
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png"})
@@ -177,28 +177,14 @@ def list_tgit(root: Path) -> Listing:
 def _list_edits(row: int, image: ImageEntry, pictures: _Pictures, listing: Listing) -> None:
     pictures.add(image.image_id, image.place)
     for number, family in enumerate(TGIT_FAMILIES):
-        edits = list(_instructions(family, np.random.default_rng([row, number])))
+        steps = edit_steps(family, np.random.default_rng([row, number]), transforms.FAMILIES[family].evaluation)
+        edits = list(steps)
         sides = [[_edited(image, steps, pictures) for steps in (before, after)] for before, _, after in edits]
         query = Side(sides[0][0], edits[0][1])
         options = tuple(Side(target) for _, target in sides)
         listing.candidates.append(
             Candidates(f"tgit/{family}/{row}", "test", f"tgit/{family}", query, options, answer=0)
         )
-
-
-def _instructions(family: str, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
-    """What makes the query (nothing, if it is the picture itself), the instruction, and what makes the target."""
-    # The draws do not depend on the pixels, so that no picture has to be opened for them.
-    blank = np.zeros((2, 2, 3), dtype=np.uint8)
-    blank[0, 0] = 255, 0, 0
-    kind = transforms.FAMILIES[family]
-    for edit in kind.draw(blank, rng, kind.evaluation):
-        if edit.instruction == "colorize":
-            yield "grayscale", edit.instruction, ""
-        elif edit.instruction.endswith(" flip") and not np.array_equal(edit.query, blank):
-            yield edit.instruction, edit.instruction, ""
-        else:
-            yield "", edit.instruction, edit.instruction
 
 
 def _edited(image: ImageEntry, instruction: str, pictures: _Pictures) -> str:

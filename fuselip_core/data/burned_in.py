@@ -29,7 +29,7 @@ def refuse_text(pixels: NDArray[np.uint8], reader: Reader | None = None) -> None
     pieces = (reader or _reader())(pixels)
     found = sum(score >= LEAST_SCORE and sum(map(str.isalnum, text)) > LONGEST_MARKER for text, score in pieces)
     if found:
-        raise UnreadableImage("burned_in_text", f"{found} pieces of text were found in the picture")
+        raise UnreadableImage("burned_in_text", f"pieces of text found in the picture: {found}")
 
 
 def require_reader() -> None:

@@ -19,9 +19,9 @@ def add_concept_pairs(root: Path, listing: Listing) -> None:
 
     Raises DataError if `root` holds no table of names. Codes without a name are passed over and counted in a note.
     """
-    if not (root / NAMES).is_file():
+    if not listing.concept_names and not (root / NAMES).is_file():
         raise DataError(f"{root} has no {NAMES} with the names of concepts; put it there, or take it from extra_pairs")
-    names = names_of_concepts(root)
+    names = listing.concept_names or names_of_concepts(root)
     nameless = 0
     for image in listing.images:
         codes = set(image.concepts)

@@ -65,12 +65,12 @@ class Pseudonyms:
 
     def of(self, kind: str, value: str) -> str:
         """``<kind>-<20 hex digits>`` for `value`; values of different kinds never meet."""
-        digest = hmac.new(self._key, f"{kind}\0{value}".encode(), hashlib.sha256).hexdigest()
+        digest = hmac.new(self._key, f"{kind}\0{value}".encode(errors="surrogateescape"), hashlib.sha256).hexdigest()
         return f"{kind}-{digest[:HEX_DIGITS]}"
 
     def share(self, value: str) -> float:
         """A number in [0, 1) that depends on `value` and the key alone."""
-        digest = hmac.new(self._key, f"share\0{value}".encode(), hashlib.sha256).digest()
+        digest = hmac.new(self._key, f"share\0{value}".encode(errors="surrogateescape"), hashlib.sha256).digest()
         return int.from_bytes(digest[:7], "big") / 2**56
 
 

@@ -114,7 +114,7 @@ def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
     scan = _scan(root, settings)
     cases = group_cases(scan.headers, pseudonyms)
     splits = split_cases(set(cases.values()), pseudonyms, settings.test_share, settings.valid_share)
-    listing = Listing()
+    listing = Listing(own_splits=True)
     for path, reason, detail in scan.set_aside:
         listing.set_aside.append(SetAside(_file_id(pseudonyms, root, path), "train", reason, detail))
     seen: set[str] = set()

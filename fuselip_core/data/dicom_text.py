@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydicom import Dataset
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
 from pydicom.multival import MultiValue
 
 from fuselip_core.data.deidentify import GAP, scrub
@@ -59,7 +61,24 @@ def identities(dataset: Dataset) -> tuple[str, ...]:
             text = str(part if part is not None else "").strip()
             if text:
                 found.append(text)
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys([*found, *_persons(dataset)]))
+
+
+def _persons(dataset: Dataset) -> Iterator[str]:
+    """Names of people anywhere in the header, also in private elements and within sequences."""
+    # Frames of one object repeat their references thousands of times and name nobody new.
+    for tag in dataset.keys() - {tag_for_keyword("PerFrameFunctionalGroupsSequence")}:
+        raw = dataset.get_item(tag)
+        kind = raw.VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else None)
+        if kind not in ("PN", "SQ"):
+            continue  # other values are left as bytes: decoding them all would take longer than the pictures
+        with contextlib.suppress(Exception):  # a value that cannot be decoded cannot be quoted either
+            value = dataset[tag].value
+            if kind == "SQ":
+                for item in value:
+                    yield from _persons(item)
+            else:
+                yield from (str(part) for part in (value if isinstance(value, MultiValue) else (value,)) if part)
 
 
 def compose(dataset: Dataset, terms: Mapping[str, Any], known: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -269,18 +269,34 @@ def _fetch_missing(
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Only one process downloads into a folder; the lock goes with the process, however it ends."""
+    made = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(target, os.O_RDONLY)
     except OSError as error:
         raise DownloadError(f"{target} cannot be made ({error.strerror}); choose another folder") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise DownloadError(f"another process is downloading into {target}; wait for it or end it") from None
+        if not _lock(descriptor, target):
+            raise DownloadError(f"another process is downloading into {target}; wait for it or end it")
+        try:
+            yield
+        except BaseException:
+            # A new folder into which nothing came is not left behind.
+            with suppress(OSError):
+                if made:
+                    target.rmdir()
+            raise
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, target: Path) -> bool:
+    """False if another process holds the folder, or has taken it away since it was opened."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(descriptor).st_ino == target.stat().st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 @contextmanager

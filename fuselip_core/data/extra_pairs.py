@@ -3,7 +3,9 @@
 sentences   image → one sentence of its caption                            kind "sentence"
 concepts    image → the names of its concepts (concept_pairs.py)           kind "concepts"
 questions   image + question → answer, by rules (concept_questions.py)     kind "vqa"
+statements  image → a question about it with its answer                    kind "statement"
 edits       image + instruction → edited image (edit_pairs.py)             kind "edit"
+general-edits  the same, with flips and colours, as published              kind "edit"
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ def add_extra_pairs(root: Path, listing: Listing, kinds: Collection[str]) -> Non
         made.extend(_sentence_pairs(listing))
     if "questions" in kinds:
         made.extend(_question_pairs(root, listing))
+    if "statements" in kinds:
+        made.extend(_statement_pairs(listing))
     if "concepts" in kinds:
         add_concept_pairs(root, listing)
     listing.pairs.extend(made)
@@ -57,6 +61,14 @@ def _sentence_pairs(listing: Listing) -> Iterator[Pair]:
             digest = hashlib.sha256(pair.pair_id.encode()).digest()
             target = Side(text=sentences[int.from_bytes(digest[:4], "big") % len(sentences)])
             yield Pair(f"{pair.group}/sentence", pair.split, "sentence", pair.group, pair.case, pair.query, target)
+
+
+def _statement_pairs(listing: Listing) -> Iterator[Pair]:
+    """What is asked about an image, and what is answered, tells what it shows: the head, a radiograph, a left side."""
+    for pair in listing.pairs:
+        if pair.kind == "vqa" and pair.query.text and pair.target.text:
+            sides = Side(image=pair.query.image), Side(text=f"{pair.query.text} {pair.target.text}")
+            yield Pair(f"{pair.pair_id}/statement", pair.split, "statement", pair.group, pair.case, *sides)
 
 
 def _question_pairs(root: Path, listing: Listing) -> Iterator[Pair]:

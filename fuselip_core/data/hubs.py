@@ -182,8 +182,8 @@ def _hub_errors(access: Access, revision: str | None) -> Iterator[None]:
 
     try:
         yield
-    except GatedRepoError:
-        raise DownloadError(no_access(access, 403)) from None
+    except GatedRepoError as error:
+        raise DownloadError(no_access(access, error.response.status_code)) from None
     except RepositoryNotFoundError:
         raise DownloadError(
             f"{access.what} does not exist at {access.origin}, or is private: check its name, "

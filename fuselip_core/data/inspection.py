@@ -21,6 +21,7 @@ from fuselip_core.files import atomic_write
 
 PAGE, SHEET = "index.html", "contact-sheet.png"
 STYLE = Path(__file__).with_name("inspection.css")
+ORIGIN = {"downloaded from": "source", "revision": "revision", "licence of the whole": "licence"}
 QUARANTINE_SHOWN, SHARES_SHOWN, LETTERS_SHOWN = 8, 12, 220
 CHART_WIDTH, CHART_HEIGHT, BARS = 300, 110, 30
 
@@ -42,9 +43,9 @@ def _inspect(prepared: PreparedData, out: Path, samples: int, seed: int) -> dict
     for split, pairs in drawn.items():
         names = {pair[side] for pair in pairs for side in ("query_image", "target_image") if pair[side]}
         pictures[split] = bytes_of(prepared, split, names)
-    first = next((split for split in prepared.splits if drawn[split]), None)
-    if first:
-        write_sheet(out / SHEET, drawn[first], pictures[first])
+    shown = {split: (drawn[split], pictures[split]) for split in prepared.splits if drawn[split]}
+    if shown:
+        write_sheet(out / SHEET, shown)
     parts = [
         _header(prepared),
         _counts(prepared),
@@ -53,7 +54,7 @@ def _inspect(prepared: PreparedData, out: Path, samples: int, seed: int) -> dict
         _shares("Licence", found.licences),
         _sizes(found),
         _set_aside(prepared),
-        *(_samples(split, drawn[split], pictures[split]) for split in prepared.splits if drawn[split]),
+        *(_samples(split, *parts) for split, parts in shown.items()),
     ]
     with atomic_write(out / PAGE) as partial:
         partial.write_text(_page(f"{prepared.manifest['source']} · prepared data", parts), encoding="utf-8")
@@ -76,9 +77,12 @@ def _header(prepared: PreparedData) -> str:
     manifest = prepared.manifest
     notes = "".join(f"<li>{escape(note)}</li>" for note in manifest["notes"])
     size = sum((prepared.folder / shard["path"]).stat().st_size for shard in manifest["shards"])
+    origin = manifest["origin"]
+    came = " · ".join(f"{name} {origin[key]}" for name, key in ORIGIN.items() if origin.get(key))
     facts = (
         f"data version <code>{manifest['data_version'][:16]}</code> · {len(manifest['shards'])} shards, "
         f"{size / 1e6:,.1f} MB · tool {escape(manifest['tool_version'])} · root {escape(manifest['settings']['root'])}"
+        + (f"<br>{escape(came)}" if came else "")
     )
     kinds = f"<ul class='notes'>{notes}</ul>" if notes else ""
     return f"<header><h1>{escape(manifest['source'])}</h1><p class='soft'>{facts}</p>{kinds}</header>"

@@ -92,6 +92,11 @@ class JoinedStore:
         rows: Array = self.stores[name].rows_of(bare) + np.uint32(start)
         return rows
 
+    def locate(self, row: int) -> tuple[TokenStore, int]:
+        """The store of a pair row, and its row there."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return list(self.stores.values())[number], row - int(self._starts[number])
+
     def gather(self, rows: Array, side: SideName, view_rng: np.random.Generator | None = None) -> SideTokens:
         """One side of the pairs `rows` (B); see token_store.gather."""
         part_of = np.searchsorted(self._starts, rows, side="right") - 1

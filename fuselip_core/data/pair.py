@@ -46,8 +46,24 @@ class Place:
     column: str = "image"
 
 
+class _Storable:
+    """What is listed can be stored as UTF-8, whatever it came as.
+
+    A file name that is no UTF-8 and half of a surrogate pair in a JSON text reach Python as characters that UTF-8 does
+    not have; they become their number, so that names that differ stay different.
+    """
+
+    __slots__: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, str) and not value.isascii():
+                object.__setattr__(self, name, value.encode(errors="backslashreplace").decode())
+
+
 @dataclass(frozen=True, slots=True)
-class ImageEntry:
+class ImageEntry(_Storable):
     """One image. `case` is the patient, study or article that must not be on two sides of a split."""
 
     image_id: str
@@ -61,7 +77,16 @@ class ImageEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class MadeImage(_Storable):
+    """What an instruction of transforms.py makes of the image `source` when it is tokenized; no file holds it."""
+
+    image_id: str
+    source: str
+    instruction: str
+
+
+@dataclass(frozen=True, slots=True)
+class Side(_Storable):
     """An image (by its id), a text, or both."""
 
     image: str | None = None
@@ -69,7 +94,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(_Storable):
     """Two sides that belong together. Pairs of a group are kept together in a batch where a recipe asks for it."""
 
     pair_id: str
@@ -87,7 +112,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(_Storable):
     """A question of an evaluation: which of `options` belongs to `query`? `answer` is the place of the right one.
 
     `task` names the benchmark and its part, for example "sugarcrepe/add_att".
@@ -106,7 +131,7 @@ class Candidates:
 
 
 @dataclass(frozen=True, slots=True)
-class SetAside:
+class SetAside(_Storable):
     """A sample that is not used, and why: `reason` is one word with underscores, counted in the manifest."""
 
     id: str
@@ -117,13 +142,19 @@ class SetAside:
 
 @dataclass
 class Listing:
-    """All of a data set but the images' bytes, in a stable order; pairs and candidates name only listed images."""
+    """All of a data set but the images' bytes, in a stable order; pairs and candidates name only listed images.
+
+    concept_names: those of its concept codes where the data set has no table of them.
+    own_splits: the adapter drew the splits, so that nothing published is lost when copies leave the validation split.
+    """
 
     images: Spool[ImageEntry] = field(default_factory=Spool)
     pairs: Spool[Pair] = field(default_factory=Spool)
     candidates: Spool[Candidates] = field(default_factory=Spool)
     set_aside: Spool[SetAside] = field(default_factory=Spool)
     notes: list[str] = field(default_factory=list)
+    concept_names: dict[str, str] = field(default_factory=dict)
+    own_splits: bool = False
 
 
 def caption_pair(image: ImageEntry, caption: str) -> Pair:

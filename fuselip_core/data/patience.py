@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email.utils
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import tenacity
 from fuselip_core.errors import FuselipError
 
 Result = TypeVar("Result")
+SPENT = re.compile(r";\s*r=0\s*;\s*t=(\d+)")
 RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 logger = logging.getLogger("fuselip")
@@ -133,10 +135,14 @@ def _gave_up(what: str, error: TransientError, failures: int, patience: Patience
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a Retry-After header asks for, given as seconds or as a date; None without one."""
+    """Seconds that a Retry-After header asks for, given as seconds or as a date; None without one.
+
+    The Hub sends RateLimit instead (`"api";r=0;t=55`: nothing remains for 55 seconds).
+    """
     value = headers.get("Retry-After")
     if value is None:
-        return None
+        spent = SPENT.search(headers.get("RateLimit", ""))
+        return float(spent[1]) if spent else None
     try:
         return max(0.0, float(value))
     except ValueError:

@@ -74,6 +74,15 @@ class Edited(Derived):
             raise UnreadableImage("no_edit", str(error)) from error
 
 
+def made_picture(image: Image.Image, instruction: str) -> Image.Image:
+    """What `instruction` makes of an image of any mode, as RGB; one of a single pixel's width is widened first."""
+    size = max(2, image.width), max(2, image.height)
+    picture = image.convert("RGB")
+    return Image.fromarray(
+        apply_instruction(np.array(picture if size == image.size else picture.resize(size)), instruction)
+    )
+
+
 def apply_instruction(image: transforms.Pixels, instruction: str) -> transforms.Pixels:
     """What `instruction`, in the words of transforms.edits, makes of `image` (uint8 (H, W, 3)); raises TransformError.
 
@@ -93,6 +102,22 @@ def apply_instruction(image: transforms.Pixels, instruction: str) -> transforms.
     for what, factor in changes:
         image = transforms.adjust(image, what, float(factor))
     return image
+
+
+def edit_steps(family: str, rng: np.random.Generator, count: int) -> Iterator[tuple[str, str, str]]:
+    """`count` edits of one image: what makes the query (nothing, if it is the image), the instruction, the target.
+
+    The draws do not depend on the pixels, so that no image has to be opened for them.
+    """
+    blank = np.zeros((2, 2, 3), dtype=np.uint8)
+    blank[0, 0] = 255, 0, 0
+    for edit in transforms.edits(blank, rng, family, count):
+        if edit.instruction == "colorize":
+            yield "grayscale", edit.instruction, ""
+        elif edit.instruction.endswith(" flip") and not np.array_equal(edit.query, blank):
+            yield edit.instruction, edit.instruction, ""
+        else:
+            yield "", edit.instruction, edit.instruction
 
 
 class ImageReader:

@@ -2,6 +2,7 @@
 
     images-<split>-00000-of-00002.parquet   one row an image, bytes as published (schemas.IMAGE_SCHEMA)
     pairs-<split>-00000-of-00001.parquet    one row a pair (schemas.PAIR_SCHEMA)
+    made-<split>-00000-of-00001.parquet     one row an image that is made of another when it is read (MADE_SCHEMA)
     candidates-<split>-..., options-...     questions of evaluation sets (candidates.py), where there are any
     quarantine.jsonl                        {"id", "split", "reason", "detail"} of everything that is not used
     manifest.json                           counts, hashes, reasons, notes
@@ -32,6 +33,7 @@ from fuselip_core.data.edit_pairs import add_edits
 from fuselip_core.data.pair import DataError, Pair, SetAside
 from fuselip_core.data.perceptual import HeldOutIndex
 from fuselip_core.data.provenance import Provenance, provenance_of
+from fuselip_core.data.schemas import MADE_SCHEMA
 from fuselip_core.data.shards import (
     ShardResult,
     ShardTask,
@@ -39,6 +41,7 @@ from fuselip_core.data.shards import (
     sidecar_fingerprints,
     write_image_shard,
     write_pair_shard,
+    write_table,
 )
 from fuselip_core.data.sources import list_source
 from fuselip_core.data.splits import Plan, plan_splits
@@ -53,6 +56,7 @@ QUARANTINE = "quarantine.jsonl"
 PAIRS_A_SHARD = 1 << 20
 # Held-out splits first: their hashes keep copies out of the splits behind them.
 ROUNDS = (("test", "valid"), ("dev",), ("train",))
+OWN_ROUNDS = (("test",), ("valid",), ("dev",), ("train",))  # of published splits only train is touched
 TASKS_AHEAD = 2  # shards that wait for each worker
 
 Results = dict[str, list[ShardResult]]
@@ -69,8 +73,7 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     try:
         with reserved(target, settings.root):
             plan = plan_splits(list_source(settings.source, settings.root, settings), settings)
-            if "edits" in settings.extra_pairs:
-                add_edits(plan, settings.seed)
+            add_edits(plan, settings.extra_pairs, settings.edited_share, settings.seed)
             origin = provenance_of(settings.root)
             open_work(work, key_of(plan, settings, tool_version(), origin))
             results = _write_images(plan, settings, work, origin)
@@ -94,7 +97,7 @@ def tool_version() -> str:
 def _write_images(plan: Plan, settings: PrepareSettings, work: Path, origin: Provenance) -> Results:
     """Image shards of every split; copies of held-out images stay out of dev and train unless they are to be kept."""
     results: Results = {}
-    for number, splits in enumerate(ROUNDS):
+    for number, splits in enumerate(OWN_ROUNDS if plan.own_splits else ROUNDS):
         here = [split for split in splits if split in plan.splits]
         index = _index_held_out(work, number, results) if here and settings.shared_images != "keep" else None
         count = sum(_shard_count(plan, split, settings) for split in here)
@@ -171,12 +174,14 @@ def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path,
     shards = [_named(result) for split in plan.splits for result in results[split]]
     late: list[SetAside] = []
     for split in plan.splits:
+        shards += _write_made(split, plan, tally, work)
         shards += _write_pairs(split, plan, tally, work)
         shards += _write_candidates(split, plan, tally, work, late)
-    if not tally.usable:
-        raise DataError(f"no usable pair is left of {settings.root}; {work / QUARANTINE} would hold all of it")
     from_shards = (item for split in plan.splits for part in results[split] for item in part.set_aside)
     reasons = _write_quarantine(work / QUARANTINE, chain(plan.set_aside, from_shards, late))
+    if not tally.usable:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "it has no texts"
+        raise DataError(f"no usable pair is left of {settings.root} ({said}); {work / QUARANTINE} names each")
     manifest = {
         "tool_version": tool_version(),
         "source": settings.source,
@@ -219,6 +224,19 @@ def _write_pairs(split: str, plan: Plan, tally: Tally, work: Path) -> list[dict[
         rows = write_pair_shard(path, islice(rest, PAIRS_A_SHARD))
         shards.append({"path": path.name, "rows": rows, "sha256": sha256_of(path)})
     return shards
+
+
+def _write_made(split: str, plan: Plan, tally: Tally, work: Path) -> list[dict[str, Any]]:
+    """The table of the images that are made of others of a split, where those are all there."""
+    missing = tally.missing[split]
+    rows = (asdict(made) for made in plan.made.get(split, ()) if made.source not in missing)
+    path = work / shard_name("made", split, 0, 1)
+    count = write_table(path, rows, MADE_SCHEMA)
+    if not count:
+        path.unlink()
+        return []
+    tally.counts[split]["made_images"] = count
+    return [{"path": path.name, "rows": count, "sha256": sha256_of(path)}]
 
 
 def _write_candidates(

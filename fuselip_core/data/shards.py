@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuselip_core.data.columns import table_of
@@ -204,10 +205,15 @@ def _group_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 def write_pair_shard(path: Path, pairs: Iterable[Pair]) -> int:
     """Writes pairs in their order, atomically, holding one row group at a time; returns their number."""
-    with atomic_write(path) as partial, pq.ParquetWriter(partial, PAIR_SCHEMA, compression="zstd") as writer:
+    return write_table(path, map(_pair_row, pairs), PAIR_SCHEMA)
+
+
+def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    """Writes rows as `write_pair_shard` does."""
+    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         total = 0
-        for part in _parts(map(_pair_row, pairs), PAIR_GROUP_ROWS):
-            writer.write_table(table_of(part, PAIR_SCHEMA))
+        for part in _parts(rows, PAIR_GROUP_ROWS):
+            writer.write_table(table_of(part, schema))
             total += len(part)
     return total
 

@@ -19,6 +19,7 @@ from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
     Listing,
+    MadeImage,
     Pair,
     SetAside,
     fault_of_caption,
@@ -36,8 +37,10 @@ class Plan:
     images: dict[str, Spool[ImageEntry]] = field(default_factory=lambda: defaultdict(Spool))
     pairs: dict[str, Spool[Pair]] = field(default_factory=lambda: defaultdict(Spool))
     candidates: dict[str, Spool[Candidates]] = field(default_factory=lambda: defaultdict(Spool))
+    made: dict[str, Spool[MadeImage]] = field(default_factory=lambda: defaultdict(Spool))
     set_aside: Spool[SetAside] = field(default_factory=Spool)
     notes: list[str] = field(default_factory=list)
+    own_splits: bool = False
 
     @property
     def splits(self) -> list[str]:
@@ -46,7 +49,7 @@ class Plan:
 
 def plan_splits(listing: Listing, settings: PrepareSettings) -> Plan:
     """Final splits of a listing; raises DataError if nothing would be left to train on."""
-    plan = Plan(set_aside=listing.set_aside, notes=list(listing.notes))
+    plan = Plan(set_aside=listing.set_aside, notes=list(listing.notes), own_splits=listing.own_splits)
     if len(listing.images) and all(image.case == image.image_id for image in listing.images):
         plan.notes.append("the data set names no patient, study or article: every image counts as a case of its own")
     pairs = Spool(_without_faults(listing.pairs, settings.min_caption_words, plan.set_aside))

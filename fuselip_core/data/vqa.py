@@ -23,6 +23,9 @@ from fuselip_core.data.pair import (
 
 VQA_RAD_FIELDS = ("qid", "phrase_type", "image_name", "image_case_url", "question", "answer", "answer_type")
 CLOSED_ANSWERS = frozenset({"yes", "no"})
+# What `image_organ` says, as UMLS concepts with their names.
+ORGANS = {"HEAD": "C0018670", "CHEST": "C0817096", "ABD": "C0000726"}
+ORGAN_NAMES = {"C0018670": "head", "C0817096": "chest", "C0000726": "abdomen"}
 
 
 def list_vqa_rad(root: Path) -> Listing:
@@ -35,7 +38,7 @@ def list_vqa_rad(root: Path) -> Listing:
     rows = _read_rows(root)
     places = {path.name: Place(path) for path in sorted(root.rglob("*")) if path.suffix.lower() in (".jpg", ".png")}
     cases = _cases(rows)
-    listing = Listing()
+    listing = Listing(concept_names=dict(ORGAN_NAMES))
     images: dict[tuple[str, str], ImageEntry] = {}
     seen: set[str] = set()
     for row in rows:
@@ -48,8 +51,15 @@ def list_vqa_rad(root: Path) -> Listing:
         if fault:
             listing.set_aside.append(SetAside(qid, split, fault, f"question {qid} about {name}"))
             continue
+        organ = ORGANS.get(str(row.get("image_organ")))
         entry = ImageEntry(
-            Path(name).stem, split, cases[name], places[name], licence="CC0-1.0", attribution="VQA-RAD, Lau et al. 2018"
+            Path(name).stem,
+            split,
+            cases[name],
+            places[name],
+            concepts=(organ,) if organ else (),
+            licence="CC0-1.0",
+            attribution="VQA-RAD, Lau et al. 2018",
         )
         image = images.setdefault((split, name), entry)
         kind = str(row["answer_type"]).strip().lower()

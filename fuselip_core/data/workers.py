@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 from fuselip_core.errors import FuselipError
 
@@ -20,11 +21,13 @@ LOOK_EVERY_SECONDS = 2.0
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     """A pool of `workers` processes, or None for one: then the caller does the work itself.
 
-    Raises FuselipError if a worker dies. Work that has not begun is dropped when the block ends with an error.
+    Raises FuselipError if a worker dies. Work that has not begun is dropped when the block ends with an error, and what
+    has begun too when the user interrupts it.
     """
     if workers == 1:
         yield None
         return
+    others = active_children()
     # Spawned, not forked: the caller may hold threads.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),))
     try:
@@ -33,12 +36,21 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         raise FuselipError(
             "a worker process died, most likely for lack of memory; free some, or set prepare.workers=1"
         ) from error
+    except KeyboardInterrupt:
+        for process in active_children():
+            if process not in others:
+                process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when `parent` is gone: a killed parent cannot tell, and its workers would wait for ever."""
+    """Ends this process when `parent` is gone: a killed parent cannot tell, and its workers would wait for ever.
+
+    An interrupt from the keyboard reaches all of them; what it means is the parent's to say, once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -6,7 +6,7 @@ Legend: Q questions, A distinct answers, D width.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,15 +89,18 @@ def measure_answers(
         "shuffled_image": (shuffled, pool.questions, False),
     }
     clusters = cases[pool.images]
+    rights, ranks = {}, {}
     for name, (image_rows, text_rows, blank) in queries.items():
         query = embed(encoder, store, image_rows, text_rows, settings.batch_size, blank=blank)
-        rank = rank_answers(query, answers, pool.correct)
-        _add_accuracy(name, rank == 1, pool, clusters, settings.seed, result)
+        ranks[name] = rank_answers(query, answers, pool.correct)
+        rights[name] = ranks[name] == 1
         if name == "fused":
-            result.answers = _examples(store, pool, query, answers, rank, settings)
+            result.answers = _examples(store, pool, query, answers, ranks[name], settings)
     for name, guesses in _majority_guesses(store, prepared, pool).items():
-        right = np.array([pool.names[place] for place in pool.correct]) == np.array(guesses)
+        rights[name] = np.array([pool.names[place] for place in pool.correct]) == np.array(guesses)
+    for name, right in rights.items():
         _add_accuracy(name, right, pool, clusters, settings.seed, result)
+    _add_gains(rights, ranks, clusters, settings.seed, result)
     _add_summary(pool, result)
 
 
@@ -121,6 +124,24 @@ def _add_accuracy(
     for part, rows in chosen.items():
         if rows.any():
             result.add_share(f"answers/{name}/{part}", right[rows], clusters[rows], seed)
+
+
+def _add_gains(
+    rights: Mapping[str, Array], ranks: Mapping[str, Array], clusters: Array, seed: int, result: EvaluationResult
+) -> None:
+    """By how much the fused query is ahead of each control on the same questions, and the mean reciprocal ranks.
+
+    Ranks are in (0, 1] as 1 / rank, which also shows an answer that moves up without coming first.
+    """
+    gains = {name: f"answers/gain/{name}/accuracy" for name in rights if name != "fused"}
+    for name, metric in gains.items():
+        result.add_gain(metric, rights["fused"], rights[name], clusters, seed)
+    result.metrics["answers/gain/smallest"] = min(result.metrics[metric] for metric in gains.values())
+    for name, rank in ranks.items():
+        result.metrics[f"answers/{name}/mean_reciprocal_rank"] = float(np.mean(1 / rank))
+        if name != "fused":
+            metric = f"answers/gain/{name}/mean_reciprocal_rank"
+            result.add_gain(metric, 1 / ranks["fused"], 1 / rank, clusters, seed)
 
 
 def _add_summary(pool: AnswerPool, result: EvaluationResult) -> None:

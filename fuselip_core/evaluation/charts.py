@@ -21,7 +21,7 @@ QUERIES = {
     "blank_image": "Blank image",
     "shuffled_image": "Another image",
     "majority": "Most frequent answer",
-    "majority_by_question": "… to the same question",
+    "majority_by_question": "Most frequent by question",
 }
 PARTS = {"accuracy": "All questions", "accuracy_closed": "Closed", "accuracy_open": "Open"}
 
@@ -37,19 +37,27 @@ def draw_retrieval(path: Path, metrics: Metrics, intervals: Intervals) -> None:
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
         names = [f"retrieval/{direction}/recall_at_{k}" for k in ks]
         values = [100 * metrics[name] for name in names]
-        panel.bar(range(3), values, 0.5, color=ACCENT, label="model", yerr=_errors(names, metrics, intervals), **_BARS)
-        shuffled = f"retrieval_shuffled/{direction}/recall_at_1"
-        panel.bar([-0.42], [100 * metrics[shuffled]], 0.2, color=CONTROL, label="shuffled pairs (k = 1)")
+        panel.bar(range(3), values, 0.4, color=ACCENT, label="model", yerr=_errors(names, metrics, intervals), **_BARS)
+        shuffled = [f"retrieval_shuffled/{direction}/recall_at_{k}" for k in ks]
+        panel.bar(
+            [place + 0.35 for place in range(3)],
+            [100 * metrics[name] for name in shuffled],
+            0.26,
+            color=CONTROL,
+            label="shuffled pairs",
+            yerr=_errors(shuffled, metrics, intervals),
+            **_BARS,
+        )
         for place, (value, name) in enumerate(zip(values, names, strict=True)):
             chance = 100 * metrics[f"retrieval/{direction}/chance_at_{ks[place]}"]
-            panel.hlines(chance, place - 0.3, place + 0.3, color=CHANCE, lw=2, label="chance" if not place else None)
+            panel.hlines(chance, place - 0.24, place + 0.52, color=CHANCE, lw=2, label="chance" if not place else None)
             high = 100 * intervals.get(name, (0, metrics[name]))[1]
             panel.annotate(f"{value:.1f}", (place, max(value, high)), (0, 3), **_LABEL)
-        panel.set_xticks(range(3), [f"recall at {k}" for k in ks])
+        panel.set_xticks([place + 0.14 for place in range(3)], [f"recall at {k}" for k in ks])
         panel.set_title(title, **_TITLE)
     panels[0].set_ylabel("% of queries")
     panels[0].set_ylim(0, panels[0].get_ylim()[1] * 1.08)
-    panels[0].legend(loc="upper left", frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     _save(figure, path)
 
 

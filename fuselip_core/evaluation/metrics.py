@@ -117,13 +117,41 @@ def interval(hits: Array, seed: int, clusters: Array | None = None) -> tuple[flo
     bootstrap would claim certainty; there the exact one-sided binomial bound over the clusters takes its place.
     """
     hits = np.asarray(hits, np.float64)
-    owner = np.arange(len(hits)) if clusters is None else np.unique(clusters, return_inverse=True)[1].ravel()
-    sizes = np.bincount(owner).astype(np.float64)
-    tail = (1 - CONFIDENCE) / 2
+    owner = _owners(len(hits), clusters)
     if hits.min() == hits.max():
-        slack = 1 - tail ** (1 / len(sizes))
+        slack = _slack(owner)
         return (1 - slack, 1.0) if hits[0] else (0.0, slack)
-    sums = np.bincount(owner, weights=hits)
+    return _bootstrap(hits, owner, seed)
+
+
+def paired_interval(first: Array, second: Array, seed: int, clusters: Array | None = None) -> tuple[float, float]:
+    """95 % interval of the mean of `first` - `second` (N), two scores in 0..1 of the same items, as in `interval`.
+
+    Two ways to ask the same questions are mostly right and wrong on the same ones: their difference is known better
+    than either share. Where they never differ, the exact binomial bound stands on both sides of 0.
+    """
+    difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    owner = _owners(len(difference), clusters)
+    if difference.min() == difference.max():
+        slack, mean = _slack(owner), float(difference[0])
+        return max(-1.0, mean - slack), min(1.0, mean + slack)
+    return _bootstrap(difference, owner, seed)
+
+
+def _owners(count: int, clusters: Array | None) -> Array:
+    """Number of the cluster of each item (N), from 0 on; without clusters each item is its own."""
+    return np.arange(count) if clusters is None else np.unique(clusters, return_inverse=True)[1].ravel()
+
+
+def _slack(owner: Array) -> float:
+    """How far a share that came out as 0 or 1 may be from it: the exact one-sided binomial bound over clusters."""
+    return float(1 - ((1 - CONFIDENCE) / 2) ** (1 / (owner.max() + 1)))
+
+
+def _bootstrap(values: Array, owner: Array, seed: int) -> tuple[float, float]:
+    """95 % interval of the mean of `values` (N) over RESAMPLES draws of whole clusters."""
+    sizes, sums = np.bincount(owner).astype(np.float64), np.bincount(owner, weights=values)
+    tail = (1 - CONFIDENCE) / 2
     generator, means = np.random.default_rng(seed), []
     at_once = max(1, DRAWS_AT_ONCE // len(sizes))
     for start in range(0, RESAMPLES, at_once):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fuselip_core.evaluation.metrics import Array, interval
+import numpy as np
+
+from fuselip_core.evaluation.metrics import Array, interval, paired_interval
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,8 @@ class EvaluationResult:
         """Adds the share of `hits` (N) bool under `name`, with its interval over whole `clusters` (N)."""
         self.metrics[name] = float(hits.mean())
         self.intervals[name] = interval(hits, seed, clusters)
+
+    def add_gain(self, name: str, first: Array, second: Array, clusters: Array, seed: int) -> None:
+        """Adds by how much the mean of `first` is above that of `second`, scores (N) of the same items."""
+        self.metrics[name] = float(np.mean(first) - np.mean(second))
+        self.intervals[name] = paired_interval(first, second, seed, clusters)

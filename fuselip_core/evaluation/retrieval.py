@@ -133,7 +133,13 @@ def _measure_direction(
     result.metrics[f"{name}/over_chance"] = float(np.mean(rank == 1)) / chance(relevance)
     # Each query asks with the embedding of another one: what is left is no knowledge of the pair.
     shuffled = ranks(query[deranged(len(query), seed)], target, relevance)
-    result.add_share(f"retrieval_shuffled/{direction}/recall_at_1", shuffled == 1, cases, seed)
+    for k in KS:
+        result.add_share(f"retrieval_shuffled/{direction}/recall_at_{k}", shuffled <= k, cases, seed)
+    result.metrics[f"retrieval_shuffled/{direction}/median_rank"] = float(np.median(shuffled))
+    # Recall at 1 of a small pool is a handful of hits; 1 / rank counts every query, and both ask the same ones.
+    result.metrics[f"{name}/mean_reciprocal_rank"] = float(np.mean(1 / rank))
+    result.metrics[f"retrieval_shuffled/{direction}/mean_reciprocal_rank"] = float(np.mean(1 / shuffled))
+    result.add_gain(f"{name}/gain/mean_reciprocal_rank", 1 / rank, 1 / shuffled, cases, seed)
     return rank
 
 

@@ -30,22 +30,30 @@ def retrieval_section(folder: Path, result: EvaluationResult, pictures: Pictures
     rows, ks = [], (1, 5, 10)
     for direction, title in DIRECTIONS.items():
         name = f"retrieval/{direction}"
-        shares = [_share(result, f"{name}/recall_at_{k}") for k in ks]
-        rows.append((title, *shares, f"{metrics[f'{name}/median_rank']:g}"))
-        rows.append(("chance", *(percent(metrics[f"{name}/chance_at_{k}"]) for k in ks), ""))
-        rows.append(("shuffled pairs", _share(result, f"retrieval_shuffled/{direction}/recall_at_1"), "", "", ""))
+        shares = [share(result, f"{name}/recall_at_{k}") for k in ks]
+        rows.append((title, *shares, *_ranks(metrics, name)))
+        rows.append(("chance", *(percent(metrics[f"{name}/chance_at_{k}"]) for k in ks), "", ""))
+        shuffled = f"retrieval_shuffled/{direction}"
+        shares = [share(result, f"{shuffled}/recall_at_{k}") for k in ks]
+        rows.append(("shuffled pairs", *shares, *_ranks(metrics, shuffled)))
     explained = tag(
         "p",
         f"All {metrics['retrieval/pool']:,.0f} captions are candidates, or all "
         f"{metrics['retrieval/pool_images']:,.0f} images in the other direction. Equal captions all count as right, by "
-        "chance too. For the shuffled control each query asks with the embedding of another one.",
+        "chance too. For the shuffled control each query asks with the embedding of another one; where many captions "
+        "are equal it can be below chance, since equal wrong captions come all at once. MRR is the mean of 1 / rank.",
     )
-    numbers = table(["", "Recall at 1", "Recall at 5", "Recall at 10", "Median rank"], rows, main=(0, 3))
+    columns = ["", "Recall at 1", "Recall at 5", "Recall at 10", "Median rank", "MRR"]
+    numbers = table(columns, rows, main=(0, 3))
     alt = "Recall at 1, 5 and 10 in both directions, with chance and intervals; the table below has the numbers."
     cards = [_retrieval_card(example, pictures) for example in result.retrieval]
     examples = [tag("h3", "Images drawn at random, with their first captions")] if cards else []
     body = [explained, chart(folder / "retrieval.png", alt), numbers, *examples, tag("div", *cards, klass="examples")]
     return [section("retrieval", "Retrieval", *body)]
+
+
+def _ranks(metrics: Metrics, name: str) -> tuple[str, str]:
+    return f"{metrics[f'{name}/median_rank']:g}", f"{metrics[f'{name}/mean_reciprocal_rank']:.3f}"
 
 
 def _retrieval_card(example: RetrievalExample, pictures: Pictures) -> Html:
@@ -75,22 +83,30 @@ def answer_section(folder: Path, result: EvaluationResult, pictures: Pictures) -
     draw_answers(folder / "answers.png", metrics, result.intervals)
     parts = [part for part in PARTS if f"answers/fused/{part}" in metrics]
     rows = [
-        (label, *(_share(result, f"answers/{query}/{part}") for part in parts))
+        (
+            label,
+            *(share(result, f"answers/{query}/{part}") for part in parts),
+            _points(result, f"answers/gain/{query}/accuracy"),
+            f"{metrics[rank]:.3f}" if (rank := f"answers/{query}/mean_reciprocal_rank") in metrics else "",
+        )
         for query, label in QUERIES.items()
         if f"answers/{query}/accuracy" in metrics
     ]
-    rows.append(("chance", *[percent(metrics["answers/chance"])] * len(parts)))
+    rows.append(("chance", *[percent(metrics["answers/chance"])] * len(parts), "", ""))
     explained = tag(
         "p",
         f"Each of {metrics['answers/questions']:,.0f} questions ({metrics['answers/questions_closed']:,.0f} closed, "
         f"{metrics['answers/questions_open']:,.0f} open) is ranked against all {metrics['answers/pool']:,.0f} distinct "
         "answers of the split. Right means that the correct answer comes first. The controls show what can be had "
-        "without looking at the image or without reading the question.",
+        "without looking at the image or without reading the question. “Ahead by” compares image and question "
+        "together with a control on the same questions, in points: an interval above 0 says that they do better. MRR "
+        "is the mean of 1 / rank.",
     )
     alt = "Accuracy of image and question together beside each control; the table below has the numbers."
     cards = [_answer_card(example, pictures) for example in result.answers]
     examples = [tag("h3", "Questions drawn at random, with their first answers")] if cards else []
-    numbers = table(["Query", *(PARTS[part] for part in parts)], rows, main=(0,))
+    columns = ["Query", *(PARTS[part] for part in parts), "Ahead by", "MRR"]
+    numbers = table(columns, rows, main=(0,))
     body = [explained, chart(folder / "answers.png", alt), numbers, *examples, tag("div", *cards, klass="examples")]
     return [section("answers", "Answers", *body)]
 
@@ -113,7 +129,7 @@ def candidates_section(result: EvaluationResult) -> list[Html]:
     rows = [
         (
             task,
-            *(_share(result, f"candidates/{task}/{part}") for part in ("accuracy", "image_only", "text_only")),
+            *(share(result, f"candidates/{task}/{part}") for part in ("accuracy", "image_only", "text_only")),
             percent(metrics[f"candidates/{task}/chance"]),
             f"{metrics[f'candidates/{task}/questions']:,.0f}",
         )
@@ -235,10 +251,19 @@ def has_task(result: EvaluationResult, task: str) -> bool:
     return any(name.startswith(f"{task}/") for name in result.metrics)
 
 
-def _share(result: EvaluationResult, name: str) -> Html:
+def share(result: EvaluationResult, name: str) -> Html:
+    """A metric with its interval; nothing where it was not measured."""
     if name not in result.metrics:
         return Html("")
     return join([percent(result.metrics[name]), " ", tag("small", f"[{interval_text(result, name)}]")])
+
+
+def _points(result: EvaluationResult, name: str) -> Html:
+    """A difference of two shares in percentage points, with its interval."""
+    if name not in result.metrics:
+        return Html("")
+    low, high = (f"{100 * bound:+.1f}" for bound in result.intervals[name])
+    return join([f"{100 * result.metrics[name]:+.1f}", " ", tag("small", f"[{low} to {high}]")])
 
 
 def interval_text(result: EvaluationResult, name: str) -> str:

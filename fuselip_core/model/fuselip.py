@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
@@ -42,11 +43,15 @@ class Transformer(nn.Module):
     def __init__(self, width: int, heads: int, layers: int, mlp_ratio: float) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads, mlp_ratio) for _ in range(layers))
+        self.recompute = False  # blocks run again in the backward pass and keep nothing but their input
 
     def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None) -> Tensor:
         """(B, L, W) → (B, L, W), or (T, W) → (T, W); `mask` and `layout` as in blocks.Attention."""
         for block in self.resblocks:
-            x = block(x, mask, layout)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, layout, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, mask, layout)
         return x
 
 
@@ -228,9 +233,9 @@ class FuseLIPModel(StrictModel):
 
         `hidden` is (B, L, W) and `labels` (B, L), or packed: (T, W) and (T). Raises FuselipError without a mask token.
         """
-        masked = labels != IGNORED
-        chosen = labels[masked]
-        return self._prediction_head().loss_sum(hidden[masked], chosen) / max(len(chosen), 1)
+        places = (labels != IGNORED).flatten().nonzero().squeeze(1)  # once: on a GPU it waits
+        chosen = labels.flatten()[places]
+        return self._prediction_head().loss_sum(hidden.flatten(0, -2)[places], chosen) / max(len(chosen), 1)
 
     def _prediction_head(self) -> MaskPredictionHead:
         if self.mask_prediction_head is None:

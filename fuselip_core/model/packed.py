@@ -82,6 +82,7 @@ def packed_attention(projected: Tensor, heads: int, layout: Layout) -> Tensor:
     return _run_attention(projected, heads, layout.runs)
 
 
+@torch.compiler.disable  # every batch has other runs, and each would be compiled
 def _run_attention(projected: Tensor, heads: int, runs: Sequence[tuple[int, int]]) -> Tensor:
     width = projected.shape[1] // 3
     mixed = []

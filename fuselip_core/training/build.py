@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fuselip_core.config import ModelSettings, TrainSettings
+from fuselip_core.data.image_index import ImageIndex
 from fuselip_core.data.joined_store import JoinedStore
 from fuselip_core.data.prepared import PreparedData
 from fuselip_core.data.token_store import TokenStore, read_manifest
@@ -25,12 +26,23 @@ from fuselip_core.model.late_fusion import FUSIONS, LateFusionConfig, LateFusion
 from fuselip_core.model.titok import TiTok
 from fuselip_core.training.adaptation import extend_context
 from fuselip_core.training.batch import PairEncoder, TokenEncoder, TokenPairs
+from fuselip_core.training.decoding import DecodedPictures
 from fuselip_core.training.distributed import World
-from fuselip_core.training.pictures import PictureEncoder, PicturePairs, Pictures, PictureStore, cache_pictures
+from fuselip_core.training.pictures import (
+    PictureEncoder,
+    PicturePairs,
+    Pictures,
+    PictureSource,
+    PictureStore,
+    baseline_view,
+    cache_pictures,
+    require_tokenized,
+)
 from fuselip_core.training.pixels import as_pixels, decoded_batches, evaluation_view
 from fuselip_core.training.plan import Store
 
 PIXELS = Path("work") / "pixels"
+MOST_CACHED = 4 << 30  # bytes of pixels on disk; what would be more is decoded when it is asked for
 
 
 def build_model(options: ModelSettings, settings: TrainSettings, tokenizer: TiTok) -> Model:
@@ -103,19 +115,44 @@ def open_training(
         store = _joined({name: TokenStore(folder, "train") for name, folder in folders.items()})
         return store, TokenPairs(model, store, settings.mask_probability if settings.mask_weight else 0.0)
     stores: dict[str, TokenStore] = {}
-    caches: list[np.ndarray] = []
+    first = 0
     for name, folder in folders.items():
-        prepared = PreparedData(folder.parent / "prepared")
-        path = artifacts / PIXELS / f"{name or 'own'}-train.npy"
-        manifest = read_manifest(folder)
-        for rank in range(world.size):  # one after the other: the first makes the file, the others find it
-            if rank == world.rank:
-                cache = cache_pictures(path, prepared, manifest, "train", model.config.image_size, manifest["views"])
-            world.wait()
-        stores[name] = PictureStore(folder, "train", first=sum(map(len, caches)))
-        caches.append(cache)
+        stores[name] = PictureStore(folder, "train", first=first)
+        first += stores[name].codes.size
     store = _joined(stores)
-    return store, PicturePairs(model, store, Pictures(caches, device))
+    return store, PicturePairs(model, store, _pictures(artifacts, folders, "train", None, model, device, world))
+
+
+def _pictures(
+    artifacts: Path,
+    folders: Mapping[str, Path],
+    split: str,
+    views: int | None,
+    model: LateFusionModel,
+    device: torch.device,
+    world: World,
+) -> PictureSource:
+    """The pictures of a split of the token stores `folders`: from a cache of pixels if it is of a bearable size."""
+    size, scratch = model.config.image_size, artifacts / PIXELS
+    parts = []
+    for name, folder in folders.items():
+        prepared, manifest = PreparedData(folder.parent / "prepared"), read_manifest(folder)
+        require_tokenized(prepared, manifest)
+        parts.append((scratch / f"{name or 'own'}-{split}.npy", prepared, manifest, views or int(manifest["views"])))
+    pixels = sum(prepared.picture_count(split) * views * 3 * size**2 for _, prepared, _, views in parts)
+    made: PictureSource | None = None
+    for rank in range(world.size):  # one after the other: the first makes the files, the others find them
+        if rank == world.rank and pixels <= MOST_CACHED:
+            made = Pictures([cache_pictures(*part[:3], split, size, part[3]) for part in parts], device)
+        elif rank == world.rank:
+            sources = [
+                (ImageIndex(path.with_suffix(".index"), prepared, split), views, baseline_view(size, manifest))
+                for path, prepared, manifest, views in parts
+            ]
+            made = DecodedPictures(sources, size, device)
+        world.wait()
+    assert made is not None
+    return made
 
 
 def _joined(stores: Mapping[str, TokenStore]) -> Store:
@@ -139,9 +176,8 @@ def open_measuring(
         if model.image_tokenizer is not None and not _is_codebook(model.image_tokenizer.model, artifacts / "codebook"):
             _tokenize_anew(store, prepared, model.image_tokenizer.model, device)
         return store, TokenEncoder(model, device)
-    size, path = model.config.image_size, artifacts / PIXELS / f"own-{split}.npy"
-    cache = cache_pictures(path, prepared, read_manifest(folder), split, size, views=1)
-    return PictureStore(folder, split, views=1), PictureEncoder(model, Pictures([cache], device))
+    pictures = _pictures(artifacts, {"": folder}, split, 1, model, device, World())
+    return PictureStore(folder, split, views=1), PictureEncoder(model, pictures)
 
 
 def _is_codebook(tokenizer: TiTok, folder: Path) -> bool:

@@ -25,7 +25,10 @@ STATE_FILE, DIGEST_FILE = "state.pt", "state.sha256"
 def folder_of_run(parent: Path, identity: Mapping[str, Any]) -> Path:
     """Folder of a run's checkpoints: named by what must be equal for the run to go on, so that others start anew."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    return parent / digest[:12]
+    folder = parent / digest[:12]
+    if not folder.exists() and any(parent.glob("*/step-*")):
+        logger.warning("%s holds a run with other settings or data; this one begins anew beside it", parent)
+    return folder
 
 
 class Checkpoints:
@@ -37,6 +40,8 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes `state` (tensors, numbers, strings, lists and dicts of them) as the checkpoint of `step`."""
         path = self.folder / f"step-{step:08d}"
+        for left in self.folder.glob(".step-*"):  # of a process killed while it saved: nobody else writes here
+            shutil.rmtree(left, ignore_errors=True)
         with atomic_folder(path) as partial:
             torch.save(state, partial / STATE_FILE)
             (partial / DIGEST_FILE).write_text(sha256_of(partial / STATE_FILE))

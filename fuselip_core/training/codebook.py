@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -225,29 +225,36 @@ def _batches(images: PixelCache, device: torch.device, size: int = 64) -> Iterat
 
 
 @torch.no_grad()
-def measure_codebook(tokenizer: TiTok, images: PixelCache) -> dict[str, float]:
-    """Reconstruction error and use of the codes over all `images`.
+def measure_codebook(
+    tokenizer: TiTok, images: PixelCache, modalities: Sequence[str | None] = (), name: str = "codebook"
+) -> dict[str, float]:
+    """Reconstruction error and use of the codes over all `images`, and the error of each of their `modalities`.
 
     `use` is the share of codes that occur at all, `perplexity` the exponential of the entropy of their frequencies.
     """
     tokenizer.eval()
     device = next(tokenizer.parameters()).device
     counts = torch.zeros(tokenizer.config.codebook_size, dtype=torch.float64, device=device)
-    squared, pixels_seen = 0.0, 0
+    errors: list[Tensor] = []
     for pixels in _batches(images, device):
         codes = tokenizer.codes(pixels)
-        squared += F.mse_loss(tokenizer.decode(codes), pixels, reduction="sum").item()
-        pixels_seen += pixels.numel()
+        errors.append(F.mse_loss(tokenizer.decode(codes), pixels, reduction="none").mean(dim=(1, 2, 3)).double().cpu())
         counts += torch.bincount(codes.flatten(), minlength=len(counts))
     frequency = counts / counts.sum()
     entropy = -(frequency * frequency.clamp_min(1e-12).log()).sum().item()
-    mse = squared / pixels_seen
-    return {
-        "codebook/reconstruction_mse": mse,
-        "codebook/psnr": -10.0 * math.log10(max(mse, 1e-12)),
-        "codebook/use": (counts > 0).double().mean().item(),
-        "codebook/perplexity": math.exp(entropy),
+    of_image = torch.cat(errors).numpy()
+    found = _error(name, "", of_image)
+    for modality in sorted({each for each in modalities if each}):
+        found |= _error(name, f"/{modality}", of_image[np.array(modalities) == modality])
+    return found | {
+        f"{name}/use": (counts > 0).double().mean().item(),
+        f"{name}/perplexity": math.exp(entropy),
     }
+
+
+def _error(name: str, part: str, errors: np.ndarray) -> dict[str, float]:
+    mse = float(errors.mean())
+    return {f"{name}/reconstruction_mse{part}": mse, f"{name}/psnr{part}": -10.0 * math.log10(max(mse, 1e-12))}
 
 
 @torch.no_grad()

@@ -25,8 +25,10 @@ from torch import Tensor
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.mixture import Mixture
 from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.machine import machine_metrics
 from fuselip_core.progress import track
 from fuselip_core.training.batch import PairEncoder, pair_keys
+from fuselip_core.training.block_options import compile_blocks, recompute_blocks
 from fuselip_core.training.checkpoint import (
     Checkpoints,
     folder_of_run,
@@ -37,14 +39,17 @@ from fuselip_core.training.checkpoint import (
 from fuselip_core.training.distributed import World
 from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
-from fuselip_core.training.losses import contrastive_over_all
+from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
-from fuselip_core.training.plan import Store, kind_shares, plan_schedule
+from fuselip_core.training.plan import Store, kind_shares, plan_schedule, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
 
 logger = logging.getLogger("fuselip")
 LOG_EVERY = 10
+SHOWN_PAIRS = 8
 MAX_LOGIT_SCALE = math.log(100.0)
+# What changes time and memory but not what is computed, so that a run may go on with another choice.
+SAME_VALUES = ("contrast_rows", "gradient_checkpointing", "compile")
 OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses are parts of one sum
 
 Log = Callable[[int, dict[str, float]], None]
@@ -94,7 +99,7 @@ def _nothing(step: int, metrics: dict[str, float]) -> None:
 
 def run_folder(checkpoints: Path, settings: TrainSettings, store: Store) -> Path:
     """Folder of this run's checkpoints; how often it looks and saves may change while it goes on."""
-    free = {"validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints"}
+    free = {"validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", *SAME_VALUES}
     return folder_of_run(
         checkpoints, {"train": settings.model_dump(mode="json", exclude=free), "tokens": store.manifest}
     )
@@ -117,6 +122,10 @@ class Trainer:
         self.checkpoints, self.world = checkpoints, world
         self.log, self.validate = (log, validate) if world.leads else (_nothing, None)
         self.device = next(self.model.parameters()).device
+        if settings.gradient_checkpointing:
+            recompute_blocks(self.model)
+        if settings.compile:
+            compile_blocks(self.model)
         self.schedule = plan_schedule(store, settings)
         self.mixture = Mixture(
             store, kind_shares(store, settings), settings.batch_size, settings.seed, grouped=settings.grouped
@@ -165,13 +174,13 @@ class Trainer:
     def compute_gradients(self, rows: np.ndarray, step: int) -> Losses:
         """Gradients of the whole batch, of which `rows` (B) are this process's pairs, into the model's parameters."""
         settings = self.settings
-        view_rng = np.random.default_rng([settings.seed, step, *([self.world.rank] if self.world.rank else [])])
+        view_rng = self._view_rng(step)
         parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, settings.accumulation)]
         keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored")).to(self.device)
 
         def contrast(query: Tensor, target: Tensor) -> Tensor:
-            scale, bias = self.model.logit_scale.exp(), self.model.logit_bias
-            return contrastive_over_all(query, target, keys, scale, bias, self.world, settings.all_combinations)
+            loss_of = SigmoidLoss(self.model.logit_scale.exp(), self.model.logit_bias, settings.contrast_rows)
+            return contrastive_over_all(query, target, keys, loss_of, self.world, settings.all_combinations)
 
         losses = backward(self.encoder, parts, contrast, settings.mask_weight, self.world, self._uses_bfloat16())
         self.world.average_gradients(self.model.parameters())
@@ -181,11 +190,11 @@ class Trainer:
         rate = self.schedule.rate(step)
         set_learning_rate(self.optimizer, rate)
         rows = self.next_rows()
+        self._look_ahead(step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.compute_gradients(rows, step)
-        self.check_finite(losses.total, "loss", step, rows)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.check_finite(norm, "gradient norm", step, rows)
+        self.check_finite({"loss": losses.total, "gradient norm": norm}, step, rows)
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
@@ -200,17 +209,30 @@ class Trainer:
             "lr": rate,
         }
 
+    def _view_rng(self, step: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed, step, *([self.world.rank] if self.world.rank else [])])
+
+    def _look_ahead(self, step: int) -> None:
+        """Tells an encoder that fetches its inputs which pairs the step after `step` will need."""
+        expect = getattr(self.encoder, "expect", None)
+        if expect is None or step + 1 >= self.schedule.steps:
+            return
+        here = self.mixture.state_dict()
+        expect(self.next_rows(), self._view_rng(step + 1), self.settings.accumulation)
+        self.mixture.load_state_dict(here)
+
     def _uses_bfloat16(self) -> bool:
         precision = self.settings.precision
         return precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
 
-    def check_finite(self, value: Tensor, name: str, step: int, rows: np.ndarray) -> None:
+    def check_finite(self, values: dict[str, Tensor], step: int, rows: np.ndarray) -> None:
         """A step on a non-finite value would ruin every weight, so the run ends before it."""
-        if torch.isfinite(value):
+        if torch.stack(list(values.values())).isfinite().all():  # one look: on a GPU each waits for it
             return
-        shown = ", ".join(map(str, rows[:8].tolist()))
+        name, value = next((name, value) for name, value in values.items() if not value.isfinite())
+        shown = ", ".join(sample_ids(self.store, rows[:SHOWN_PAIRS]))
         raise FuselipError(
-            f"the {name} is {value.item()} at step {step} (pairs {shown}, ... of the token store); "
+            f"the {name} is {value.item()} at step {step} (pairs {shown}{', ...' * (len(rows) > SHOWN_PAIRS)}); "
             "lower train.learning_rate or look at these pairs"
         )
 
@@ -223,7 +245,8 @@ class Trainer:
             values |= dict(zip(OF_EACH_PROCESS, self.world.mean(own).tolist(), strict=True))
         values["pairs_per_second"] = self.pairs / max(self._seconds(), 1e-9)
         values["logit_scale"] = self.model.logit_scale.exp().item()
-        self.log(self.step, values)
+        values["masked_share"] = self.settings.mask_weight * values["masked"] / max(values["loss"], 1e-9)
+        self.log(self.step, values | machine_metrics())
 
     def _look_at_validation(self) -> None:
         if self.validate is None or (self.step % self.settings.validate_every and self.step != self.schedule.steps):
@@ -254,6 +277,7 @@ class Trainer:
         }
         if self.world.leads:
             self.checkpoints.save(self.step, state)
+        self.log(self.step, {"checkpoint": float(self.step)})
         self._saved = time.monotonic()
 
     def _resume(self) -> None:

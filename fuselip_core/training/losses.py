@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD
 from fuselip_core.training.distributed import World
@@ -18,25 +21,63 @@ def sigmoid_contrastive(
     `query` and `target` are unit-norm (B, W); `scale` (already exponentiated) and `bias` are scalars. Pairs that are
     true in `ignored` (B, B) count neither as right nor as wrong. SigLIP (arXiv 2303.15343), equation 1 and algorithm 1.
     """
-    logits = scale * query @ target.T + bias
-    signs = 2.0 * torch.eye(len(query), device=query.device, dtype=logits.dtype) - 1.0
-    terms = F.logsigmoid(signs * logits)
+    itself = torch.eye(len(query), dtype=torch.bool, device=query.device)
+    return _sigmoid_sum(query, target, scale, bias, itself, ignored) / len(query)
+
+
+def _sigmoid_sum(
+    left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, belong: Tensor | None, ignored: Tensor | None
+) -> Tensor:
+    """Sum of the sigmoid losses of `left` (B, W) with `right` (C, W).
+
+    Pairs that are true in `belong` (B, C) are the right ones, none without it; those in `ignored` (B, C) don't count.
+    """
+    logits = scale * left @ right.T + bias
+    terms = F.logsigmoid(-logits if belong is None else torch.where(belong, logits, -logits))
     if ignored is not None:
         terms = terms.masked_fill(ignored, 0.0)
-    return -terms.sum() / len(query)
+    return -terms.sum()
 
 
-def sigmoid_negatives(left: Tensor, right: Tensor, scale: Tensor, bias: Tensor, ignored: Tensor) -> Tensor:
-    """The sigmoid loss of pairs none of which belong together, summed over `right` and averaged over `left`.
+@dataclass(frozen=True)
+class SigmoidLoss:
+    """The sigmoid loss of embeddings (B, W) with others (C, W); their keys tell which are no negatives, see `akin`.
 
-    `left` (B, W) and `right` (C, W) are unit-norm; pairs that are true in `ignored` (B, C) do not count.
+    `scale` (already exponentiated) and `bias` are scalars. With `rows`, only so many embeddings are compared at a time,
+    and again in the backward pass: a large batch then takes B x W of memory and not B x B.
     """
-    terms = F.logsigmoid(-(scale * left @ right.T + bias))
-    return -terms.masked_fill(ignored, 0.0).sum() / len(left)
+
+    scale: Tensor
+    bias: Tensor
+    rows: int | None = None
+
+    def __call__(self, left: Tensor, right: Tensor, keys: Tensor, others: Tensor, belong: bool = False) -> Tensor:
+        """Summed over `right`, averaged over `left`; left i and right i are a right pair if `belong`, else none is."""
+        if self.rows is None or self.rows >= len(left):
+            return self._of_rows(left, right, keys, others, 0 if belong else None) / len(left)
+        total = left.new_zeros(())
+        for start in range(0, len(left), self.rows):
+            part = slice(start, start + self.rows)
+            total = total + checkpoint(
+                self._of_rows,
+                *(left[part], right, keys[part], others, start if belong else None),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return total / len(left)
+
+    def _of_rows(self, left: Tensor, right: Tensor, keys: Tensor, others: Tensor, first: int | None) -> Tensor:
+        """Sum over some rows of `left`, the first of which belongs to row `first` of `right`."""
+        ignored, belong = akin(keys, others), None
+        if first is not None:
+            places = torch.arange(len(others), device=left.device)
+            belong = places == places[first : first + len(left), None]
+            ignored = ignored & ~belong
+        return _sigmoid_sum(left, right, self.scale, self.bias, belong, ignored)
 
 
 def contrastive_over_all(
-    query: Tensor, target: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, world: World, all_combinations: bool
+    query: Tensor, target: Tensor, keys: Tensor, loss_of: SigmoidLoss, world: World, all_combinations: bool
 ) -> Tensor:
     """The sigmoid loss of this process's queries with the targets of all processes; its mean is the joint batch's.
 
@@ -44,20 +85,17 @@ def contrastive_over_all(
     With `all_combinations` queries are also told from queries and targets from targets, as an option of the published
     code does (but for its constant for each pair with itself).
     """
-    own = akin(keys, keys)
-    itself = torch.eye(len(keys), dtype=torch.bool, device=keys.device)
-    loss = sigmoid_contrastive(query, target, scale, bias, own & ~itself)
+    loss = loss_of(query, target, keys, keys, belong=True)
     if all_combinations:
         for side in (query, target):
-            loss = loss + sigmoid_negatives(side, side, scale, bias, own)
+            loss = loss + loss_of(side, side, keys, keys)
     # One tensor goes round, so that gradients come back in one order in every process.
     carried = torch.cat([target, query], dim=1) if all_combinations else target
     for far_keys, far in world.ring([keys, carried]):
-        equal = akin(keys, far_keys)
-        loss = loss + sigmoid_negatives(query, far[:, : query.shape[1]], scale, bias, equal)
+        loss = loss + loss_of(query, far[:, : query.shape[1]], keys, far_keys)
         if all_combinations:
-            loss = loss + sigmoid_negatives(target, far[:, : query.shape[1]], scale, bias, equal)
-            loss = loss + sigmoid_negatives(query, far[:, query.shape[1] :], scale, bias, equal)
+            loss = loss + loss_of(target, far[:, : query.shape[1]], keys, far_keys)
+            loss = loss + loss_of(query, far[:, query.shape[1] :], keys, far_keys)
     return loss
 
 

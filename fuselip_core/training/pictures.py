@@ -1,17 +1,18 @@
 """Where stored texts and prepared images meet a late-fusion model, which reads pixels and no codes.
 
 A PictureStore is a token store whose codes are rows of a cache of pixels, in the same views that were tokenized: so the
-baselines see the same pairs, batches, crops and evaluations as the joint encoder. Legend: B pairs, N images, V views,
+baselines see the same pairs, batches, crops and evaluations as the joint encoder. Where such a cache would be too large
+its rows are decoded when they are asked for (decoding.py). Legend: B pairs, N images, V views,
 S pixels a side, L tokens, W width.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,10 +30,12 @@ from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD
 from fuselip_core.model.vocabulary import join, text_sequence
 from fuselip_core.progress import track
 from fuselip_core.training.batch import gather_sides
-from fuselip_core.training.pixels import Draw, decoded_batches
+from fuselip_core.training.pixels import Draw, as_pixels, decoded_batches
 from fuselip_core.training.plan import Store
 
 BLACK = -1  # row of the cache that stands for a black image
+
+DrawView = Callable[[Image.Image, int, int], np.ndarray]  # (image, row, view) → uint8 (S, S, 3)
 
 
 class PictureStore(TokenStore):
@@ -45,12 +48,27 @@ class PictureStore(TokenStore):
         self.blank = np.array([BLACK], np.int32)
 
 
+class PictureSource(Protocol):
+    """Where a late-fusion model's pixels come from: a cache of them, or image files (decoding.py)."""
+
+    device: torch.device
+
+    def rows(self, rows: np.ndarray) -> Tensor:
+        """Cache rows (B), BLACK allowed → normalised pixels (B, 3, S, S) float32 on the device."""
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Says which rows (B) will be asked for next."""
+
+
 class Pictures:
     """Pixels of images by cache row, over one cache or several behind one another."""
 
     def __init__(self, caches: Sequence[np.ndarray], device: torch.device) -> None:
         self._caches, self.device = list(caches), device
         self._starts = np.cumsum([0, *map(len, caches)])[:-1]
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Nothing to do: a cache has them already."""
 
     def rows(self, rows: np.ndarray) -> Tensor:
         """Cache rows (B), BLACK allowed → normalised pixels (B, 3, S, S) float32 on the device."""
@@ -60,8 +78,12 @@ class Pictures:
         for number, cache in enumerate(self._caches):
             chosen = np.flatnonzero((cache_of == number) & (rows >= 0))
             picked[chosen] = cache[rows[chosen] - self._starts[number]]
-        pixels = torch.from_numpy(picked).to(self.device).permute(0, 3, 1, 2).float().div_(255.0)
-        return normalize(pixels, list(CLIP_MEAN), list(CLIP_STD))
+        return normalised(picked, self.device)
+
+
+def normalised(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (B, S, S, 3) → float32 (B, 3, S, S) on `device`, as the towers take it."""
+    return normalize(as_pixels(pixels, device), list(CLIP_MEAN), list(CLIP_STD))
 
 
 @dataclass(frozen=True)
@@ -76,10 +98,17 @@ class PictureSides:
 
 
 class PicturePairs:
-    """A late-fusion model on cached pixels and stored texts; see batch.PairEncoder."""
+    """A late-fusion model on pixels and stored texts; see batch.PairEncoder."""
 
-    def __init__(self, model: LateFusionModel, store: Store, pictures: Pictures) -> None:
+    def __init__(self, model: LateFusionModel, store: Store, pictures: PictureSource) -> None:
         self.model, self.store, self.pictures = model, store, pictures
+
+    def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
+        """Says that the pairs `rows` (B), in the views that `view_rng` draws, are the next inputs, in so many parts."""
+        if isinstance(self.pictures, Pictures):
+            return  # they are all there
+        sides = [side for part in np.array_split(rows, parts) for side in gather_sides(self.store, part, view_rng)]
+        self.pictures.expect(np.concatenate([side.codes[side.has_image, 0] for side in sides]))
 
     def inputs(self, rows: np.ndarray, view_rng: np.random.Generator) -> PictureSides:
         """Pair rows (B) → their images' cache rows and texts."""
@@ -94,7 +123,7 @@ class PicturePairs:
 class PictureEncoder:
     """Embeds sides of a PictureStore without gradient; what evaluation and validation see of a late-fusion model."""
 
-    def __init__(self, model: LateFusionModel, pictures: Pictures) -> None:
+    def __init__(self, model: LateFusionModel, pictures: PictureSource) -> None:
         self.model, self.pictures = model, pictures
 
     @torch.no_grad()
@@ -118,7 +147,7 @@ def picture_sides(sides: Sequence[SideTokens], context_length: int) -> PictureSi
     return PictureSides(images, has_image, text_ids, tuple(map(len, sides)))
 
 
-def encode_pictures(model: LateFusionModel, inputs: PictureSides, pictures: Pictures) -> tuple[Tensor, ...]:
+def encode_pictures(model: LateFusionModel, inputs: PictureSides, pictures: PictureSource) -> tuple[Tensor, ...]:
     """Embeddings (B, W) of each side; all images go through their tower at once, and so do all texts."""
     device = pictures.device
     output = model(pictures.rows(inputs.images), inputs.text_ids.to(device), inputs.has_image.to(device))
@@ -131,14 +160,19 @@ def _texts(side: SideTokens, context_length: int) -> Tensor:
 
 
 def baseline_views(size: int, manifest: Mapping[str, Any], views: int) -> Draw:
+    """All views of an image behind one another; see `baseline_view`."""
+    draw_view = baseline_view(size, manifest)
+    return lambda image, row: np.stack([draw_view(image, row, view) for view in range(views)])
+
+
+def baseline_view(size: int, manifest: Mapping[str, Any]) -> DrawView:
     """The views that were tokenized, in the baselines' own preprocessing: squashed before it becomes RGB."""
 
-    def draw(image: Image.Image, row: int) -> np.ndarray:
-        drawn = [np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))]
-        for view in range(1, views):
-            rng = np.random.default_rng([manifest["view_seed"], row, view])
-            drawn.append(random_crop(image, size, tuple(manifest["crop_scale"]), rng))
-        return np.stack(drawn)
+    def draw(image: Image.Image, row: int, view: int) -> np.ndarray:
+        if view == 0:
+            return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+        rng = np.random.default_rng([manifest["view_seed"], row, view])
+        return random_crop(image, size, tuple(manifest["crop_scale"]), rng)
 
     return draw
 
@@ -151,15 +185,14 @@ def cache_pictures(
     Made once: a file that is there and of the same images and views is used as it is. Raises FuselipError where the
     prepared data are not those that were tokenized.
     """
+    require_tokenized(prepared, manifest)
     identity = {name: manifest[name] for name in ("data_version", "crop_scale", "view_seed")}
     identity |= {"split": split, "size": size, "views": views}
-    if prepared.data_version != identity["data_version"]:
-        raise FuselipError(f"{prepared.folder} is not what was tokenized; run the tokenize stage again")
     marker = path.with_suffix(".json")
     if not _is_whole(marker, path, identity):
         marker.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        count = prepared.image_count(split)
+        count = prepared.picture_count(split)
         pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count * views, size, size, 3))
         take_space(path)
         batches = decoded_batches(prepared, split, baseline_views(size, manifest, views), batch_rows=256)
@@ -169,6 +202,12 @@ def cache_pictures(
         write_json(marker, identity)
     mapped: np.ndarray = np.load(path, mmap_mode="r")
     return mapped
+
+
+def require_tokenized(prepared: PreparedData, manifest: Mapping[str, Any]) -> None:
+    """Raises FuselipError where the prepared data are not those of the token store's `manifest`."""
+    if prepared.data_version != manifest["data_version"]:
+        raise FuselipError(f"{prepared.folder} is not what was tokenized; run the tokenize stage again")
 
 
 def _is_whole(marker: Path, path: Path, identity: Mapping[str, Any]) -> bool:

@@ -16,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from fuselip_core.data.images import decode, to_pixels
+from fuselip_core.data.places import made_picture
 from fuselip_core.data.prepared import PreparedData
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space
 from fuselip_core.progress import track
 
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
+Encoded = tuple[bytes, str | None]  # an image file, and the instruction by which a made image comes of it
 
 
 def evaluation_view(size: int) -> Draw:
@@ -40,13 +42,15 @@ def decoded_batches(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first row, uint8 (N, V, S, S, 3)) for the rows from `start` to before `stop`, in the shards' order.
 
-    While the caller works on a batch the next one is decoded.
+    Rows behind the images are those that are made of them. While the caller works on a batch the next one is decoded.
     """
 
-    def decode_and_draw(blob: bytes, row: int) -> np.ndarray:
+    def decode_and_draw(encoded: Encoded, row: int) -> np.ndarray:
+        blob, instruction = encoded
         try:
             # Prepared images were checked against the limit of the prepare stage; no second limit here.
-            return draw(decode(blob, max_megapixels=float("inf")), row)
+            image = decode(blob, max_megapixels=float("inf"))
+            return draw(image if instruction is None else made_picture(image, instruction), row)
         except FuselipError as error:
             raise FuselipError(
                 f"image {row} of split '{split}' in {prepared.folder} is no longer what was prepared ({error}); "
@@ -66,16 +70,48 @@ def decoded_batches(
 
 def _encoded_batches(
     prepared: PreparedData, split: str, batch_rows: int, start: int, stop: int | None
-) -> Iterator[tuple[int, list[bytes]]]:
-    """(first row, image files) of the rows from `start` to before `stop`."""
-    row = 0
-    for batch in prepared.iter_images(split, columns=["bytes"], batch_rows=batch_rows):
-        first, row = row, row + batch.num_rows
-        if stop is not None and first >= stop:
+) -> Iterator[tuple[int, list[Encoded]]]:
+    """(first row, image files with what is to be made of them) of the rows from `start` to before `stop`."""
+    images, end = prepared.image_count(split), prepared.picture_count(split) if stop is None else stop
+    row = start
+    for batch in prepared.iter_images(split, ["bytes"], batch_rows, first=start) if row < min(images, end) else ():
+        blobs = batch.column("bytes")[: end - row].to_pylist()
+        yield row, [(blob, None) for blob in blobs]
+        row += len(blobs)
+        if row >= end:
             return
-        begin, end = max(start - first, 0), min((stop or row) - first, batch.num_rows)
-        if begin < end:
-            yield first + begin, batch.column("bytes")[begin:end].to_pylist()
+    if row < end:
+        yield from _made_batches(prepared, split, batch_rows, row, end)
+
+
+def _made_batches(
+    prepared: PreparedData, split: str, batch_rows: int, start: int, stop: int
+) -> Iterator[tuple[int, list[Encoded]]]:
+    """The same for rows of made images. Their originals stand in the same order, so one pass over those will do."""
+    images = prepared.image_count(split)
+    sources = prepared.sources_of_made(split)[start - images : stop - images]
+    instructions = prepared.made(split).column("instruction")[start - images : stop - images].to_pylist()
+    blobs = _blobs_from(prepared, split, int(sources[0]))
+    at, blob = next(blobs)
+    waiting: list[Encoded] = []
+    first = start
+    for source, instruction in zip(sources.tolist(), instructions, strict=True):
+        while at < source:
+            at, blob = next(blobs)
+        waiting.append((blob, instruction))
+        if len(waiting) == batch_rows:
+            yield first, waiting
+            first, waiting = first + batch_rows, []
+    if waiting:
+        yield first, waiting
+
+
+def _blobs_from(prepared: PreparedData, split: str, first: int) -> Iterator[tuple[int, bytes]]:
+    row = first
+    for batch in prepared.iter_images(split, ["bytes"], batch_rows=64, first=first):
+        for blob in batch.column("bytes").to_pylist():
+            yield row, blob
+            row += 1
 
 
 def as_pixels(batch: np.ndarray, device: torch.device) -> Tensor:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.joined_store import JoinedStore
+from fuselip_core.data.prepared import PreparedData
 from fuselip_core.data.token_store import TokenStore
 from fuselip_core.errors import FuselipError
 from fuselip_core.training.optimizer import Schedule
 
 Store = TokenStore | JoinedStore
+
+
+def sample_ids(store: Store, rows: np.ndarray) -> list[str]:
+    """Ids of the pairs `rows` (B) as the prepared data beside their token store have them; row numbers without such."""
+    ids = []
+    for row in rows.tolist():
+        part, own = store.locate(row) if isinstance(store, JoinedStore) else (store, row)
+        try:
+            pairs = PreparedData(part.folder.parent / "prepared").pairs(part.split)
+            ids.append(str(pairs.column("pair_id")[own]))
+        except (FuselipError, OSError, IndexError):
+            ids.append(f"row {own} of {part.folder}")
+    return ids
 
 
 def kind_shares(store: Store, settings: TrainSettings) -> dict[str, float]:

@@ -39,7 +39,7 @@ def look_before_the_first_step(trainer: Trainer) -> dict[str, float]:
     random_before, mixture_before = random_state(), trainer.mixture.state_dict()
     rows = trainer.next_rows()
     losses = trainer.compute_gradients(rows, step=0)
-    trainer.check_finite(losses.total, "loss", 0, rows)
+    trainer.check_finite({"loss": losses.total}, 0, rows)
     _refuse_unreached(trainer.model, losses.masked.item() > 0)
     trainer.optimizer.zero_grad(set_to_none=True)
     found = _compare(trainer, rows, losses.contrastive.item(), losses.masked.item())

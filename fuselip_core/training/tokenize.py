@@ -105,7 +105,7 @@ class Tokenizing:
 
     def writer(self, split: str) -> TokenStoreWriter:
         """Where the codes of a split grow."""
-        shape = (self.prepared.image_count(split), self.settings.views, self.tokenizer.config.latent_tokens)
+        shape = (self.prepared.picture_count(split), self.settings.views, self.tokenizer.config.latent_tokens)
         return TokenStoreWriter(self.target, split, *shape, self.identity)
 
     def write_shard(self, writer: TokenStoreWriter, start: int, stop: int) -> None:
@@ -118,13 +118,13 @@ class Tokenizing:
 
     def _split(self, split: str, kinds: list[str]) -> dict[str, int]:
         writer, pairs = self.writer(split), self.prepared.pairs(split)
-        counts = {"images": self.prepared.image_count(split), "pairs": pairs.num_rows}
+        counts = {"images": self.prepared.picture_count(split), "pairs": pairs.num_rows}
         if writer.finished:
             return counts
         shards = writer.pending(self.settings.rows_per_shard)
         for start, stop in track(shards, f"tokenizing {split} images, shards"):
             self.write_shard(writer, start, stop)
-        columns, texts = index_pairs(pairs, self._column(split, "image_id"), kinds, self._column(split, "concepts"))
+        columns, texts = index_pairs(pairs, self.prepared.picture_ids(split), kinds, self._concepts(split))
         ids = [self.encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         flat = np.fromiter((token for text in ids for token in text), np.uint16, count=int(offsets[-1]))
@@ -149,6 +149,9 @@ class Tokenizing:
         size = self.tokenizer.config.image_size
         return self._encode(np.zeros((1, 1, size, size, 3), np.uint8))[0, 0]
 
-    def _column(self, split: str, name: str) -> pa.ChunkedArray:
-        batches = self.prepared.iter_images(split, columns=[name], batch_rows=65536)
-        return pa.chunked_array([batch.column(name) for batch in batches], IMAGE_SCHEMA.field(name).type)
+    def _concepts(self, split: str) -> pa.ChunkedArray:
+        """Concepts of each image; a made one has none."""
+        batches = self.prepared.iter_images(split, columns=["concepts"], batch_rows=65536)
+        kind = IMAGE_SCHEMA.field("concepts").type
+        made = self.prepared.picture_count(split) - self.prepared.image_count(split)
+        return pa.chunked_array([*(batch.column("concepts") for batch in batches), pa.nulls(made, kind)], kind)

@@ -1,0 +1,209 @@
+"""Early fusion beside both late-fusion baselines, and what single choices add: same pairs, same time, three seeds.
+
+    python benchmarks/compare_families.py list                       # names of the runs that are still to do
+    python benchmarks/compare_families.py prepare                    # prepare, codebook, tokenize: once a data set
+    python benchmarks/compare_families.py run [NAME ...]             # some runs, or all that are still to do
+    python benchmarks/compare_families.py table                      # mean and spread, into README.md
+
+Every run trains a model of size tiny through the project's own stages on the pairs, codes and pictures that all runs of
+its data set share, for as many steps as fit into `--seconds` of one core: a step of each family is timed once a data
+set, in processor time, and seconds.json remembers it for all seeds. A finished run is one small JSON below
+`--folder`; runs that have one are skipped, so a run that was cut off goes on with the rest. An adaptation starts from
+the early-fusion model that the run of the sample with its seed left, and needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path.append(sys.path.pop(0))  # behind Python's own modules, one of which is called tokenize
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ["FUSELIP_TRACKERS"] = ""  # the disk alone: dozens of short runs are no experiment to look up
+
+from families_runs import COMMON, DATA, FAMILIES, Run, all_runs, family_run
+from families_table import Results, adaptation_table, comparison_table
+
+from fuselip_core import stages
+from fuselip_core.config import Settings, check_settings, corrected_recipe, merge
+
+REPOSITORY = Path(__file__).parents[1]
+TIMED, PASSED_OVER = 14, 4  # steps that are timed, of which the first do not count
+ADAPTATION_SHARE = 0.6  # of the seconds of a run
+
+
+class Comparison:
+    """The folder of a comparison: data/<name> with what runs share, runs/<name>, results/<name>.json."""
+
+    def __init__(self, folder: Path, sample: Path, seconds: float) -> None:
+        self.folder, self.sample, self.seconds = folder, sample, seconds
+
+    def result(self, run: Run) -> Path:
+        return self.folder / "results" / f"{run.name}.json"
+
+    def missing(self) -> list[Run]:
+        return [run for run in all_runs() if not self.result(run).is_file()]
+
+    def prepare(self, data: str) -> None:
+        """Data, codes, and the pictures that baselines read, for all runs of a data set; what is there stays."""
+        artifacts = self.folder / "data" / data
+        settings = self._settings(data, artifacts)
+        if data == "adapted":
+            self._take(self.folder / "data" / "medpix" / "prepared", artifacts / "prepared")
+            self._take(self.folder / "data" / "sample" / "codebook", artifacts / "codebook")
+        for stage, output in (("prepare", "prepared"), ("codebook", "codebook"), ("tokenize", "tokens")):
+            if not (artifacts / output).exists():
+                started = time.monotonic()
+                getattr(stages, stage)(settings)
+                print(f"{data}: {stage} took {time.monotonic() - started:.0f} s", flush=True)
+        if data != "adapted":
+            self._steps(data, FAMILIES)
+
+    def run(self, run: Run) -> None:
+        """Trains and measures; writes the run's JSON last."""
+        shared, artifacts = self.folder / "data" / run.data, self.folder / "runs" / run.name
+        shutil.rmtree(artifacts, ignore_errors=True)
+        for name in ("prepared", "codebook", "tokens", "work/pixels"):
+            if (shared / name).exists():
+                self._take(shared / name, artifacts / name)
+        settings = self._settings(run.data, artifacts, run)
+        trained, processor = time.monotonic(), time.process_time()
+        stages.train(settings)
+        trained, processor = time.monotonic() - trained, time.process_time() - processor
+        metrics = stages.evaluate(settings)
+        content = {
+            "run": run.name,
+            "train": settings.train.model_dump(mode="json"),
+            "clock_seconds": trained,
+            "processor_seconds": processor,
+            "metrics": metrics,
+        }
+        self.result(run).parent.mkdir(parents=True, exist_ok=True)
+        self.result(run).write_text(json.dumps(content, indent=1, sort_keys=True, default=str), encoding="utf-8")
+        for name in ("report", "tracking", "history.jsonl"):
+            shutil.rmtree(artifacts / name, ignore_errors=True)
+
+    def _settings(self, data: str, artifacts: Path, run: Run | None = None) -> Settings:
+        """The recipe `sample` corrected for a data set and, where one is given, for a run with its steps."""
+        values = merge(merge({"recipe": "sample"}, COMMON), DATA[data])
+        mixture = DATA[data]["train"]["mixture"]
+        if DATA[data]["prepare"]["source"] == "phantom":
+            values = merge(values, {"prepare": {"root": self.sample}})
+        if run is not None:
+            mixture = run.train.get("mixture", mixture)
+            steps = {"steps": self._steps(data, [run.family])[run.family], "seed": run.seed}
+            values = merge(values, {"model": run.model, "train": {**run.train, **steps}})
+            if data == "adapted":
+                values = merge(values, self._adaptation(run))
+        settings = corrected_recipe(values)
+        settings["train"]["mixture"] = mixture  # as a whole: kinds of the recipe that are not in it stay out
+        return check_settings({**settings, "artifacts": artifacts}, origin=f"comparison, {data}")
+
+    def _adaptation(self, run: Run) -> dict[str, Any]:
+        """Where an adaptation starts and what it must keep: the early-fusion model of the sample with its seed."""
+        sample = self.folder / "data" / "sample"
+        init = self.folder / "runs" / f"sample-fuselip-{run.seed}" / "model"
+        steps = self._steps("sample", ["fuselip"])["fuselip"]
+        replayed = {"tokens": {"sample": sample / "tokens"}} if "sample:caption" in run.train["mixture"] else {}
+        return {
+            "train": {"init": str(init), "steps": round(ADAPTATION_SHARE * steps), **replayed},
+            "evaluate": {"retention": sample},
+        }
+
+    def _steps(self, data: str, families: Iterable[str]) -> dict[str, int]:
+        """Steps that fit into the time of a run, timed once for each data set and family."""
+        data = "sample" if data == "adapted" else data
+        path = self.folder / "data" / data / "seconds.json"
+        known: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for family in families:
+            if family not in known:
+                known[family] = self._time_a_step(data, family)
+                print(f"{data}: a step of {family} takes {known[family]:.3f} s", flush=True)
+                path.write_text(json.dumps(known), encoding="utf-8")
+        return {family: max(20, round(self.seconds / known[family])) for family in families}
+
+    def _time_a_step(self, data: str, family: str) -> float:
+        """Processor seconds of a training step, the median of a few. Leaves the baselines' pictures in work/pixels."""
+        import torch
+
+        from fuselip_core.model.titok import TiTok
+        from fuselip_core.training.build import build_model, open_measuring, open_training
+        from fuselip_core.training.checkpoint import Checkpoints
+        from fuselip_core.training.distributed import World
+        from fuselip_core.training.loop import Trainer
+
+        artifacts = self.folder / "data" / data
+        run = family_run(data, family, 0)
+        base = self._settings(data, artifacts).model_dump(by_alias=True)
+        settings = check_settings(merge(base, {"model": run.model, "train": run.train}), origin=run.name)
+        model = build_model(settings.model, settings.train, TiTok.load(artifacts / "codebook"))
+        device = torch.device("cpu")
+        store, encoder = open_training(model, artifacts, settings.train, device, World())
+        open_measuring(model, artifacts, settings.evaluate.split, device)
+        trainer = Trainer(encoder, store, settings.train, Checkpoints(artifacts / "unused"), lambda *_: None)
+        took = []
+        for step in range(TIMED):
+            started = time.process_time()
+            trainer._train_step(step)
+            took.append(time.process_time() - started)
+        return statistics.median(took[PASSED_OVER:])
+
+    @staticmethod
+    def _take(source: Path, target: Path) -> None:
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(source.resolve(), target_is_directory=True)
+
+
+def write_tables(comparison: Comparison) -> None:
+    """Writes both tables between their marks in README.md, or prints them where it has none."""
+    results: dict[tuple[str, str], Results] = {}
+    for run in all_runs():
+        if comparison.result(run).is_file():
+            results.setdefault((run.data, run.label), []).append(json.loads(comparison.result(run).read_text("utf-8")))
+    text = "\n".join([*comparison_table(results), *adaptation_table(results)])
+    print(text)
+    readme = REPOSITORY / "README.md"
+    page = readme.read_text(encoding="utf-8")
+    block = f"<!-- families -->\n{text}\n<!-- /families -->"
+    marked = re.compile(r"<!-- families -->.*?<!-- /families -->", re.DOTALL)
+    if marked.search(page):
+        readme.write_text(marked.sub(lambda _: block, page), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("list", "prepare", "run", "table"))
+    parser.add_argument("names", nargs="*", help="data sets (prepare) or runs (run); all if empty")
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "runs" / "families")
+    parser.add_argument(
+        "--sample", type=Path, default=REPOSITORY / "data", help="the sample, as `fuselip sample` draws it"
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="training of a run, in seconds of one core")
+    options = parser.parse_args()
+    comparison = Comparison(options.folder.resolve(), options.sample.resolve(), options.seconds)
+    if options.verb == "list":
+        print(*(run.name for run in comparison.missing()), sep="\n")
+    for data in options.names or DATA if options.verb == "prepare" else ():
+        comparison.prepare(data)
+    if options.verb == "table":
+        write_tables(comparison)
+    if options.verb == "run":
+        wanted = [run for run in comparison.missing() if not options.names or run.name in options.names]
+        for run in wanted:
+            comparison.run(run)
+            print(f"{run.name}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What compare_families.py runs: data sets, families, ablations and adaptations, each with three seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from measure import SHARED
+
+SEEDS = (0, 1, 2)
+FAMILIES = {"fuselip": "early fusion", "siglip-sf": "SigLIP-SF", "siglip-mlf": "SigLIP-MLF"}
+
+# What is the same for all: the recipe `sample`, smaller batches, whole groups in a batch, edits among the pairs.
+COMMON: dict[str, Any] = {
+    "prepare": {"extra_pairs": ["edits"]},
+    "tokenize": {"views": 2},
+    "train": {"batch_size": 64, "grouped": True, "preflight": False, "validate_every": 100000},
+    "evaluate": {"examples": 0, "transformations": ["crop", "rotate", "light"]},
+}
+DATA: dict[str, dict[str, Any]] = {
+    "sample": {
+        "prepare": {"source": "phantom", "limit": 2000},
+        "train": {"mixture": {"caption": 0.4, "vqa": 0.4, "edit": 0.2}},
+        "evaluate": {"split": "test"},
+    },
+    "medpix": {
+        "prepare": {
+            "source": "rocov2",
+            "root": SHARED / "medpix-rocov2",
+            "extra_pairs": ["sentences", "concepts", "questions", "edits"],
+            "dev_share": 0.05,
+        },
+        "train": {"mixture": {"caption": 0.3, "sentence": 0.1, "concepts": 0.2, "vqa": 0.2, "edit": 0.2}},
+        "evaluate": {"split": "valid"},
+    },
+    "vqa-rad": {
+        "prepare": {"source": "vqa-rad", "root": SHARED / "vqa-rad", "dev_share": 0.1},
+        "train": {"mixture": {"vqa": 0.8, "edit": 0.2}},
+        "evaluate": {"split": "test"},
+    },
+}
+# MedPix once more, in the codes of the sample's image tokenizer, which an adaptation of the sample's model reads.
+DATA["adapted"] = DATA["medpix"]
+GUARDED: dict[str, Any] = {
+    "learning_rate": 0.0005,
+    "layer_decay": 0.8,
+    "ema": 0.98,
+    "interpolate": 0.8,
+    "alike_pairs": "ignored",
+    "mixture": {**DATA["medpix"]["train"]["mixture"], "sample:caption": 0.15, "sample:vqa": 0.15},
+}
+UNGUARDED: dict[str, Any] = {
+    "learning_rate": 0.002,
+    "layer_decay": 1.0,
+    "ema": 0.0,
+    "interpolate": 1.0,
+    "alike_pairs": "negatives",
+    "mixture": DATA["medpix"]["train"]["mixture"],
+}
+# Name → title, and what is different from the run beside it.
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "unmasked": ("without masked modelling", {"mask_weight": 0.0}),
+    "ungrouped": ("variants of an image apart: no grouped negatives", {"grouped": False}),
+}
+ADAPTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "guarded": ("all guards", {}),
+    "unguarded": ("none of them", UNGUARDED),
+    "fast": ("peak learning rate 0.002 instead of 0.0005", {"learning_rate": 0.002}),
+    "unreplayed": ("no pairs of the sample replayed", {"mixture": DATA["medpix"]["train"]["mixture"]}),
+    "final-weights": ("no interpolation with the weights before", {"interpolate": 1.0}),
+    "unaveraged": ("no averaged weights", {"ema": 0.0}),
+    "flat": ("one learning rate for all layers", {"layer_decay": 1.0}),
+    "all-negative": ("pairs of the same concepts are negatives", {"alike_pairs": "negatives"}),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its measures."""
+
+    data: str
+    label: str
+    seed: int
+    family: str = "fuselip"
+    train: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.label}-{self.seed}"
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return {"family": self.family, "mask_token": self.family == "fuselip"}
+
+
+def family_run(data: str, family: str, seed: int) -> Run:
+    """A run of the comparison proper; baselines predict no tokens and read no codes."""
+    off = {"mask_weight": 0.0, "mask_probability": 0.0, "codes_from_codebook": False}
+    return Run(data, family, seed, family, {} if family == "fuselip" else off)
+
+
+def all_runs() -> list[Run]:
+    """In the order of their use: should the time run out, what is missing is missing last."""
+    runs = [
+        family_run(data, family, seed)
+        for data in ("sample", "medpix", "vqa-rad")
+        for seed in SEEDS
+        for family in FAMILIES
+    ]
+    for label, (_, changed) in ABLATIONS.items():
+        runs += [Run("sample", label, seed, train=changed) for seed in SEEDS]
+    for label, (_, changed) in ADAPTATIONS.items():
+        runs += [Run("adapted", label, seed, train=GUARDED | changed) for seed in SEEDS]
+    return runs

@@ -1,0 +1,95 @@
+"""The tables of compare_families.py: mean and standard deviation over the seeds, in percent."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from families_runs import ABLATIONS, ADAPTATIONS, FAMILIES, SEEDS
+
+TITLES = {"sample": "sample, test", "medpix": "MedPix 2.0, valid", "vqa-rad": "VQA-RAD, test"}
+MEASURES = {
+    "image → caption, at 1 / 10": ("retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/recall_at_10"),
+    "caption → image, at 1 / 10": ("retrieval/text_to_image/recall_at_1", "retrieval/text_to_image/recall_at_10"),
+    "image + question → answer": ("answers/fused/accuracy",),
+    "image + instruction → image": ("transformations/mean_accuracy",),
+}
+CHANCES = {
+    "retrieval/image_to_text/recall_at_1": "retrieval/image_to_text/chance_at_1",
+    "retrieval/image_to_text/recall_at_10": "retrieval/image_to_text/chance_at_10",
+    "retrieval/text_to_image/recall_at_1": "retrieval/text_to_image/chance_at_1",
+    "retrieval/text_to_image/recall_at_10": "retrieval/text_to_image/chance_at_10",
+    "answers/fused/accuracy": "answers/majority/accuracy",
+    "transformations/mean_accuracy": "transformations/mean_chance",
+}
+ADAPTED = (
+    "adaptation/{0}/retrieval/image_to_text/recall_at_10/{1}",
+    "adaptation/{0}/retrieval/text_to_image/recall_at_10/{1}",
+)
+
+Results = list[dict[str, Any]]  # of one label, a seed each
+
+
+def spread_of(results: Results, names: Iterable[str], scale: float = 100.0) -> str:
+    """Mean and standard deviation over the seeds of the first name, and the second behind a slash; "-" without."""
+    parts = []
+    for name in names:
+        values = [scale * each["metrics"][name] for each in results if name in each["metrics"]]
+        if values:
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            parts.append(f"{statistics.mean(values):.1f}{deviation}")
+    return " / ".join(parts) or "-"
+
+
+def row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def comparison_table(results: dict[tuple[str, str], Results]) -> list[str]:
+    """Families and ablations, a row each, beside chance (for answers: the most frequent one of each kind)."""
+    lines = [row("data", "model", *MEASURES, "steps"), row(*["---"] * (len(MEASURES) + 3))]
+    named = [(data, label, title) for data in TITLES for label, title in FAMILIES.items()]
+    named += [("sample", label, f"early fusion {title}") for label, (title, _) in ABLATIONS.items()]
+    named.sort(key=lambda entry: list(TITLES).index(entry[0]))
+    for data, label, title in named:
+        if found := results.get((data, label)):
+            steps = f"{found[0]['train']['steps']:,}" + (f" ({len(found)} seeds)" if len(found) != len(SEEDS) else "")
+            lines.append(row(TITLES[data], title, *(spread_of(found, names) for names in MEASURES.values()), steps))
+        if label == "siglip-mlf" and (found := results.get((data, "fuselip"))):
+            chances = ([CHANCES[name] for name in names] for names in MEASURES.values())
+            lines.append(
+                row(
+                    TITLES[data],
+                    "chance, most frequent answer",
+                    *(spread_of(found[:1], names) for names in chances),
+                    "",
+                )
+            )
+    return lines
+
+
+def adaptation_table(results: dict[tuple[str, str], Results]) -> list[str]:
+    """What each guard contributes on the target (MedPix) and on what is to be kept (the sample), recall at 10."""
+    heads = (
+        "adapted to MedPix",
+        "MedPix: image → caption",
+        "caption → image",
+        "sample: image → caption",
+        "caption → image",
+        "answers on the sample",
+    )
+    if not any(data == "adapted" for data, _ in results):
+        return []
+    lines = ["", row(*heads), row(*["---"] * len(heads))]
+    places = [name.format(part, "{0}") for part in ("target", "retention") for name in ADAPTED]
+    places.append("adaptation/retention/answers/fused/accuracy/{0}")
+    if found := results.get(("adapted", "guarded")):
+        lines.append(
+            row("before (the sample's model)", *(spread_of(found, [name.format("before")]) for name in places))
+        )
+    for label, (title, _) in ADAPTATIONS.items():
+        if found := results.get(("adapted", label)):
+            title = f"{title} ({len(found)} seeds)" if len(found) != len(SEEDS) else title
+            lines.append(row(title, *(spread_of(found, [name.format("after")]) for name in places)))
+    return lines

@@ -1,0 +1,167 @@
+"""What a user does in a browser: fill Prefect's form, watch the run to its end, and find its model on MLflow's page."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Locator, Page, Request, expect, sync_playwright
+from prefect_stack import Served
+
+from fuselip_core.data.phantom import draw_data_set
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+# The browser itself must not look around either: what is counted are the pages' requests.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+HERE = re.compile(r"^((https?|wss?)://127\.0\.0\.1[:/]|data:|blob:|about:)")
+PATIENCE_MS = 60_000
+RUN_MS = 1_200_000
+NAME = "from-the-page"
+# Section, field and value, small enough for a test.
+FIELDS = (
+    ("Codebook", "Steps", "2"),
+    ("Codebook", "Batch Size", "16"),
+    ("Train", "Steps", "3"),
+    ("Train", "Batch Size", "16"),
+    ("Train", "Validate Every", "3"),
+    ("Train", "Checkpoint Every", "3"),
+    ("Evaluate", "Examples", "2"),
+)
+
+
+@pytest.fixture
+def served(prefect_served: Served) -> Iterator[Served]:
+    """What is served, with the real stages and a small sample to run them on."""
+    mark = prefect_served.repository / "real"
+    mark.touch()
+    draw_data_set(prefect_served.repository / "images", 0, {"train": 48, "valid": 24, "test": 24})
+    yield prefect_served
+    mark.unlink()
+
+
+@pytest.fixture
+def outside() -> list[str]:
+    """Addresses beyond this machine that a page has asked for."""
+    return []
+
+
+@pytest.fixture
+def page(outside: list[str]) -> Iterator[Page]:
+    """A page of Debian's Chromium, without a screen, that reaches nothing but this machine."""
+    program = shutil.which("chromium")
+    assert program, "needs Chromium: apt-get install --no-install-recommends chromium"
+
+    def note(request: Request) -> None:
+        if not HERE.match(request.url):
+            outside.append(request.url)
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, service_workers="block")
+        context.route(lambda address: not HERE.match(address), lambda route: route.abort())
+        context.on("request", note)
+        context.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
+        yield context.new_page()
+        browser.close()
+
+
+def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path: Path) -> None:
+    """Opens a deployment, has wrong values refused, starts it, watches it, and follows its links to MLflow."""
+    open_form(page, served)
+    page.get_by_label("Select Recipe").click()
+    page.get_by_role("option", name="sample", exact=True).click()
+    page.get_by_label("Root (Optional)").first.fill(str(served.repository / "images"))
+    for section, field, value in FIELDS:
+        field_of(page, section, field).fill(value)
+    assert_refused_by_the_form(page)
+    assert_refused_by_the_server(page, served)
+    page.get_by_label("Name (Optional)").first.fill(NAME)
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("link", name="View run").click()
+    page.wait_for_url("**/runs/flow-run/**")
+    run_id = page.url.split("?")[0].rpartition("/")[2]
+    asked = served.run(run_id)["parameters"]["request"]
+    # A form that fills in what nobody gave would hide a recipe's values, or those of a data set's own settings.
+    assert {section: values for section, values in asked.items() if values} == wanted(served)
+    expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text("codebook/psnr", timeout=RUN_MS)
+    expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=RUN_MS)
+    assert served.run(run_id)["state"]["name"] == "Completed"
+    expect(page.get_by_role("main")).to_contain_text("sample-tiny-")
+    page.get_by_role("tab", name="Artifacts").click()
+    for name in ("results", "metrics", "report", "picture-0"):
+        expect(page.get_by_role("link", name=re.compile(rf"\b{name}\b")).first).to_be_visible()
+    page.screenshot(path=tmp_path / "flow-run.png")
+    follow_to_mlflow(page, served, run_id)
+    page.screenshot(path=tmp_path / "mlflow.png")
+    assert outside == []
+
+
+def open_form(page: Page, served: Served) -> None:
+    page.goto(f"{served.prefect}/v2/deployments")
+    page.get_by_role("link", name="pipeline-nightly").click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Custom run").click()
+
+
+def field_of(page: Page, section: str, field: str) -> Locator:
+    """The input of a field, of which several sections may have one."""
+    group = "ancestor::div[contains(concat(' ', @class, ' '), ' group ')][1]"
+    place = page.locator(f"xpath=//label[text()='{section} (Optional)']/{group}")
+    return place.get_by_label(f"{field} (Optional)", exact=True)
+
+
+def assert_refused_by_the_form(page: Page) -> None:
+    """A number out of range does not leave the page."""
+    steps = field_of(page, "Train", "Steps")
+    right = steps.input_value()
+    steps.fill("0")
+    page.get_by_role("button", name="Submit").click()
+    said = steps.evaluate("field => field.validationMessage")
+    assert "greater than or equal to 1" in said
+    steps.fill(right)
+
+
+def assert_refused_by_the_server(page: Page, served: Served) -> None:
+    """What only the server checks is refused with the field's name, and there is no run of it."""
+    before = count_runs(served)
+    page.get_by_label("Name (Optional)").first.fill("../x")
+    page.get_by_role("button", name="Submit").click()
+    refusal = page.get_by_text("Validation failed for field 'request.name'")
+    expect(refusal).to_be_visible()
+    assert count_runs(served) == before
+    # It covers the button for some seconds.
+    expect(refusal).to_be_hidden()
+
+
+def count_runs(served: Served) -> int:
+    return int(served.post("flow_runs/count", {}))
+
+
+def wanted(served: Served) -> dict[str, Any]:
+    """The request that the form was filled with, but for its empty sections."""
+    request: dict[str, Any] = {"recipe": "sample", "name": NAME, "root": str(served.repository / "images")}
+    for section, field, value in FIELDS:
+        request.setdefault(section.lower(), {})[field.lower().replace(" ", "_")] = int(value)
+    return request
+
+
+def follow_to_mlflow(page: Page, served: Served, run_id: str) -> None:
+    """From the run's page in Prefect to its run in MLflow, which names the way back, and on to the model."""
+    page.get_by_role("link", name="mlflow-run").click()
+    page.locator("a[href*='/v2/artifacts/artifact/']").first.click()
+    page.get_by_role("link", name="MLflow run", exact=True).click()
+    page.wait_for_url(f"{served.mlflow}/**")
+    main = page.get_by_role("main")
+    for words in ("Finished", "recipe: sample", run_id[:8], f"{served.prefect}/v2"[:20]):
+        expect(main).to_contain_text(words)
+    expect(main.locator("a[href*='/models/fuselip-sample']").first).to_be_visible()
+    page.goto(f"{served.mlflow}/#/models/fuselip-sample")
+    expect(main.get_by_role("heading", name="fuselip-sample")).to_be_visible()
+    # Three steps of training pass no gate: the version is there, without the alias of what is served.
+    expect(main.get_by_role("row", name=re.compile("Version 1"))).to_contain_text("candidate")
