@@ -32,6 +32,7 @@ IMAGES = {"download": "bacor_fuselip_download", "train": "bacor_fuselip_train"}
 # A stage saves its state in this time; less than flows/stream.py waits for this process.
 GRACE_SECONDS = 45
 ENTRYPOINT = ("/usr/local/bin/entrypoint", "python", "-m", "fuselip_core.container", "fuselip")
+# Beside what a stage is told: what decides how numbers are summed, so that a container makes the same bytes.
 PASSED_ON = (
     "FUSELIP_",
     "MLFLOW_",
@@ -39,6 +40,8 @@ PASSED_ON = (
     "HF_",
     "ZENODO_",
     "OMP_",
+    "MKL_",
+    "OPENBLAS_",
     "AWS_",
     "DO_NOT_TRACK",
     "NO_PROXY",
