@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -203,24 +204,30 @@ def test_two_runs_take_turns_on_one_gpu(served: Served, tmp_path: Path, template
     limit = served.get(f"v2/concurrency_limits/{limit_name()}")
     assert limit["limit"] == 1
     first, second = (copy_of(template, tmp_path / name) for name in ("first", "second"))
-    one = train_in(first, served, "codebook slow 100000")
-    wait_until(lambda: (first / "ticks").exists(), "the first run's turn")
-    two = train_in(second, served, "codebook slow 3")
-    wait_until(lambda: "waiting for a GPU" in (second / "said").read_text(), "the second run's coming to wait")
-    assert not (second / "ticks").exists()
-    one.terminate()
-    assert one.wait(600) != 0 and (first / "saved").exists()
-    assert two.wait(600) == 0, (second / "said").read_text()[-3000:]
+    with train_in(first, served, "codebook slow 100000") as one:
+        wait_until(lambda: (first / "ticks").exists(), "the first run's turn")
+        with train_in(second, served, "codebook slow 3") as two:
+            wait_until(lambda: "waiting for a GPU" in (second / "said").read_text(), "the second run's coming to wait")
+            assert not (second / "ticks").exists()
+            one.terminate()
+            assert one.wait(600) != 0 and (first / "saved").exists()
+            assert two.wait(600) == 0, (second / "said").read_text()[-3000:]
     assert times(first)[-1] <= times(second)[0], "both were at work at the same time"
 
 
-def train_in(folder: Path, served: Served, words: str) -> subprocess.Popen[bytes]:
-    """The flow `train` of a checkout, which says what it has to say in `said`."""
+@contextlib.contextmanager
+def train_in(folder: Path, served: Served, words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The flow `train` of a checkout, which says what it has to say in `said`; ended at the end."""
     (folder / "order").write_text(words)
     environment = {**os.environ, "PREFECT_API_URL": served.api, "PYTHONPATH": str(folder)}
     with (folder / "said").open("wb") as log:
         command = [sys.executable, "-m", "flows.train"]
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        yield run
+    finally:
+        run.terminate()
+        run.wait(600)
 
 
 def times(folder: Path) -> list[float]:
