@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -149,23 +150,20 @@ def test_worker_runs_a_deployment_and_leaves_its_results_on_the_page(served: Ser
     assert found["metrics"]["type"] == "table"
 
 
-def test_download_fetches_keeps_the_version_and_is_done_the_second_time(served: Served) -> None:
+def test_download_fetches_and_keeps_the_version(served: Served) -> None:
     files = {"train.bin": b"shard" * 5000, "README.md": b"a data set"}
     hub = FakeHub()
     hub.add_repo("someone/pictures", dict(files), {"train.bin"})
     hub.fail("/store/", Fault(cut_after=1000))
+    where = {"HF_ENDPOINT": hub.url}
     request = {"source": "hub:someone/pictures", "folder": "Pictures_data"}
     with hub.running():
-        for fetches in (True, False):
-            hub.seen.clear()
-            run = served.wait(
-                served.start("download/download", {"HF_ENDPOINT": hub.url}, request=request), {"Completed"}
-            )
-            assert run["name"] == "download-pictures"
-            assert bool(hub.requests_for("/resolve/")) == fetches
-        missing = {**request, "source": "hub:someone/nothing"}
-        failed = served.wait(served.start("download/download", {"HF_ENDPOINT": hub.url}, request=missing), {"Failed"})
-    assert "someone/nothing" in failed["state"]["message"] and "Traceback" not in failed["state"]["message"]
+        missing = served.start("download/download", where, request={**request, "source": "hub:someone/nothing"})
+        failed = served.wait(missing, {"Failed"})
+        run = served.wait(served.start("download/download", where, request=request), {"Completed"})
+    message = failed["state"]["message"]
+    assert "someone/nothing" in message and "Traceback" not in message
+    assert run["name"] == "download-pictures"
     folder = served.repository / request["folder"]
     assert {name: (folder / name).read_bytes() for name in files} == files
     assert "up to date" in dvc(served.repository, "status", "Pictures_data.dvc")
@@ -205,21 +203,33 @@ def test_two_runs_take_turns_on_one_gpu(served: Served, tmp_path: Path, template
     """In two checkouts, so that only the GPU's limit can keep them apart."""
     limit = served.get(f"v2/concurrency_limits/{limit_name()}")
     assert limit["limit"] == 1
-    folders = [copy_of(template, tmp_path / name) for name in ("one", "two")]
-    runs = []
-    for folder in folders:
-        (folder / "order").write_text("codebook slow 25")
-        environment = {**os.environ, "PREFECT_API_URL": served.api, "PYTHONPATH": str(folder)}
+    first, second = (copy_of(template, tmp_path / name) for name in ("first", "second"))
+    with train_in(first, served, "codebook slow 100000") as one:
+        wait_until(lambda: (first / "ticks").exists(), "the first run's turn")
+        with train_in(second, served, "codebook slow 3") as two:
+            wait_until(lambda: "waiting for a GPU" in (second / "said").read_text(), "the second run's coming to wait")
+            assert not (second / "ticks").exists()
+            one.terminate()
+            assert one.wait(600) != 0 and (first / "saved").exists()
+            assert two.wait(600) == 0, (second / "said").read_text()[-3000:]
+    assert times(first)[-1] <= times(second)[0], "both were at work at the same time"
+
+
+@contextlib.contextmanager
+def train_in(folder: Path, served: Served, words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The flow `train` of a checkout, which says what it has to say in `said`; ended at the end."""
+    (folder / "order").write_text(words)
+    environment = {**os.environ, "PREFECT_API_URL": served.api, "PYTHONPATH": str(folder)}
+    with (folder / "said").open("wb") as log:
         command = [sys.executable, "-m", "flows.train"]
-        log = (folder / "said").open("wb")
-        runs.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log))
-    for folder, run in zip(folders, runs, strict=True):
-        assert run.wait(600) == 0, (folder / "said").read_text()[-3000:]
-    spans = sorted(span_of(folder / "ticks") for folder in folders)
-    assert spans[0][1] <= spans[1][0], "both were at work at the same time"
-    assert "waiting for a GPU" in "".join((folder / "said").read_text() for folder in folders)
+        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        yield run
+    finally:
+        run.terminate()
+        run.wait(600)
 
 
-def span_of(ticks: Path) -> tuple[float, float]:
-    times = [float(tick.split(":")[1]) for tick in ticks.read_text().split()]
-    return times[0], times[-1]
+def times(folder: Path) -> list[float]:
+    """When the slow stage of a checkout took its steps."""
+    return [float(tick.split(":")[1]) for tick in (folder / "ticks").read_text().split()]
