@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 from pathlib import Path
@@ -42,6 +43,17 @@ def test_a_damaged_newest_one_falls_back(tmp_path: Path, damage: str, caplog: py
     assert "damaged" in caplog.text
 
 
+def test_damaged_ones_ahead_do_not_push_out_whole_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (8, 10):
+        (checkpoints.save(step, {"value": torch.ones(3)}) / "state.pt").write_bytes(b"")
+    assert checkpoints.latest() is None
+    for step in (2, 4):  # the run that begins anew
+        checkpoints.save(step, {"value": torch.tensor(step)})
+        assert (checkpoints.latest() or (0, {}))[0] == step
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004"]
+
+
 def test_a_full_disk_harms_no_finished_checkpoint(small_disk: Path) -> None:
     checkpoints = Checkpoints(small_disk)
     checkpoints.save(1, {"value": torch.zeros(100_000)})
@@ -50,6 +62,9 @@ def test_a_full_disk_harms_no_finished_checkpoint(small_disk: Path) -> None:
     assert full.value.filename == str(small_disk / "step-00000002")
     assert [path.name for path in small_disk.iterdir()] == ["step-00000001"], "nothing half written stays"
     assert (checkpoints.latest() or (0, {}))[0] == 1
+    # The error's traceback keeps torch's writer, and so the removed file's space, until it is gone: a run ends here.
+    del full
+    gc.collect()
     checkpoints.save(2, {"value": torch.ones(100_000)})  # as soon as there is room
     assert (checkpoints.latest() or (0, {}))[0] == 2
 

@@ -140,7 +140,19 @@ def process(rank: int, size: int, port: int, folder: Path, settings: TrainSettin
     dist.destroy_process_group()
 
 
-def start(size: int, folder: Path, settings: TrainSettings) -> None:
+def resume_apart(rank: int, size: int, port: int, folder: Path, settings: TrainSettings) -> None:
+    """One of several processes whose folders of checkpoints are not the same; writes what it refuses with."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = join_world()
+    trainer = trainer_of(TokenStore(folder / "store", "train"), settings, folder / f"machine-{rank}", world)
+    with pytest.raises(FuselipError) as refusal:
+        trainer.run()
+    (folder / f"refusal-{rank}").write_text(str(refusal.value))
+    dist.destroy_process_group()
+
+
+def start(size: int, folder: Path, settings: TrainSettings, process: Any = process) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -164,6 +176,16 @@ def test_two_processes_compute_what_one_does_with_the_joined_batch(tmp_path: Pat
     # The run that two processes began is not one that a single one can go on with.
     with pytest.raises(FuselipError, match="run of 2 processes and cannot go on with 1"):
         trainer_of(store, settings, tmp_path / "run").run()
+
+
+def test_processes_that_find_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    """Machines that share no folder: the first one has the checkpoint, the other would begin anew."""
+    store = random_store(tmp_path / "store")
+    settings = settings_of(steps=4, checkpoint_every=3)
+    trainer_of(store, settings, tmp_path / "machine-0").run()
+    start(2, tmp_path, settings, resume_apart)
+    for rank in range(2):
+        assert "found checkpoints of different steps (3, 0)" in (tmp_path / f"refusal-{rank}").read_text()
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -45,8 +45,12 @@ class Checkpoints:
         with atomic_folder(path) as partial:
             torch.save(state, partial / STATE_FILE)
             (partial / DIGEST_FILE).write_text(sha256_of(partial / STATE_FILE))
-        for _, old in self._found()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        found = self._found()
+        # What is ahead of the step just saved was passed over as damaged; counted, it would push out whole ones.
+        kept = [other for number, other in found if number <= step][-self.keep :]
+        for _, other in found:
+            if other not in kept:
+                shutil.rmtree(other, ignore_errors=True)
         return path
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:

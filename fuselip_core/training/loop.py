@@ -282,6 +282,12 @@ class Trainer:
 
     def _resume(self) -> None:
         found = self.checkpoints.latest()
+        seen = self.world.collect(found[0] if found else 0)
+        if len(set(seen)) > 1:  # they would train different models, or wait for each other for ever
+            raise FuselipError(
+                f"the processes found checkpoints of different steps ({', '.join(map(str, seen))}) in "
+                f"{self.checkpoints.folder}; give all machines the same folder, whole, and start again"
+            )
         if found is None:
             return
         self.step, state = found
