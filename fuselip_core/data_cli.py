@@ -64,7 +64,8 @@ def prepare(
     """Raw data set to checked Parquet shards and a manifest."""
     from fuselip_core.data.prepare import prepare_data
 
-    fields = config.parse_overrides([f"prepare.{override}" for override in overrides or ()])
+    # Everywhere else a field has its section in front, so that is taken here as well.
+    fields = config.parse_overrides([f"prepare.{override.removeprefix('prepare.')}" for override in overrides or ()])
     given: dict[str, Any] = {"source": source, "root": root}
     if text is not None:
         given["dicom"] = {"text": text}

@@ -45,6 +45,8 @@ def generate(
         raise FuselipError(f"no captions at {captions}; give a prepared folder or a table path,caption")
     if generator == "concepts" and captions.is_dir() and names is None:
         raise FuselipError("rules over concepts need their names; give the data set's cui_mapping.csv with --names")
+    if names is not None and not names.is_file():
+        raise FuselipError(f"no table of concept names at {names}; give the path of the data set's cui_mapping.csv")
     chosen = model if generator == "model" else None
     job = Job(captions, out, chosen, names, questions, part_rows, batch_size, max_new_tokens, seed)
     if not run(job):

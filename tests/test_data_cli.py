@@ -208,6 +208,14 @@ def test_a_dicom_folder_with_a_table(tmp_path: Path) -> None:
             assert secret not in content, (path.name, secret)
 
 
+def test_a_field_may_name_its_section(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """`--set prepare.limit=4`, as pipelines have it, sets what `--set limit=4` sets."""
+    for place, field in (("short", "limit=4"), ("long", "prepare.limit=4")):
+        result = run(app, prepare_command(folders[0], tmp_path / place, "--set", field))
+        assert result.exit_code == 0, result.output
+        assert PreparedData(tmp_path / place).image_count("train") == 4
+
+
 def test_a_spool_is_a_list_on_disk() -> None:
     count = 2 * ITEMS_A_BLOCK + 5
     spool = Spool(range(count))

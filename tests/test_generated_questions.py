@@ -267,6 +267,8 @@ def test_rules_on_prepared_data_through_the_command_line(tmp_path: Path) -> None
     command += [str(tmp_path / "out"), "--generator", "concepts"]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1 and re.search(r"error: .*--names", refused.stderr)
+    lost = subprocess.run([*command, "--names", str(tmp_path / "absent.csv")], capture_output=True, text=True)
+    assert lost.returncode == 1 and "no table of concept names at" in lost.stderr and "Traceback" not in lost.stderr
     names = str(tmp_path / "raw" / "cui_mapping.csv")
     done = subprocess.run([*command, "--names", names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
