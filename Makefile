@@ -12,6 +12,8 @@ NAME ?=
 FLOW_OPTIONS = $(if $(SOURCE),--source $(SOURCE)) $(if $(ROOT),--root '$(ROOT)') $(if $(NAME),--name $(NAME)) \
 	$(foreach item,$(SET),--set '$(item)')
 TESTS ?= tests
+# Where several clients are installed, Debian's is the one that brings BuildKit.
+DOCKER := $(firstword $(wildcard /usr/bin/docker) docker)
 
 # Nothing here reports to anyone; flows/environment.py says the same to processes started otherwise.
 export DO_NOT_TRACK := true
@@ -43,9 +45,10 @@ test-long: setup ## Run the tests that take minutes
 
 test-docker: setup ## Build both images and run them; needs a Docker Engine
 	@for name in download train; do \
-	  docker build --build-arg COMMIT="$$(git rev-parse HEAD)" -f "Dockerfile.$$name" -t "bacor_fuselip_$$name" . ; \
+	  DOCKER_BUILDKIT=1 $(DOCKER) build --build-arg COMMIT="$$(git rev-parse HEAD)" -f "Dockerfile.$$name" -t "bacor_fuselip_$$name" . ; \
 	done
-	@$(BIN)/python -m pytest tests/test_docker.py tests/test_container_runner.py
+	@$(BIN)/python -m pytest tests/test_docker.py tests/test_docker_mounts.py \
+	  tests/test_docker_flow.py tests/test_container_runner.py
 
 lint: setup ## Check style and types
 	@$(BIN)/ruff check .
