@@ -12,8 +12,6 @@ NAME ?=
 FLOW_OPTIONS = $(if $(SOURCE),--source $(SOURCE)) $(if $(ROOT),--root '$(ROOT)') $(if $(NAME),--name $(NAME)) \
 	$(foreach item,$(SET),--set '$(item)')
 TESTS ?= tests
-# Where several clients are installed, Debian's is the one that brings BuildKit.
-DOCKER := $(firstword $(wildcard /usr/bin/docker) docker)
 
 # Nothing here reports to anyone; flows/environment.py says the same to processes started otherwise.
 export DO_NOT_TRACK := true
@@ -43,12 +41,9 @@ test: setup ## Run the tests (all but the long ones)
 test-long: setup ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m long $(TESTS)
 
-test-docker: setup ## Build both images and run them; needs a Docker Engine
-	@for name in download train; do \
-	  DOCKER_BUILDKIT=1 $(DOCKER) build --build-arg COMMIT="$$(git rev-parse HEAD)" -f "Dockerfile.$$name" -t "bacor_fuselip_$$name" . ; \
-	done
-	@$(BIN)/python -m pytest tests/test_docker.py tests/test_docker_mounts.py \
-	  tests/test_docker_flow.py tests/test_container_runner.py
+test-docker: setup ## Build the images and run them; needs a Docker Engine
+	@$(BIN)/python -m pytest tests/test_docker.py tests/test_docker_mounts.py tests/test_docker_flow.py \
+	  tests/test_container_runner.py tests/test_container.py tests/test_compose.py
 
 lint: setup ## Check style and types
 	@$(BIN)/ruff check .

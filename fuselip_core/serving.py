@@ -44,7 +44,9 @@ class FuselipEmbedding(PythonModel):
 def read_rows(table: pd.DataFrame) -> tuple[list[Image.Image | None], list[str | None]]:
     """The two sides of every row; raises an MlflowException for a row without either or with an unreadable image."""
     if not any(name in table.columns for name in COLUMNS):
-        raise _refusal(f"the input has none of the columns {', '.join(COLUMNS)}; it has: {', '.join(table.columns)}")
+        # MLflow drops columns that the signature does not name before they come here.
+        others = ", ".join(table.columns) or "no other that the model knows"
+        raise _refusal(f"the input has none of the columns {', '.join(COLUMNS)}; it has: {others}")
     if table.empty:
         raise _refusal("the input has no rows")
     images: list[Image.Image | None] = []
