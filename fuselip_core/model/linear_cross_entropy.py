@@ -30,7 +30,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wanted = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(each, dtype=torch.float32) for each in (hidden, weight, bias)] if wanted else []
+        grads = [torch.zeros_like(each, dtype=torch.float32) for each in (hidden, bias)] if wanted else []
+        weight_grad: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             matrix = weight.to(dtype)
@@ -45,10 +46,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 del logits
                 if wanted:
                     error.scatter_add_(1, label, error.new_full(label.shape, -1.0))
-                    grads[2] += error.sum(dim=0)
+                    grads[1] += error.sum(dim=0)
                     error = error.to(dtype)
                     grads[0][rows] = (error @ matrix).float()
-                    _add_product(grads[1], error.T, part)
+                    weight_grad = _add_product(weight_grad, error.T, part)
+        if wanted:
+            grads.insert(1, torch.zeros_like(weight, dtype=torch.float32) if weight_grad is None else weight_grad)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [each.dtype for each in (hidden, weight, bias)]
         return total
@@ -60,9 +63,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*(grad.mul_(outer[0]).to(dtype) for grad, dtype in grads), None)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total` += `left` @ `right`, in place where the types agree."""
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total` + `left` @ `right` in float32, in place where the types agree; the first product needs no zeros."""
+    if total is None:
+        return (left @ right).float()
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+        return total.addmm_(left, right)
+    return total.add_(left @ right)
