@@ -91,7 +91,7 @@ def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path:
     asked = served.run(run_id)["parameters"]["request"]
     # A form that fills in what nobody gave would hide a recipe's values, or those of a data set's own settings.
     assert {section: values for section, values in asked.items() if values} == wanted(served)
-    expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text("codebook/psnr", timeout=RUN_MS)
+    expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text("the alias champion stays", timeout=RUN_MS)
     expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=RUN_MS)
     assert served.run(run_id)["state"]["name"] == "Completed"
     expect(page.get_by_role("main")).to_contain_text("sample-tiny-")
