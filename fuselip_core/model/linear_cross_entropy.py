@@ -30,7 +30,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wanted = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(each, dtype=torch.float32) for each in (hidden, bias)] if wanted else []
+        hidden_grad, bias_grad = (torch.zeros_like(each, dtype=torch.float32) for each in (hidden, bias))
         weight_grad: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
@@ -46,13 +46,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 del logits
                 if wanted:
                     error.scatter_add_(1, label, error.new_full(label.shape, -1.0))
-                    grads[1] += error.sum(dim=0)
+                    bias_grad += error.sum(dim=0)
                     error = error.to(dtype)
-                    grads[0][rows] = (error @ matrix).float()
+                    hidden_grad[rows] = (error @ matrix).float()
                     weight_grad = _add_product(weight_grad, error.T, part)
         if wanted:
-            grads.insert(1, torch.zeros_like(weight, dtype=torch.float32) if weight_grad is None else weight_grad)
-        ctx.save_for_backward(*grads)
+            if weight_grad is None:  # no row
+                weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+            ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
         ctx.dtypes = [each.dtype for each in (hidden, weight, bias)]
         return total
 
