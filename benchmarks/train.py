@@ -236,11 +236,13 @@ class Shapes:
         """(rows, inputs, outputs) of every linear layer; each is three products of this size."""
         width = self.config.width
         hidden = int(width * self.config.mlp_ratio)
-        for _ in range(self.config.layers):
+        read = self.predicted + sum(count for count, _ in self.runs)  # of the last block's output, see Transformer
+        for left in reversed(range(self.config.layers)):
+            rows = self.tokens if left else read
             yield self.tokens, width, 3 * width
-            yield self.tokens, width, width
-            yield self.tokens, width, hidden
-            yield self.tokens, hidden, width
+            yield rows, width, width
+            yield rows, width, hidden
+            yield rows, hidden, width
         yield self.predicted, width, width
         yield self.predicted, width, self.config.vocab_size
 

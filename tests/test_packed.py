@@ -69,6 +69,20 @@ def test_packed_equals_padded_in_embeddings_loss_and_every_gradient(model: FuseL
         torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_packed_without_masked_tokens_has_no_masked_loss(model: FuseLIPModel) -> None:
+    ids, layout, _ = pack(mixed_sequences(model))
+    output = model(ids, labels=torch.full_like(ids, IGNORED), layout=layout)
+    assert output.loss.item() == 0.0
+    assert torch.equal(output.embeddings, model(ids, layout=layout).embeddings)
+
+
+def test_the_last_block_gives_the_same_where_it_is_read(model: FuseLIPModel) -> None:
+    ids, layout, _ = pack(mixed_sequences(model))
+    read = torch.tensor([0, 7, len(ids) - 1])
+    whole, part = model.packed_hidden_states(ids, layout), model.packed_hidden_states(ids, layout, read)
+    torch.testing.assert_close(part, whole[read], atol=1e-6, rtol=0)
+
+
 def test_layout_leaves_padding_out_and_pools_at_the_first_end(model: FuseLIPModel) -> None:
     groups = mixed_sequences(model)
     ids, layout, order = pack(groups)

@@ -1,7 +1,8 @@
 """The pre-norm transformer block that image tokenizer and joint encoder share.
 
 Parameter names are those of the published checkpoints. Both forms of input are read: padded sequences (B, L, D) with a
-mask, and packed ones (T, D) with their layout. Legend: B sequences, L tokens of one, T tokens of all, D width.
+mask, and packed ones (T, D) with their layout.
+Legend: B sequences, L tokens of one, T tokens of all, R tokens that are read afterwards, D width.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None) -> Tensor:
-        """(B, L, D) → (B, L, D) or, with a `layout`, (T, D) → (T, D).
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Tensor | None = None
+    ) -> Tensor:
+        """(B, L, D) → (B, L, D) or, with a `layout`, (T, D) → (T, D), or (R, D) at the places `read` (R) alone.
 
         `mask` is boolean, broadcastable to (B, heads, L, L), true where a key is seen.
         """
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if layout is not None:
-            return self.out_proj(packed_attention(projected, self.heads, layout))
+            return self.out_proj(_rows(packed_attention(projected, self.heads, layout), read))
         batch, length, width = x.shape
         shape = (batch, length, self.heads, width // self.heads)
         query, key, value = (part.view(shape).transpose(1, 2) for part in projected.chunk(3, dim=-1))
@@ -55,7 +58,13 @@ class ResidualBlock(nn.Module):
             OrderedDict(c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width))
         )
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None) -> Tensor:
-        """(B, L, D) → (B, L, D), or (T, D) → (T, D); `mask` and `layout` as in Attention."""
-        x = x + self.attn(self.ln_1(x), mask, layout)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Tensor | None = None
+    ) -> Tensor:
+        """(B, L, D) → (B, L, D), (T, D) → (T, D), or (T, D) → (R, D); `mask`, `layout`, `read` as in Attention."""
+        x = _rows(x, read) + self.attn(self.ln_1(x), mask, layout, read)
         return x + self.mlp(self.ln_2(x))
+
+
+def _rows(x: Tensor, read: Tensor | None) -> Tensor:
+    return x if read is None else x.index_select(0, read)

@@ -1,8 +1,8 @@
 """FuseLIP (arXiv 2506.03096): one bidirectional transformer over image codes and text tokens.
 
 Parameters bear the published names, so that published checkpoints load strictly.
-Legend: B sequences, L tokens, T tokens of all packed sequences, M masked tokens, K codes an image, W width,
-V vocabulary, S pixels a side.
+Legend: B sequences, L tokens, T tokens of all packed sequences, R of them that are read, M masked tokens, K codes an
+image, W width, V vocabulary, S pixels a side.
 """
 
 from __future__ import annotations
@@ -45,13 +45,20 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads, mlp_ratio) for _ in range(layers))
         self.recompute = False  # blocks run again in the backward pass and keep nothing but their input
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None) -> Tensor:
-        """(B, L, W) → (B, L, W), or (T, W) → (T, W); `mask` and `layout` as in blocks.Attention."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Tensor | None = None
+    ) -> Tensor:
+        """(B, L, W) → (B, L, W), or (T, W) → (T, W); arguments as in blocks.Attention.
+
+        With `read` (R) the last block ends in those places alone, (T, W) → (R, W): all others are its keys and values
+        and nothing more, so that most of its matrix products would be for nothing.
+        """
         for block in self.resblocks:
+            wanted = read if block is self.resblocks[-1] else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, layout, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, mask, layout, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, mask, layout)
+                x = block(x, mask, layout, wanted)
         return x
 
 
@@ -176,14 +183,20 @@ class FuseLIPModel(StrictModel):
         With a `layout` ids and labels are packed, (T): the same values without the arithmetic of padding. Embeddings
         are then in the layout's order. A model that reads padding (`mask_padding` false) can't be given packed ids.
         """
-        if layout is None:
-            hidden = self.hidden_states(input_ids)
-            embeddings = self.pool(hidden, input_ids)
-        else:
-            hidden = self.packed_hidden_states(input_ids, layout)
-            embeddings = F.normalize(self.ln_final(hidden[layout.pooled]).float(), dim=-1)
+        if layout is not None:
+            return self._forward_packed(input_ids, labels, layout)
+        hidden = self.hidden_states(input_ids)
         loss = None if labels is None else self.masked_loss(hidden, labels)
-        return FuseLIPOutput(loss=loss, embeddings=embeddings)
+        return FuseLIPOutput(loss=loss, embeddings=self.pool(hidden, input_ids))
+
+    def _forward_packed(self, input_ids: Tensor, labels: Tensor | None, layout: Layout) -> FuseLIPOutput:
+        read, chosen = layout.pooled, None
+        if labels is not None:
+            places = (labels != IGNORED).nonzero().squeeze(1)  # once: on a GPU it waits
+            read, chosen = torch.cat([read, places]), labels[places]
+        pooled, masked = self.packed_hidden_states(input_ids, layout, read).tensor_split([len(layout.pooled)])
+        embeddings = F.normalize(self.ln_final(pooled).float(), dim=-1)
+        return FuseLIPOutput(loss=None if chosen is None else self._mean_loss(masked, chosen), embeddings=embeddings)
 
     def embed_ids(self, input_ids: Tensor, normalize: bool = True, padded: bool | None = None) -> Tensor:
         """Joint ids (B, L) int64, padded with 0 → embeddings (B, W) float32; `padded` as in `hidden_states`."""
@@ -206,15 +219,15 @@ class FuseLIPModel(StrictModel):
         x = self.token_embedding(input_ids) + self.positional_embedding[:length]
         return self.transformer(x, mask)
 
-    def packed_hidden_states(self, input_ids: Tensor, layout: Layout) -> Tensor:
-        """Packed joint ids (T) int64 → last block's output (T, W), before the final norm."""
+    def packed_hidden_states(self, input_ids: Tensor, layout: Layout, read: Tensor | None = None) -> Tensor:
+        """Packed joint ids (T) int64 → last block's output before the final norm, (T, W), or (R, W) where `read`."""
         if layout.longest > self.config.context_length:
             raise FuselipError(_too_long(layout.longest, self.config.context_length))
         if not self.config.mask_padding:
             raise FuselipError("this model reads padding (mask_padding is false), so packed sequences would differ")
         # Not plain indexing: its gradient adds up with atomics, in another order every time.
         x = self.token_embedding(input_ids) + F.embedding(layout.positions, self.positional_embedding)
-        return self.transformer(x, None, layout)
+        return self.transformer(x, None, layout, read)
 
     def pool(self, hidden: Tensor, input_ids: Tensor, normalize: bool = True) -> Tensor:
         """Hidden states (B, L, W) → embeddings (B, W) float32: the final norm of the first end-of-text token."""
@@ -231,11 +244,14 @@ class FuseLIPModel(StrictModel):
     def masked_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy where the label is not -100; 0, with zero gradient, if it is so everywhere.
 
-        `hidden` is (B, L, W) and `labels` (B, L), or packed: (T, W) and (T). Raises FuselipError without a mask token.
+        `hidden` is (B, L, W) and `labels` (B, L). Raises FuselipError without a mask token.
         """
-        places = (labels != IGNORED).flatten().nonzero().squeeze(1)  # once: on a GPU it waits
-        chosen = labels.flatten()[places]
-        return self._prediction_head().loss_sum(hidden.flatten(0, -2)[places], chosen) / max(len(chosen), 1)
+        places = (labels != IGNORED).flatten().nonzero().squeeze(1)
+        return self._mean_loss(hidden.flatten(0, -2)[places], labels.flatten()[places])
+
+    def _mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of hidden states (M, W) at masked places and the tokens hidden there (M)."""
+        return self._prediction_head().loss_sum(hidden, labels) / max(len(labels), 1)
 
     def _prediction_head(self) -> MaskPredictionHead:
         if self.mask_prediction_head is None:
