@@ -7,10 +7,11 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from prefect import Flow
 from prefect.client.schemas import State
+from prefect.logging.handlers import PrefectConsoleHandler
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
@@ -21,6 +22,8 @@ from flows.steps import RunnerName
 from flows.summary import print_summary
 from fuselip_core.config import parse_overrides
 from fuselip_core.errors import FuselipError
+
+STOPPED = "stopped; the same command goes on from what is done"
 
 
 def run_from_command_line(flow: Flow[Any, Any], kind: type[BaseModel], arguments: Sequence[str] | None = None) -> None:
@@ -40,11 +43,8 @@ def run_from_command_line(flow: Flow[Any, Any], kind: type[BaseModel], arguments
         _fail(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}", code=2)
     except FuselipError as error:
         _fail(str(error), code=error.exit_code)
-    # Ending this process must end the stage it waits for: an exception does, the signal's default would not.
-    signal.signal(signal.SIGTERM, _raise_exit)
-    if sys.stderr.isatty():
-        _hide_shown_lines()
-    state: State[Any] = flow(request, *([runner] if runner else []), return_state=True)  # type: ignore[assignment]
+    _say_once(terminal=sys.stderr.isatty())
+    state = _run(flow, [request, *([runner] if runner else [])])
     if not state.is_completed():
         _fail(state.message or str(state.name), code=1)
     ending = state.result()
@@ -52,6 +52,20 @@ def run_from_command_line(flow: Flow[Any, Any], kind: type[BaseModel], arguments
         print_summary(ending, Console())
     else:
         Console().print(state.message, highlight=False, markup=False, soft_wrap=True)
+
+
+def _run(flow: Flow[Any, Any], arguments: list[Any]) -> State[Any]:
+    """The flow's last state; SIGTERM and Ctrl-C end its stage, and then this process with one sentence."""
+    # Ending this process must end the stage it waits for: an exception does, the signal's default would not.
+    signal.signal(signal.SIGTERM, _raise_exit)
+    try:
+        return flow(*arguments, return_state=True)  # type: ignore[no-any-return]
+    except KeyboardInterrupt:
+        _fail(STOPPED, code=128 + signal.SIGINT)
+    except SystemExit as end:
+        if end.code != 128 + signal.SIGTERM:
+            raise
+        _fail(STOPPED, code=128 + signal.SIGTERM)
 
 
 def _parser(flow: Flow[Any, Any], kind: type[BaseModel]) -> argparse.ArgumentParser:
@@ -84,16 +98,26 @@ def _read(kind: type[BaseModel], options: dict[str, Any]) -> BaseModel:
     return kind.model_validate({**options, **parse_overrides(overrides)})
 
 
-def _hide_shown_lines() -> None:
-    """The stage writes to this terminal itself: Prefect's console need not say it again, its server still gets it."""
-    for handler in logging.getLogger("prefect").handlers:
-        handler.addFilter(lambda record: not getattr(record, "shown", False))
+def _say_once(terminal: bool) -> None:
+    """Keeps from Prefect's console, not from its server, what is said here: why a flow failed, as its last sentence.
+
+    On a terminal also the lines of a stage, which writes there itself.
+    """
+
+    def is_new(record: logging.LogRecord) -> bool:
+        said = str(record.msg).startswith("Finished in state Failed(")
+        return not said and not (terminal and getattr(record, "shown", False))
+
+    for name in ("", "prefect"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, PrefectConsoleHandler):
+                handler.addFilter(is_new)
 
 
 def _raise_exit(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _fail(sentence: str, code: int) -> None:
+def _fail(sentence: str, code: int) -> NoReturn:
     Console(stderr=True).print(f"error: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(code)

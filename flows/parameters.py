@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from fuselip_core.config import (
+    NAME_PATTERN,
     CodebookSettings,
     EvaluateSettings,
     ModelSettings,
@@ -36,7 +37,6 @@ from fuselip_core.config import (
 )
 
 LONGEST_VALUE = 40
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 # The form offers and enforces these; elsewhere the settings' own check says what is wrong, with its remedy.
 RecipeName = Annotated[str, WithJsonSchema({"type": "string", "enum": recipe_names()})]

@@ -19,7 +19,6 @@ from pydantic import Field
 
 from flows.lock import dvc_lock
 from flows.parameters import (
-    NAME_PATTERN,
     CodebookCorrections,
     Corrections,
     EvaluateCorrections,
@@ -39,6 +38,7 @@ from fuselip_core.config import (
     SettingsError,
     Size,
     SourceName,
+    check_run_name,
     check_settings,
     corrected_recipe,
     load_settings,
@@ -216,8 +216,7 @@ def _checked(repository: Path, folder: Path, values: Mapping[str, Any]) -> Run:
 
 
 def _run_folder(repository: Path, name: str) -> Path:
-    if not re.fullmatch(NAME_PATTERN, name):
-        raise SettingsError(f"'{name}' can't name a run; use letters, digits, dots, dashes and underscores")
+    check_run_name(name)
     return repository / "runs" / name
 
 

@@ -7,6 +7,7 @@ and, last, by single overrides from the command line. Every value is checked her
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "as_yaml",
+    "check_run_name",
     "check_settings",
     "corrected_recipe",
     "describe_settings",
@@ -334,8 +336,16 @@ class Settings(BaseModel):
     register_: RegisterSettings = Field(RegisterSettings(), alias="register")
 
 
+# What a run may be called: it becomes a folder's name.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 SECTIONS = ("prepare", "model", "codebook", "tokenize", "train", "evaluate", "register")
 _SECTION_FIELDS = {"register_" if name == "register" else name for name in SECTIONS}
+
+
+def check_run_name(name: str) -> None:
+    """Raises SettingsError for a name that is not one folder's."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise SettingsError(f"'{name}' can't name a run; use letters, digits, dots, dashes and underscores")
 
 
 def load_settings(

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from fuselip_core import cli, config
 from fuselip_core.chain import STAGES, own_shards, run_stages
@@ -35,6 +35,13 @@ MODELS_VOLUME = "-v $(pwd)/trained_models:/workspace/models"
 LOGS_VOLUME = "-v $(pwd)/logs:/workspace/logs"
 
 logger = logging.getLogger("fuselip")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong, as everything else here does, instead of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise config.SettingsError(f"{message}; `{self.prog} --help` lists what there is")
 
 
 class Stopped(SystemExit):
@@ -101,7 +108,7 @@ def download(words: list[str]) -> None:
     from fuselip_core.data.download import DownloadSettings
     from fuselip_core.data.download import download as fetch
 
-    parser = argparse.ArgumentParser(prog="bacor_fuselip_download", description="Fetch a data set, whole and verified.")
+    parser = Parser(prog="bacor_fuselip_download", description="Fetch a data set, whole and verified.")
     parser.add_argument("source", nargs="?", default="rocov2", help="rocov2, rocov2-zenodo, ..., hub:OWNER/NAME")
     parser.add_argument("--out", type=Path, help="folder; /app/fuselip/ROCOv2_data, where yours is mounted, if empty")
     parser.add_argument("--include", action="append", default=[], metavar="GLOB", help="only these files; repeatable")
@@ -137,7 +144,7 @@ def evaluate(words: list[str]) -> None:
 
 def embed(words: list[str]) -> None:
     """Embeddings of a folder of images, or of a table with the columns image and text, as a Parquet file."""
-    parser = argparse.ArgumentParser(prog="bacor_fuselip_train embed", description=embed.__doc__)
+    parser = Parser(prog="bacor_fuselip_train embed", description=embed.__doc__)
     parser.add_argument("model", help="name of a folder in /workspace/models, a folder, or a hub id")
     parser.add_argument("input", type=Path, help="folder of images, or .csv, .jsonl or .parquet with image and text")
     parser.add_argument("--out", type=Path, help="Parquet file; embeddings.parquet in /workspace/logs if empty")
@@ -154,17 +161,17 @@ def embed(words: list[str]) -> None:
 
 
 def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
-    settings, name = read_words(words, verb)
+    settings, name, asked = read_words(words, verb)
     workspace, work = _workspace(), settings.artifacts
     models, logs = workspace / "models", workspace / "logs"
     for folder, volume in ((models, MODELS_VOLUME), (logs, LOGS_VOLUME)):
         require_writable(folder, volume, _in_container())
-    asked = asked_fields(words, verb)
     if "prepare" in stages:
         require_data(settings.prepare.root, DATA_VOLUME)
     elif not (work / "model").is_dir():
         raise FuselipError(f"there is no trained model in {work}; run `train` with the same size and recipe first")
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{logs / 'mlflow' / 'mlflow.db'}")
+    # An empty one, as of a variable that the caller has not set, is none.
+    os.environ["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{logs}/mlflow/mlflow.db"
     (logs / name).mkdir(parents=True, exist_ok=True)
     _keep_log(logs / name / f"{verb}.log")
     with sole_user(work):
@@ -176,8 +183,17 @@ def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
     _say(_summary(settings, done, models / name, logs / name))
 
 
-def read_words(words: list[str], verb: str) -> tuple[config.Settings, str]:
-    """Settings that the command line's words mean, and the name of the run's folders."""
+class Asked(NamedTuple):
+    """What the words of a command line mean: settings, the name of the run's folders, and what was given by name."""
+
+    settings: config.Settings
+    name: str
+    # Such as train.steps.
+    fields: frozenset[str]
+
+
+def read_words(words: list[str], verb: str) -> Asked:
+    """What the words behind `verb` ask for; raises SettingsError with a hint for a wrong one."""
     options = _parser(verb).parse_intermixed_args(words)
     sizes = [word for word in options.words if "=" not in word]
     for word in sizes:
@@ -188,18 +204,16 @@ def read_words(words: list[str], verb: str) -> tuple[config.Settings, str]:
     if len(sizes) > 1:
         raise config.SettingsError(f"one size is enough, not {' and '.join(sizes)}")
     overrides = [word for word in options.words if "=" in word] + options.set
+    fields = frozenset(override.partition("=")[0] for override in overrides)
+    if "artifacts" in fields:
+        raise config.SettingsError("artifacts lie where models are mounted; leave it out, or give the run a --name")
     recipe = options.recipe or recipe_of_size(sizes[0] if sizes else None)
     root = f"prepare.root={_workspace() / 'ROCOv2_data'}"
     settings = config.load_settings(recipe=recipe, overrides=[root, *overrides], size=sizes[0] if sizes else None)
     name = options.name or f"{settings.register_.name}-{settings.model.size}"
+    config.check_run_name(name)
     work = Path(os.environ.get("FUSELIP_WORK", _workspace() / "models" / ".work")) / name
-    return settings.model_copy(update={"artifacts": work}), name
-
-
-def asked_fields(words: list[str], verb: str) -> set[str]:
-    """Names of the fields, such as train.steps, that the command line gives itself."""
-    options = _parser(verb).parse_intermixed_args(words)
-    return {word.partition("=")[0] for word in [*options.words, *options.set] if "=" in word}
+    return Asked(settings.model_copy(update={"artifacts": work}), name, fields)
 
 
 def recipe_of_size(size: str | None) -> str:
@@ -209,7 +223,7 @@ def recipe_of_size(size: str | None) -> str:
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     what = {"train": train, "tokenize": tokenize, "evaluate": evaluate}[verb].__doc__
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bacor_fuselip_train" + ("" if verb == "train" else f" {verb}"),
         description=what,
         epilog="Other verbs: tokenize, evaluate, embed. Folders: data in /workspace/ROCOv2_data (Parquet, zip, "

@@ -45,6 +45,8 @@ def embed_table(model: str, source: Path, out: Path, batch_size: int = 64) -> in
 
 def read_rows(source: Path) -> list[Row]:
     """Image path and text of every row, either one None."""
+    if not source.exists():
+        raise FuselipError(f"there is no {source} (a container sees only what is mounted, under the path it has there)")
     if source.is_dir():
         names = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
         rows: list[Row] = [(str(path.relative_to(source)), None) for path in names]

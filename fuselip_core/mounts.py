@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -46,6 +47,10 @@ def require_writable(folder: Path, volume: str, in_container: bool) -> None:
             f"{_user()} may not write to {folder}; make the folder before docker does (mkdir -p), "
             "and run with its owner's number: -u $(id -u):$(id -g)"
         ) from error
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        raise MountError(f"{folder} is mounted to be read only; take :ro off the option that mounts it") from error
 
 
 def is_mounted(folder: Path) -> bool:

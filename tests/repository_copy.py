@@ -128,8 +128,11 @@ def add_data(folder: Path) -> None:
 
 def run_flow(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``python -m flows.pipeline`` as a user of the copy starts it."""
-    keep = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_", "FUSELIP_"))
-    }
     command = [sys.executable, "-m", "flows.pipeline", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=keep, timeout=500)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), timeout=500)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what points to a server or a store of its own."""
+    mine = ("PREFECT_", "MLFLOW_", "FUSELIP_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(mine)}

@@ -47,7 +47,7 @@ def signals() -> Iterator[None]:
 
 
 def test_a_size_and_overrides_become_settings(workspace: Path) -> None:
-    settings, name = container.read_words(["base", "train.steps=7", "--set", "train.seed=3"], "train")
+    settings, name, _ = container.read_words(["base", "train.steps=7", "--set", "train.seed=3"], "train")
     assert (settings.model.size, settings.train.steps, settings.train.seed) == ("base", 7, 3)
     assert settings.prepare.root == workspace / "ROCOv2_data"
     assert settings.prepare.source == "rocov2"
@@ -56,7 +56,7 @@ def test_a_size_and_overrides_become_settings(workspace: Path) -> None:
 
 
 def test_recipe_and_its_own_size_are_kept(workspace: Path) -> None:
-    settings, _ = container.read_words(["--recipe", "vqa-rad"], "train")
+    settings = container.read_words(["--recipe", "vqa-rad"], "train").settings
     assert (settings.recipe, settings.model.size, settings.prepare.source) == ("vqa-rad", "tiny", "vqa-rad")
 
 
@@ -65,7 +65,7 @@ def test_recipe_and_its_own_size_are_kept(workspace: Path) -> None:
     [([], "fuselip-rocov2", "small"), (["base"], "fuselip-rocov2", "base"), (["tiny"], "rocov2-tiny", "tiny")],
 )
 def test_what_is_not_named_adapts_to_rocov2(workspace: Path, words: list[str], recipe: str, size: str) -> None:
-    settings, name = container.read_words(words, "train")
+    settings, name, _ = container.read_words(words, "train")
     assert (settings.recipe, settings.model.size, name) == (recipe, size, f"fuselip-rocov2-{size}")
     published = {"small": "chs20/FuseLIP-S-CC12M-MM", "base": "chs20/FuseLIP-B-CC12M-MM"}
     assert settings.train.init == published.get(size)
@@ -73,7 +73,15 @@ def test_what_is_not_named_adapts_to_rocov2(workspace: Path, words: list[str], r
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
-    [(["smal"], "did you mean small"), (["tiny", "base"], "one size"), (["train.stepz=3"], "did you mean steps")],
+    [
+        (["smal"], "did you mean small"),
+        (["tiny", "base"], "one size"),
+        (["train.stepz=3"], "did you mean steps"),
+        (["tiny", "--name", "../../escaped"], "can't name a run"),
+        (["tiny", "artifacts=/elsewhere"], "where models are mounted"),
+        (["tiny", "--gpus", "all"], "unrecognized arguments: --gpus.*bacor_fuselip_train --help"),
+        (["--recipe", "nonsense"], "invalid choice: 'nonsense'"),
+    ],
 )
 def test_wrong_words_get_a_hint(workspace: Path, words: list[str], sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
@@ -112,6 +120,20 @@ def test_a_folder_of_another_user_is_one_sentence(tmp_path: Path) -> None:
 def test_what_is_not_mounted_would_be_lost(tmp_path: Path) -> None:
     with pytest.raises(MountError, match="nothing is mounted at /opt"):
         require_writable(Path("/opt"), "-v here:/opt", in_container=True)
+
+
+def test_a_folder_mounted_to_be_read_only_is_one_sentence(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(MountError, match="mounted to be read only; take :ro off"):
+        require_writable(small_disk, "-v here:there", in_container=False)
+
+
+def test_an_empty_address_of_mlflow_is_none(workspace: Path, signals: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.setattr(container, "run_stages", lambda *_: {})
+    (workspace / "ROCOv2_data" / "valid_captions.csv").write_text("ID,Caption\n")
+    assert container.main(["train", "tiny"]) == 0
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{workspace}/logs/mlflow/mlflow.db"
 
 
 def test_only_one_run_holds_a_folder(tmp_path: Path) -> None:
@@ -155,7 +177,7 @@ def test_a_stage_runs_again_only_if_what_it_reads_has_changed(
 
 
 def test_own_shards_are_used_as_they_are(workspace: Path) -> None:
-    settings, _ = container.read_words(["tiny"], "train")
+    settings = container.read_words(["tiny"], "train").settings
     settings.artifacts.mkdir(parents=True)
     assert not chain.take_prepared(settings)
     (settings.prepare.root / "manifest.json").write_text("{}")
@@ -168,9 +190,10 @@ def test_what_the_data_set_lacks_is_taken_back_unless_it_was_asked_for(
     workspace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fuselip")
-    settings, _ = container.read_words(["tiny"], "train")
+    settings = container.read_words(["tiny"], "train").settings
     assert "concepts" in settings.prepare.extra_pairs and settings.train.mixture["concepts"] > 0
-    asked = container.asked_fields(["tiny", "train.steps=3", "--set", "prepare.extra_pairs=[concepts]"], "train")
+    words = ["tiny", "train.steps=3", "--set", "prepare.extra_pairs=[concepts]"]
+    asked = container.read_words(words, "train").fields
     assert asked == {"train.steps", "prepare.extra_pairs"}
     assert without_nameless_concepts(settings, asked) == settings
     without = without_nameless_concepts(settings, ())
@@ -214,6 +237,8 @@ def test_rows_to_embed(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("picture\nscan.png\n")
     with pytest.raises(FuselipError, match="neither a column image nor text"):
         read_rows(tmp_path / "other.csv")
+    with pytest.raises(FuselipError, match="a container sees only what is mounted"):
+        read_rows(tmp_path / "absent.csv")
     (tmp_path / "scan.PNG").touch()
     assert read_rows(tmp_path) == [("scan.PNG", None)]
 
