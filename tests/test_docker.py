@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from engine import BASE, CLOSED, DOCKER, Mounted, build, engine, image_of, labels_of, run
@@ -28,6 +32,19 @@ SHORT = (
 # The first build of the training image brings 3 GB.
 pytestmark = pytest.mark.timeout(2400)
 DOCKERFILES = ("Dockerfile.download", "Dockerfile.train", "docker/Dockerfile.server")
+
+
+class Training(NamedTuple):
+    """A container at work."""
+
+    name: str
+    child: subprocess.Popen[bytes]
+    log: Path
+
+    def end(self, *words: str) -> tuple[int, str]:
+        """Exit code and stderr after ``docker <words> <name>``."""
+        subprocess.run([DOCKER, *words, self.name], capture_output=True)
+        return self.child.wait(timeout=100), self.log.read_text()
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
@@ -109,8 +126,9 @@ def test_the_training_image_refuses_in_one_sentence(mounted: Mounted) -> None:
         assert done.stderr.count("\n") == 1, done.stderr
 
 
-def stopped_in_training(mounted: Mounted, words: tuple[str, ...]) -> tuple[int, str]:
-    """Exit code and stderr of a container that gets `docker stop -t 60` after its first training step."""
+@contextlib.contextmanager
+def in_training(mounted: Mounted, words: tuple[str, ...], steps: int = 1) -> Iterator[Training]:
+    """A container that has made `steps` training steps, and is then left to go on."""
     name = f"fuselip-test-{os.getpid()}"
     options = ("--rm", "--name", name, "-u", f"{USER}:{USER}", *CLOSED, *mounted.options)
     checkpoints = mounted.models / ".work" / "fuselip-rocov2-tiny" / "checkpoints"
@@ -118,18 +136,25 @@ def stopped_in_training(mounted: Mounted, words: tuple[str, ...]) -> tuple[int, 
     with log.open("w") as stderr:
         child = subprocess.Popen([DOCKER, "run", *options, "bacor_fuselip_train", *words], stderr=stderr)
     late = time.monotonic() + 500
-    while child.poll() is None and not any(curves.stat().st_size for curves in checkpoints.glob("*/history.jsonl")):
-        assert time.monotonic() < late, log.read_text()[-2000:]
-        time.sleep(0.05)
-    subprocess.run([DOCKER, "stop", "-t", "60", name], capture_output=True)
-    return child.wait(timeout=100), log.read_text()
+    try:
+        # The checkpoints, and the curves beside them, are removed when a training ends.
+        while child.poll() is None and steps > sum(
+            curves.read_bytes().count(b"\n") for curves in checkpoints.glob("*/history.jsonl")
+        ):
+            assert time.monotonic() < late, log.read_text()[-2000:]
+            time.sleep(0.05)
+        yield Training(name, child, log)
+    finally:
+        subprocess.run([DOCKER, "rm", "-f", name], capture_output=True)
+        child.wait(timeout=100)
 
 
 @pytest.mark.long
 def test_another_user_trains_stops_resumes_and_registers(mounted: Mounted) -> None:
     """docker stop in the middle of training saves a checkpoint; docker run again ends with a registered model."""
     words = ("tiny", *SHORT, "train.steps=16")
-    code, said = stopped_in_training(mounted, words)
+    with in_training(mounted, words) as training:
+        code, said = training.end("stop", "-t", "60")
     assert code == Interrupted.exit_code, said[-2000:]
     assert "saved; the same command goes on from there" in said.splitlines()[-1]
     done = run("bacor_fuselip_train", *words, options=(*CLOSED, *mounted.options))
@@ -143,6 +168,25 @@ def test_another_user_trains_stops_resumes_and_registers(mounted: Mounted) -> No
     assert json.loads((mounted.logs / model.name / "registered.json").read_text())["version"] == 1
     for folder in (mounted.models, mounted.logs):
         assert {path.stat().st_uid for path in folder.rglob("*")} == {USER}
+
+
+@pytest.mark.long
+def test_a_killed_container_goes_on_and_keeps_others_out(mounted: Mounted) -> None:
+    """On the folders of the test before: only the training is made again."""
+    words = ("tiny", *SHORT, "train.steps=16", "train.checkpoint_every=4", "train.seed=1")
+    with in_training(mounted, words, steps=6) as training:
+        other = mounted.run(*words)
+        assert other.returncode == 1 and "another container is at work" in other.stderr.splitlines()[-1], other.stderr
+        code, said = training.end("kill")
+    assert code == 128 + signal.SIGKILL and "error: " not in said, said[-2000:]
+    done = mounted.run(*words, options=("--shm-size", "1m"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    step = re.search(r"going on from step (\d+)", done.stderr)
+    assert step and int(step[1]) in (4, 8, 12), done.stderr[-2000:]
+    measured = mounted.run("evaluate", *words, "evaluate.examples=1")
+    assert measured.returncode == 0 and "evaluate: starting" in measured.stderr, measured.stderr[-2000:]
+    tokens = mounted.run("tokenize", *words)
+    assert tokens.returncode == 0 and tokens.stderr.count("nothing has changed") == 3, tokens.stderr[-2000:]
 
 
 @pytest.mark.long
