@@ -59,13 +59,14 @@ def _run(flow: Flow[Any, Any], arguments: list[Any]) -> State[Any]:
     # Ending this process must end the stage it waits for: an exception does, the signal's default would not.
     signal.signal(signal.SIGTERM, _raise_exit)
     try:
-        return flow(*arguments, return_state=True)  # type: ignore[no-any-return]
+        state: State[Any] = flow(*arguments, return_state=True)  # type: ignore[assignment]
     except KeyboardInterrupt:
         _fail(STOPPED, code=128 + signal.SIGINT)
     except SystemExit as end:
         if end.code != 128 + signal.SIGTERM:
             raise
         _fail(STOPPED, code=128 + signal.SIGTERM)
+    return state
 
 
 def _parser(flow: Flow[Any, Any], kind: type[BaseModel]) -> argparse.ArgumentParser:
