@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import subprocess
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from docker import DockerClient, from_env
 from docker.errors import DockerException, ImageNotFound
 
@@ -75,6 +80,35 @@ class Mounted:
     def run(self, *words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """The training image with `words`."""
         return run("bacor_fuselip_train", *words, options=(*CLOSED, *self.options, *options), user=self.user)
+
+
+def services() -> dict[str, Any]:
+    """Those of the stack, as docker/compose.yaml has them."""
+    return dict(yaml.safe_load((REPOSITORY / "docker" / "compose.yaml").read_text())["services"])
+
+
+@contextlib.contextmanager
+def serving(
+    image: str, *words: str, check: Sequence[str], options: tuple[str, ...] = CLOSED, user: int = 12345
+) -> Iterator[str]:
+    """Name of a container that serves, given out once `check`, a health check, passes in it."""
+    name = f"fuselip-test-{os.getpid()}"
+    command = [DOCKER, "run", "-d", "--name", name, "-u", f"{user}:{user}", *options, image, *words]
+    subprocess.run(command, check=True, capture_output=True)
+    try:
+        late = time.monotonic() + 240
+        while subprocess.run([DOCKER, "exec", name, *check], capture_output=True).returncode:
+            said = subprocess.run([DOCKER, "logs", name], capture_output=True, text=True)
+            assert time.monotonic() < late, said.stdout[-2000:] + said.stderr[-2000:]
+            time.sleep(1)
+        yield name
+    finally:
+        subprocess.run([DOCKER, "rm", "-f", name], capture_output=True)
+
+
+def ask(name: str, code: str) -> subprocess.CompletedProcess[str]:
+    """``python -c`` inside a container that serves."""
+    return subprocess.run([DOCKER, "exec", name, "python", "-c", code], capture_output=True, text=True)
 
 
 def labels_of(image: str) -> dict[str, str]:

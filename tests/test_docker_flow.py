@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from engine import CLOSED, DOCKER, REPOSITORY, engine, image_of, run
+from engine import CLOSED, ask, engine, image_of, run, services, serving
 from fake_hub import FakeHub
 from repository_copy import copy_of, copy_repository, dvc, run_flow
 
@@ -98,33 +94,11 @@ def test_a_download_flow_fetches_in_its_container(tmp_path: Path) -> None:
     assert wrong.returncode == 1 and "owner/other" in "".join(sentences(wrong.stderr)), wrong.stderr
 
 
-def services() -> dict[str, Any]:
-    return dict(yaml.safe_load((REPOSITORY / "docker" / "compose.yaml").read_text())["services"])
-
-
-@contextlib.contextmanager
-def server(name: str, *words: str, check: list[str]) -> Iterator[str]:
-    """A container of the server image, given out once `check`, the health check of compose.yaml, passes in it."""
-    image = image_of("docker/server")
-    title = f"fuselip-test-{name}-{os.getpid()}"
-    command = [DOCKER, "run", "-d", "--name", title, "-u", "12345:12345", *CLOSED, image, *words]
-    subprocess.run(command, check=True, capture_output=True)
-    try:
-        late = time.monotonic() + 240
-        while subprocess.run([DOCKER, "exec", title, *check], capture_output=True).returncode:
-            said = subprocess.run([DOCKER, "logs", title], capture_output=True, text=True)
-            assert time.monotonic() < late, said.stdout[-2000:] + said.stderr[-2000:]
-            time.sleep(1)
-        yield title
-    finally:
-        subprocess.run([DOCKER, "rm", "-f", title], capture_output=True)
-
-
 def test_the_server_image_runs_prefects_server() -> None:
     service = services()["prefect"]
-    with server("prefect", *service["command"], check=service["healthcheck"]["test"][1:]) as name:
+    with serving(image_of("docker/server"), *service["command"], check=service["healthcheck"]["test"][1:]) as name:
         code = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:4200/api/admin/version').read().decode())"
-        done = subprocess.run([DOCKER, "exec", name, "python", "-c", code], capture_output=True, text=True)
+        done = ask(name, code)
         assert done.stdout.strip() == '"3.8.8"', done.stderr
 
 
@@ -134,12 +108,12 @@ def test_the_server_image_runs_mlflows_server() -> None:
     words = [word for word in service["command"] if not word.startswith(stores)]
     assert len(service["command"]) - len(words) == 2
     words += ["--backend-store-uri=sqlite:////tmp/mlflow.db", "--artifacts-destination=/tmp/artifacts"]
-    with server("mlflow", *words, check=service["healthcheck"]["test"][1:]) as name:
+    with serving(image_of("docker/server"), *words, check=service["healthcheck"]["test"][1:]) as name:
         code = (
             "import mlflow; mlflow.set_tracking_uri('http://127.0.0.1:5000'); "
             "print(mlflow.create_experiment('seen'), mlflow.get_experiment_by_name('seen').name)"
         )
-        done = subprocess.run([DOCKER, "exec", name, "python", "-c", code], capture_output=True, text=True)
+        done = ask(name, code)
         assert done.stdout.split()[-1:] == ["seen"], done.stderr
 
 
