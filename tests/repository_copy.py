@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -130,6 +132,21 @@ def run_flow(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``python -m flows.pipeline`` as a user of the copy starts it."""
     command = [sys.executable, "-m", "flows.pipeline", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), timeout=500)
+
+
+def terminate_flow(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a flow in a copy with stand-ins that gets SIGTERM in the middle of its first stage."""
+    (folder / "order").write_text("prepare slow 1000")
+    command = [sys.executable, "-m", "flows.pipeline", *arguments]
+    log = folder.parent / "stderr"
+    with log.open("w") as stderr:
+        child = subprocess.Popen(command, cwd=folder, stderr=stderr, env=environment())
+    late = time.monotonic() + 300
+    while child.poll() is None and not (folder / "ticks").exists():
+        assert time.monotonic() < late, log.read_text()
+        time.sleep(0.1)
+    child.send_signal(signal.SIGTERM)
+    return child.wait(timeout=100), log.read_text()
 
 
 def environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from engine import CLOSED, ask, engine, image_of, run, services, serving
 from fake_hub import FakeHub
-from repository_copy import copy_of, copy_repository, dvc, run_flow
+from repository_copy import copy_of, copy_repository, dvc, run_flow, terminate_flow
 
 from fuselip_core.data.phantom import draw_data_set
 from fuselip_core.made_from import results_of
@@ -46,6 +47,13 @@ def test_a_flow_in_containers_skips_what_is_done_and_tells_what_failed(boxed: Pa
     again = run_flow(boxed, "--runner", "docker", "--set", "train.steps=7")
     assert again.returncode == 1 and sentences(again.stderr) == ["error: train: no luck in train; try again"]
     assert (boxed / "calls").read_text().split() == [*stages, "train"]
+    assert not engine().containers.list(all=True, filters={"label": f"fuselip.repository={boxed}"})
+
+
+def test_a_terminated_flow_stops_its_container(boxed: Path) -> None:
+    code, said = terminate_flow(boxed, "--runner", "docker")
+    assert code == 128 + signal.SIGTERM and (boxed / "saved").is_file(), said
+    assert sentences(said) == ["error: stopped; the same command goes on from what is done"]
     assert not engine().containers.list(all=True, filters={"label": f"fuselip.repository={boxed}"})
 
 

@@ -6,14 +6,12 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from mlflow import MlflowClient
-from repository_copy import copy_of, copy_repository, dvc, environment, run_flow
+from repository_copy import copy_of, copy_repository, dvc, run_flow, terminate_flow
 
 from fuselip_core.data.phantom import draw_data_set
 
@@ -115,17 +113,8 @@ def test_failing_stage_ends_with_its_sentence(small: Path) -> None:
 
 def test_a_terminated_flow_ends_its_stage_and_says_what_follows(template: Path, tmp_path: Path) -> None:
     folder = copy_of(template, tmp_path / "repository")
-    (folder / "order").write_text("prepare slow 1000")
-    command = [sys.executable, "-m", "flows.pipeline"]
-    with (tmp_path / "stderr").open("w") as stderr:
-        child = subprocess.Popen(command, cwd=folder, stderr=stderr, env=environment())
-    late = time.monotonic() + 300
-    while child.poll() is None and not (folder / "ticks").exists():
-        assert time.monotonic() < late
-        time.sleep(0.1)
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=100) == 128 + signal.SIGTERM
-    said = (tmp_path / "stderr").read_text()
+    code, said = terminate_flow(folder)
+    assert code == 128 + signal.SIGTERM, said
     assert (folder / "saved").is_file(), said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert errors == ["error: stopped; the same command goes on from what is done"] and "Traceback" not in said
