@@ -106,7 +106,7 @@ def _say_once(terminal: bool) -> None:
     """
 
     def is_new(record: logging.LogRecord) -> bool:
-        said = str(record.msg).startswith("Finished in state Failed(")
+        said = str(record.msg).startswith(("Finished in state Failed(", "Task run failed with state: Failed("))
         return not said and not (terminal and getattr(record, "shown", False))
 
     for name in ("", "prefect"):
