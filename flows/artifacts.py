@@ -22,6 +22,12 @@ from fuselip_core.tracking import run_of, tracking_uri
 # Pictures are kept in the server's database, so they are small.
 PICTURE_SIDE = 900
 MOST_PICTURES = 6
+SHOWN = {
+    "reconstructions": "held-out images above, what the image tokenizer keeps of them below",
+    "training": "losses, validation, learning rate and speed over the steps",
+    "retrieval": "recall in both directions beside chance",
+    "answers": "right answers beside the controls",
+}
 
 
 def publish(run: Run) -> None:
@@ -38,8 +44,9 @@ def publish(run: Run) -> None:
         create_link_artifact(key="report", link=link, link_text="Report", description=f"Also in {report}")
     if mlflow_run:
         create_link_artifact(key="mlflow-run", link=mlflow_run, link_text="MLflow run", description="Curves and model")
-    for number, path in enumerate(pictures_of(run.artifacts)):
-        create_image_artifact(image_url=data_uri(path), key=f"picture-{number}", description=path.stem)
+    for path in pictures_of(run.artifacts):
+        shown = f"{run.name}: {SHOWN.get(path.stem, path.stem)}"
+        create_image_artifact(image_url=data_uri(path), key=f"picture-{path.stem}", description=shown)
 
 
 def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
@@ -71,7 +78,9 @@ def mlflow_url(artifacts: Path) -> str | None:
 def pictures_of(artifacts: Path) -> list[Path]:
     """Pictures worth a look: what the image tokenizer keeps of some images, then the report's charts."""
     found = [artifacts / "codebook" / "reconstructions.png", *sorted((artifacts / "report").glob("*.png"))]
-    return [path for path in found if path.is_file()][:MOST_PICTURES]
+    # The report has a copy of the first.
+    by_name = {path.name: path for path in reversed(found) if path.is_file()}
+    return list(reversed(by_name.values()))[:MOST_PICTURES]
 
 
 def data_uri(path: Path) -> str:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 METRICS_A_BATCH = 1000  # MLflow's limits for one call
 PARAMS_A_BATCH = 100
+# Without it MLflow's page guesses from the runs, and shows what is there for language models and their judges.
+PAGE_OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 # Stages that add to the run of an earlier one: evaluation belongs to the model that was trained.
 RUN_OF_STAGE = {"evaluate": "train", "register": "train"}
 
@@ -211,7 +213,8 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
         return str(found.experiment_id)
     beside = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" if uri.startswith("sqlite:///") else None
     try:
-        return str(client.create_experiment(name, artifact_location=beside.as_uri() if beside else None))
+        location = beside.as_uri() if beside else None
+        return str(client.create_experiment(name, artifact_location=location, tags=PAGE_OF_TRAININGS))
     except MlflowException:
         # Another process was faster.
         if found := client.get_experiment_by_name(name):
@@ -238,6 +241,9 @@ def _describe(settings: Settings, name: str) -> dict[str, Any]:
     for tag, variable in (("prefect_flow_run", "FUSELIP_FLOW_RUN"), ("prefect_flow_url", "FUSELIP_FLOW_URL")):
         if value := os.environ.get(variable):
             tags[tag] = value
+    if url := tags.get("prefect_flow_url"):
+        # MLflow shows tags as plain text, and this one as Markdown: a link that can be followed.
+        tags["mlflow.note.content"] = f"Made by [this flow run]({url})."
     return {
         "name": f"{name}-{settings.model.size}-{data[:8]}",
         "experiment": f"fuselip-{settings.recipe}",

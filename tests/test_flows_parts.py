@@ -270,7 +270,11 @@ def test_results_stand_beside_their_controls(run: Any) -> None:
 def test_pictures_are_made_small(tmp_path: Path) -> None:
     (tmp_path / "codebook").mkdir()
     Image.new("RGB", (3000, 1500), "red").save(tmp_path / "codebook" / "reconstructions.png")
-    (path,) = artifacts.pictures_of(tmp_path)
+    (tmp_path / "report").mkdir()
+    for name in ("reconstructions", "training"):
+        Image.new("RGB", (30, 15)).save(tmp_path / "report" / f"{name}.png")
+    path, other = artifacts.pictures_of(tmp_path)
+    assert path.parent.name == "codebook" and other.stem == "training", "the report's copy is not shown again"
     head, _, content = artifacts.data_uri(path).partition(",")
     assert head == "data:image/png;base64"
     assert Image.open(io.BytesIO(base64.b64decode(content))).size == (900, 450)

@@ -102,7 +102,7 @@ def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path:
     page.screenshot(path=tmp_path / "logs.png")
     expect(page.get_by_role("main")).to_contain_text("sample-tiny-")
     page.get_by_role("tab", name="Artifacts").click()
-    for name in ("results", "metrics", "report", "picture-0"):
+    for name in ("results", "metrics", "report", "picture-reconstructions", "picture-retrieval"):
         expect(page.get_by_role("link", name=re.compile(rf"\b{name}\b")).first).to_be_visible()
     page.screenshot(path=tmp_path / "flow-run.png")
     follow_to_mlflow(page, served, run_id, tmp_path)
@@ -195,8 +195,10 @@ def follow_to_mlflow(page: Page, served: Served, run_id: str, pictures: Path) ->
     page.get_by_role("link", name="MLflow run", exact=True).click()
     page.wait_for_url(f"{served.mlflow}/**")
     main = page.get_by_role("main")
-    for words in ("Finished", "recipe: sample", run_id[:8], f"{served.prefect}/v2"[:20]):
+    for words in ("Finished", "recipe: sample", run_id[:8]):
         expect(main).to_contain_text(words)
+    back = main.get_by_role("link", name="this flow run")
+    expect(back).to_have_attribute("href", f"{served.prefect}/v2/runs/flow-run/{run_id}")
     expect(main.locator("a[href*='/models/fuselip-sample']").first).to_be_visible()
     page.screenshot(path=pictures / "mlflow.png")
     page.goto(f"{served.mlflow}/#/models/fuselip-sample")
