@@ -213,13 +213,30 @@ def test_a_run_that_crashes_again_before_it_begins_is_not_forgotten() -> None:
 # Serving
 
 
-def test_a_taken_port_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         assert serve.main(["--port", str(port)]) == 1
     assert f"port {port} is taken" in capsys.readouterr().err
+
+
+def test_a_checkout_is_served_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On other ports too: two servers would share one database, and two workers one queue."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    with serve.served_once(tmp_path, 4200):
+        assert serve.main(["--port", "4201", "--mlflow-port", "5001"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: this checkout is being served already, on http://127.0.0.1:4200; ")
+    assert len(said.splitlines()) == 1
+    with serve.served_once(tmp_path, 4201):
+        pass
 
 
 def test_a_stack_replaces_what_it_may_and_ends_everything(tmp_path: Path) -> None:
