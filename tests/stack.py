@@ -64,7 +64,8 @@ class Stack:
             "PATH": f"{TOOLS}{os.pathsep}{mine['PATH']}",
             "PREFECT_HOME": str(self.folder / f"prefect-{service}"),
         }
-        return {**mine, **_image_environment(), **stated}
+        # Unlike an image's packages, those of .venv may not be compiled yet.
+        return {**mine, **_image_environment(), **stated, "PYTHONDONTWRITEBYTECODE": ""}
 
     def command(self, service: str) -> list[str]:
         """The command of `service` by compose.yaml."""
