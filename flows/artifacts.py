@@ -22,6 +22,8 @@ from fuselip_core.tracking import run_of, tracking_uri
 # Pictures are kept in the server's database, so they are small.
 PICTURE_SIDE = 900
 MOST_PICTURES = 6
+# What MLflow's page shows beside the run: other trainings, not what is there for language models.
+TRAININGS = "workflowType=machine_learning"
 SHOWN = {
     "reconstructions": "held-out images above, what the image tokenizer keeps of them below",
     "training": "losses, validation, learning rate and speed over the steps",
@@ -40,7 +42,7 @@ def publish(run: Run) -> None:
         create_table_artifact(key="metrics", table=rows, description=f"Measures of {run.name} beside their controls")
     report = run.artifacts / "report" / "index.html"
     if report.is_file():
-        link = f"{mlflow_run}/artifacts/report/index.html" if mlflow_run else report.resolve().as_uri()
+        link = mlflow_url(run.artifacts, "/artifacts/report/index.html") or report.resolve().as_uri()
         create_link_artifact(key="report", link=link, link_text="Report", description=f"Also in {report}")
     if mlflow_run:
         create_link_artifact(key="mlflow-run", link=mlflow_run, link_text="MLflow run", description="Curves and model")
@@ -62,8 +64,8 @@ def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mlflow_url(artifacts: Path) -> str | None:
-    """Address of the page of the run that trained the model; None if no MLflow page is known to run.
+def mlflow_url(artifacts: Path, part: str = "") -> str | None:
+    """Address of the page of the run that trained the model, or of a part; None if no MLflow page is known to run.
 
     That of a tracking server, or of a page that shows this machine's store, named by ``FUSELIP_MLFLOW_UI``.
     """
@@ -72,7 +74,8 @@ def mlflow_url(artifacts: Path) -> str | None:
     base = uri if uri.startswith("http") else os.environ.get("FUSELIP_MLFLOW_UI")
     if not base or known.get("mlflow_uri") != uri:
         return None
-    return f"{base.rstrip('/')}/#/experiments/{known['mlflow_experiment_id']}/runs/{known['mlflow_run_id']}"
+    place = f"experiments/{known['mlflow_experiment_id']}/runs/{known['mlflow_run_id']}"
+    return f"{base.rstrip('/')}/#/{place}{part}?{TRAININGS}"
 
 
 def pictures_of(artifacts: Path) -> list[Path]:

@@ -201,6 +201,7 @@ def environment_of(prefect: str, mlflow: str) -> dict[str, str]:
         **os.environ,
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_UI_URL": f"{prefect}/v2",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # A copy of the pages that can be changed; see flows/quiet_ui.py.
         "PREFECT_UI_STATIC_DIRECTORY": str(Path(os.environ["PREFECT_HOME"]) / "ui"),
         "FUSELIP_MLFLOW_UI": mlflow,

@@ -15,7 +15,7 @@ import logging
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +120,7 @@ class MlflowService:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         experiment = experiment_id(client, run["experiment"], self.uri)
-        created = client.create_run(experiment, tags=run["tags"], run_name=run["name"])
+        created = client.create_run(experiment, tags={**run["tags"], **_way_back(run["tags"])}, run_name=run["name"])
         run.update(mlflow_run_id=created.info.run_id, mlflow_experiment_id=experiment, mlflow_uri=self.uri)
         return False
 
@@ -205,6 +205,12 @@ def mlflow_client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+def _way_back(tags: Mapping[str, str]) -> dict[str, str]:
+    """The run's description on MLflow's page, which shows tags as plain text but this one as Markdown: with a link."""
+    url = tags.get("prefect_flow_url")
+    return {"mlflow.note.content": f"Made by [this flow run]({url})."} if url else {}
+
+
 def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     """Id of the experiment; made if new. Beside an SQLite store its artifacts lie in ``artifacts/``."""
     from mlflow.exceptions import MlflowException
@@ -241,9 +247,6 @@ def _describe(settings: Settings, name: str) -> dict[str, Any]:
     for tag, variable in (("prefect_flow_run", "FUSELIP_FLOW_RUN"), ("prefect_flow_url", "FUSELIP_FLOW_URL")):
         if value := os.environ.get(variable):
             tags[tag] = value
-    if url := tags.get("prefect_flow_url"):
-        # MLflow shows tags as plain text, and this one as Markdown: a link that can be followed.
-        tags["mlflow.note.content"] = f"Made by [this flow run]({url})."
     return {
         "name": f"{name}-{settings.model.size}-{data[:8]}",
         "experiment": f"fuselip-{settings.recipe}",

@@ -306,7 +306,9 @@ def test_mlflow_is_linked_where_its_page_is_known(run: Any, monkeypatch: pytest.
     monkeypatch.delenv("FUSELIP_MLFLOW_UI", raising=False)
     assert artifacts.mlflow_url(run.artifacts) is None
     monkeypatch.setenv("FUSELIP_MLFLOW_UI", "http://127.0.0.1:5000/")
-    assert artifacts.mlflow_url(run.artifacts) == "http://127.0.0.1:5000/#/experiments/1/runs/r"
+    page = "http://127.0.0.1:5000/#/experiments/1/runs/r"
+    assert artifacts.mlflow_url(run.artifacts) == f"{page}?workflowType=machine_learning"
+    assert artifacts.mlflow_url(run.artifacts, "/artifacts") == f"{page}/artifacts?workflowType=machine_learning"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////other.db")
     assert artifacts.mlflow_url(run.artifacts) is None, "the page shows another store"
 
