@@ -22,6 +22,7 @@ from fuselip_core.tracking import run_of, tracking_uri
 # Pictures are kept in the server's database, so they are small.
 PICTURE_SIDE = 900
 MOST_PICTURES = 6
+REPORT = "/artifacts/report/index.html"
 # What MLflow's page shows beside the run: other trainings, not what is there for language models.
 TRAININGS = "workflowType=machine_learning"
 SHOWN = {
@@ -42,7 +43,7 @@ def publish(run: Run) -> None:
         create_table_artifact(key="metrics", table=rows, description=f"Measures of {run.name} beside their controls")
     report = run.artifacts / "report" / "index.html"
     if report.is_file():
-        link = mlflow_url(run.artifacts, "/artifacts/report/index.html") or report.resolve().as_uri()
+        link = mlflow_url(run.artifacts, REPORT) or report.resolve().as_uri()
         create_link_artifact(key="report", link=link, link_text="Report", description=f"Also in {report}")
     if mlflow_run:
         create_link_artifact(key="mlflow-run", link=mlflow_run, link_text="MLflow run", description="Curves and model")
@@ -57,6 +58,8 @@ def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
     model = registered_line(read_json(run.artifacts / "registered.json"))
     lines = [f"**{model}**", ""] if model else []
     lines += _table([list(rows[0]), *(list(row.values()) for row in rows)]) if rows else []
+    if link := mlflow_url(run.artifacts):
+        lines += ["", f"[Report]({mlflow_url(run.artifacts, REPORT)}), [MLflow run]({link})"]
     lines += ["", f"Report: `{run.artifacts / 'report' / 'index.html'}`", ""]
     if known.get("mlflow_run_id"):
         lines += [f"MLflow run: `{known['mlflow_run_id']}` on `{known.get('mlflow_uri')}`", ""]

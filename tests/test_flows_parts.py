@@ -309,6 +309,7 @@ def test_mlflow_is_linked_where_its_page_is_known(run: Any, monkeypatch: pytest.
     page = "http://127.0.0.1:5000/#/experiments/1/runs/r"
     assert artifacts.mlflow_url(run.artifacts) == f"{page}?workflowType=machine_learning"
     assert artifacts.mlflow_url(run.artifacts, "/artifacts") == f"{page}/artifacts?workflowType=machine_learning"
+    assert f"[MLflow run]({page}?" in artifacts.results_page(run, [], {"recall": 0.5})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////other.db")
     assert artifacts.mlflow_url(run.artifacts) is None, "the page shows another store"
 
