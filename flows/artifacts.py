@@ -22,6 +22,15 @@ from fuselip_core.tracking import run_of, tracking_uri
 # Pictures are kept in the server's database, so they are small.
 PICTURE_SIDE = 900
 MOST_PICTURES = 6
+REPORT = "/artifacts/report/index.html"
+# What MLflow's page shows beside the run: other trainings, not what is there for language models.
+TRAININGS = "workflowType=machine_learning"
+SHOWN = {
+    "reconstructions": "held-out images above, what the image tokenizer keeps of them below",
+    "training": "losses, validation, learning rate and speed over the steps",
+    "retrieval": "recall in both directions beside chance",
+    "answers": "right answers beside the controls",
+}
 
 
 def publish(run: Run) -> None:
@@ -34,12 +43,13 @@ def publish(run: Run) -> None:
         create_table_artifact(key="metrics", table=rows, description=f"Measures of {run.name} beside their controls")
     report = run.artifacts / "report" / "index.html"
     if report.is_file():
-        link = f"{mlflow_run}/artifacts/report/index.html" if mlflow_run else report.resolve().as_uri()
+        link = mlflow_url(run.artifacts, REPORT) or report.resolve().as_uri()
         create_link_artifact(key="report", link=link, link_text="Report", description=f"Also in {report}")
     if mlflow_run:
         create_link_artifact(key="mlflow-run", link=mlflow_run, link_text="MLflow run", description="Curves and model")
-    for number, path in enumerate(pictures_of(run.artifacts)):
-        create_image_artifact(image_url=data_uri(path), key=f"picture-{number}", description=path.stem)
+    for path in pictures_of(run.artifacts):
+        shown = f"{run.name}: {SHOWN.get(path.stem, path.stem)}"
+        create_image_artifact(image_url=data_uri(path), key=f"picture-{path.stem}", description=shown)
 
 
 def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
@@ -48,6 +58,8 @@ def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
     model = registered_line(read_json(run.artifacts / "registered.json"))
     lines = [f"**{model}**", ""] if model else []
     lines += _table([list(rows[0]), *(list(row.values()) for row in rows)]) if rows else []
+    if link := mlflow_url(run.artifacts):
+        lines += ["", f"[Report]({mlflow_url(run.artifacts, REPORT)}), [MLflow run]({link})"]
     lines += ["", f"Report: `{run.artifacts / 'report' / 'index.html'}`", ""]
     if known.get("mlflow_run_id"):
         lines += [f"MLflow run: `{known['mlflow_run_id']}` on `{known.get('mlflow_uri')}`", ""]
@@ -55,8 +67,8 @@ def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def mlflow_url(artifacts: Path) -> str | None:
-    """Address of the page of the run that trained the model; None if no MLflow page is known to run.
+def mlflow_url(artifacts: Path, part: str = "") -> str | None:
+    """Address of the page of the run that trained the model, or of a part; None if no MLflow page is known to run.
 
     That of a tracking server, or of a page that shows this machine's store, named by ``FUSELIP_MLFLOW_UI``.
     """
@@ -65,13 +77,16 @@ def mlflow_url(artifacts: Path) -> str | None:
     base = uri if uri.startswith("http") else os.environ.get("FUSELIP_MLFLOW_UI")
     if not base or known.get("mlflow_uri") != uri:
         return None
-    return f"{base.rstrip('/')}/#/experiments/{known['mlflow_experiment_id']}/runs/{known['mlflow_run_id']}"
+    place = f"experiments/{known['mlflow_experiment_id']}/runs/{known['mlflow_run_id']}"
+    return f"{base.rstrip('/')}/#/{place}{part}?{TRAININGS}"
 
 
 def pictures_of(artifacts: Path) -> list[Path]:
     """Pictures worth a look: what the image tokenizer keeps of some images, then the report's charts."""
     found = [artifacts / "codebook" / "reconstructions.png", *sorted((artifacts / "report").glob("*.png"))]
-    return [path for path in found if path.is_file()][:MOST_PICTURES]
+    # The report has a copy of the first.
+    by_name = {path.name: path for path in reversed(found) if path.is_file()}
+    return list(reversed(by_name.values()))[:MOST_PICTURES]
 
 
 def data_uri(path: Path) -> str:

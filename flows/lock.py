@@ -50,14 +50,14 @@ def _locked(path: Path, owner: str, on_wait: OnLine) -> Iterator[int]:
             file.flush()
             yield file.fileno()
         # Whoever takes the lock again at once would never let go of it: those who wait only look now and then.
-        if not _try_lock(queue.fileno()):
+        if not try_lock(queue.fileno()):
             time.sleep(2 * LOOK_EVERY_SECONDS)
 
 
 def _wait_for(descriptor: int, queue: int, path: Path, on_wait: OnLine) -> None:
     """Until `descriptor` holds its lock; meanwhile `queue` is held, together with all others who wait."""
     told = float("-inf")
-    while not _try_lock(descriptor):
+    while not try_lock(descriptor):
         if told == float("-inf"):
             fcntl.flock(queue, fcntl.LOCK_SH)
         if time.monotonic() - told >= REMIND_EVERY_SECONDS:
@@ -67,7 +67,8 @@ def _wait_for(descriptor: int, queue: int, path: Path, on_wait: OnLine) -> None:
     fcntl.flock(queue, fcntl.LOCK_UN)
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Whether `descriptor` has its file's lock now; it lasts until the file is closed or its process ends."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

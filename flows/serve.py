@@ -24,6 +24,7 @@ import yaml
 from rich.console import Console
 
 from flows.environment import REPOSITORY
+from flows.lock import try_lock
 from flows.processes import children_of
 from flows.quiet_ui import silence
 from fuselip_core.errors import FuselipError
@@ -138,9 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        for port in (options.port, options.mlflow_port):
-            require_free(port)
-        with _serving(options.port, options.mlflow_port, console) as stack:
+        once = served_once(Path(os.environ["PREFECT_HOME"]), options.port)
+        with once, _serving(options.port, options.mlflow_port, console) as stack:
             while True:
                 for name in stack.check():
                     console.print(f"the {name} had ended; another one is at work")
@@ -155,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
     """Starts everything, says where it is, and ends it."""
+    for each in (port, mlflow_port):
+        require_free(each)
     prefect, mlflow = f"http://{HOST}:{port}", f"http://{HOST}:{mlflow_port}"
     environment = environment_of(prefect, mlflow)
     stack = Stack(environment, Path(environment["PREFECT_HOME"]) / "logs")
@@ -199,6 +201,7 @@ def environment_of(prefect: str, mlflow: str) -> dict[str, str]:
         **os.environ,
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_UI_URL": f"{prefect}/v2",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         # A copy of the pages that can be changed; see flows/quiet_ui.py.
         "PREFECT_UI_STATIC_DIRECTORY": str(Path(os.environ["PREFECT_HOME"]) / "ui"),
         "FUSELIP_MLFLOW_UI": mlflow,
@@ -234,6 +237,23 @@ def gpu_count() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
+@contextlib.contextmanager
+def served_once(home: Path, port: int) -> Iterator[None]:
+    """Holds the database in `home` for one server; raises FuselipError with the other's address if there is one."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "served.lock").open("a+", encoding="utf-8") as file:
+        if not try_lock(file.fileno()):
+            file.seek(0)
+            raise FuselipError(
+                f"this checkout is being served already, on {file.read()}; open that page, or end it with Ctrl-C where "
+                "`make serve-flows` was typed"
+            )
+        file.truncate(0)
+        file.write(f"http://{HOST}:{port}")
+        file.flush()
+        yield
+
+
 def require_free(port: int) -> None:
     """Raises FuselipError if something listens on `port` of this machine already."""
     with socket.socket() as probe:
@@ -242,8 +262,8 @@ def require_free(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             raise FuselipError(
-                f"port {port} is taken, perhaps by an earlier `make serve-flows`; end that, or choose others: "
-                "python -m flows.serve --port 4201 --mlflow-port 5001"
+                f"port {port} is taken by another program; end that, or choose other ports: "
+                ".venv/bin/python -m flows.serve --port 4201 --mlflow-port 5001"
             ) from error
 
 

@@ -109,7 +109,11 @@ def _register(settings: Settings, model: Path, metrics: Mapping[str, float], wid
     if passed:
         client.set_registered_model_alias(name, settings.register_.alias, found.version)
     else:
-        missed = ", ".join(f"{gate.metric} {gate.value} < {gate.at_least}" for gate in gates if not gate.passed)
+        missed = ", ".join(
+            f"{gate.metric} {'missing' if gate.value is None else f'{gate.value:.4g}'} < {gate.at_least:g}"
+            for gate in gates
+            if not gate.passed
+        )
         logger.warning("the alias %s stays where it is: %s", settings.register_.alias, missed)
     return {
         "name": name,

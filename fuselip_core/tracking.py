@@ -15,7 +15,7 @@ import logging
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 METRICS_A_BATCH = 1000  # MLflow's limits for one call
 PARAMS_A_BATCH = 100
+# Without it MLflow's page guesses from the runs, and shows what is there for language models and their judges.
+PAGE_OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 # Stages that add to the run of an earlier one: evaluation belongs to the model that was trained.
 RUN_OF_STAGE = {"evaluate": "train", "register": "train"}
 
@@ -118,7 +120,7 @@ class MlflowService:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         experiment = experiment_id(client, run["experiment"], self.uri)
-        created = client.create_run(experiment, tags=run["tags"], run_name=run["name"])
+        created = client.create_run(experiment, tags={**run["tags"], **_way_back(run["tags"])}, run_name=run["name"])
         run.update(mlflow_run_id=created.info.run_id, mlflow_experiment_id=experiment, mlflow_uri=self.uri)
         return False
 
@@ -203,6 +205,12 @@ def mlflow_client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+def _way_back(tags: Mapping[str, str]) -> dict[str, str]:
+    """The run's description on MLflow's page, which shows tags as plain text but this one as Markdown: with a link."""
+    url = tags.get("prefect_flow_url")
+    return {"mlflow.note.content": f"Made by [this flow run]({url})."} if url else {}
+
+
 def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
     """Id of the experiment; made if new. Beside an SQLite store its artifacts lie in ``artifacts/``."""
     from mlflow.exceptions import MlflowException
@@ -211,7 +219,8 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
         return str(found.experiment_id)
     beside = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" if uri.startswith("sqlite:///") else None
     try:
-        return str(client.create_experiment(name, artifact_location=beside.as_uri() if beside else None))
+        location = beside.as_uri() if beside else None
+        return str(client.create_experiment(name, artifact_location=location, tags=PAGE_OF_TRAININGS))
     except MlflowException:
         # Another process was faster.
         if found := client.get_experiment_by_name(name):

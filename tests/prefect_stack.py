@@ -17,6 +17,8 @@ import httpx
 
 # The machine may be busy: what counts is that it happens.
 PATIENCE = 900.0
+# What a test's own surroundings must not decide. The last would have every stage's process compile torch's files anew.
+FOREIGN = ("PREFECT_", "MLFLOW_", "PYTHONDONTWRITEBYTECODE")
 
 
 def free_port() -> int:
@@ -103,7 +105,7 @@ class Served:
 def serve(repository: Path) -> Served:
     """Starts ``python -m flows.serve`` in `repository` and waits until everything is up."""
     ports = free_port(), free_port()
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     command = [sys.executable, "-m", "flows.serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1])]
     with (repository / "served").open("wb") as log:
         process = subprocess.Popen(

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+from needs import missing
 
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = Path(sys.executable).parent
@@ -64,7 +64,8 @@ class Stack:
             "PATH": f"{TOOLS}{os.pathsep}{mine['PATH']}",
             "PREFECT_HOME": str(self.folder / f"prefect-{service}"),
         }
-        return {**mine, **_image_environment(), **stated}
+        # Unlike an image's packages, those of .venv may not be compiled yet.
+        return {**mine, **_image_environment(), **stated, "PYTHONDONTWRITEBYTECODE": ""}
 
     def command(self, service: str) -> list[str]:
         """The command of `service` by compose.yaml."""
@@ -118,7 +119,7 @@ def s3_store(folder: Path) -> Iterator[Stack]:
 
 @contextlib.contextmanager
 def whole_stack(folder: Path) -> Iterator[Stack]:
-    """PostgreSQL, the store, MLflow's server and Prefect's server, all answering; skips without PostgreSQL."""
+    """PostgreSQL, the store, MLflow's server and Prefect's server, all answering."""
     with s3_store(folder) as stack, _database(stack):
         stack.start("mlflow", stack.command("mlflow"), stack.environment("mlflow"))
         stack.start("prefect", stack.command("prefect"), stack.environment("prefect"))
@@ -189,10 +190,11 @@ def _postgresql() -> Path:
     """Folder of PostgreSQL's programs."""
     debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parts[-2]))
     on_path = shutil.which("pg_isready")
-    for folder in [*reversed(debian), *([Path(on_path).parent] if on_path else [])]:
-        if (folder / "initdb").exists():
-            return folder
-    pytest.skip("needs PostgreSQL's server (Debian's package postgresql)")
+    places = [*reversed(debian), *([Path(on_path).parent] if on_path else [])]
+    found = [folder for folder in places if (folder / "initdb").exists()]
+    if not found:
+        missing("needs PostgreSQL's server (Debian's package postgresql)")
+    return found[0]
 
 
 def _unprivileged() -> pwd.struct_passwd:

@@ -213,13 +213,30 @@ def test_a_run_that_crashes_again_before_it_begins_is_not_forgotten() -> None:
 # Serving
 
 
-def test_a_taken_port_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         assert serve.main(["--port", str(port)]) == 1
     assert f"port {port} is taken" in capsys.readouterr().err
+
+
+def test_a_checkout_is_served_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On other ports too: two servers would share one database, and two workers one queue."""
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    with serve.served_once(tmp_path, 4200):
+        assert serve.main(["--port", "4201", "--mlflow-port", "5001"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: this checkout is being served already, on http://127.0.0.1:4200; ")
+    assert len(said.splitlines()) == 1
+    with serve.served_once(tmp_path, 4201):
+        pass
 
 
 def test_a_stack_replaces_what_it_may_and_ends_everything(tmp_path: Path) -> None:
@@ -270,7 +287,11 @@ def test_results_stand_beside_their_controls(run: Any) -> None:
 def test_pictures_are_made_small(tmp_path: Path) -> None:
     (tmp_path / "codebook").mkdir()
     Image.new("RGB", (3000, 1500), "red").save(tmp_path / "codebook" / "reconstructions.png")
-    (path,) = artifacts.pictures_of(tmp_path)
+    (tmp_path / "report").mkdir()
+    for name in ("reconstructions", "training"):
+        Image.new("RGB", (30, 15)).save(tmp_path / "report" / f"{name}.png")
+    path, other = artifacts.pictures_of(tmp_path)
+    assert path.parent.name == "codebook" and other.stem == "training", "the report's copy is not shown again"
     head, _, content = artifacts.data_uri(path).partition(",")
     assert head == "data:image/png;base64"
     assert Image.open(io.BytesIO(base64.b64decode(content))).size == (900, 450)
@@ -285,7 +306,10 @@ def test_mlflow_is_linked_where_its_page_is_known(run: Any, monkeypatch: pytest.
     monkeypatch.delenv("FUSELIP_MLFLOW_UI", raising=False)
     assert artifacts.mlflow_url(run.artifacts) is None
     monkeypatch.setenv("FUSELIP_MLFLOW_UI", "http://127.0.0.1:5000/")
-    assert artifacts.mlflow_url(run.artifacts) == "http://127.0.0.1:5000/#/experiments/1/runs/r"
+    page = "http://127.0.0.1:5000/#/experiments/1/runs/r"
+    assert artifacts.mlflow_url(run.artifacts) == f"{page}?workflowType=machine_learning"
+    assert artifacts.mlflow_url(run.artifacts, "/artifacts") == f"{page}/artifacts?workflowType=machine_learning"
+    assert f"[MLflow run]({page}?" in artifacts.results_page(run, [], {"recall": 0.5})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////other.db")
     assert artifacts.mlflow_url(run.artifacts) is None, "the page shows another store"
 

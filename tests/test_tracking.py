@@ -30,6 +30,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str) -> Set
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setenv("FUSELIP_TRACKERS", "mlflow")
     monkeypatch.setenv("FUSELIP_FLOW_RUN", "flow-7")
+    monkeypatch.setenv("FUSELIP_FLOW_URL", "http://127.0.0.1:4200/v2/runs/flow-run/flow-7")
     (tmp_path / "artifacts" / "prepared").mkdir(parents=True)
     (tmp_path / "artifacts" / "prepared" / "manifest.json").write_text('{"data_version": "abcdef0123456789"}')
     return load_settings(recipe="sample", artifacts=tmp_path / "artifacts")
@@ -75,6 +76,7 @@ def test_run_reaches_mlflow_with_tags_params_metrics_and_files(settings: Setting
     assert found.data.tags["recipe"] == "sample" and found.data.tags["size"] == "tiny"
     assert found.data.tags["data_version"] == "abcdef0123456789"
     assert found.data.tags["prefect_flow_run"] == "flow-7"
+    assert "](http://127.0.0.1:4200/v2/runs/flow-run/flow-7)" in found.data.tags["mlflow.note.content"]
     assert len(found.data.tags["git_commit"]) == 40 and found.data.tags["git_dirty"] in ("true", "false")
     history = client.get_metric_history(known["mlflow_run_id"], "loss/total")
     assert [(each.step, each.value) for each in history] == [(0, 3.0), (100, 2.0), (200, 1.0)]
