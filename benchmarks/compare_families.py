@@ -51,7 +51,7 @@ from fuselip_core import stages
 from fuselip_core.config import Settings, check_settings, corrected_recipe, merge
 
 REPOSITORY = Path(__file__).parents[1]
-TIMED, PASSED_OVER = 14, 4  # steps that are timed, of which the first do not count
+TIMED, PASSED_OVER = 24, 4  # steps that are timed, of which the first do not count
 ADAPTATION_SHARE = 0.6  # of the seconds of a run
 
 

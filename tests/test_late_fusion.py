@@ -72,19 +72,20 @@ def test_towers_compute_what_open_clip_does_with_padding_and_repeats(pixels: Ten
     config = towers()
     config["text_cfg"]["layers"] = config["vision_cfg"]["layers"] = 2
     torch.manual_seed(0)
-    model = LateFusionModel(LateFusionConfig(towers=config, fusion="add"))
+    model = LateFusionModel(LateFusionConfig(towers=config, fusion="add")).double()
     reference = open_clip.CustomTextCLIP(
         embed_dim=32,
         vision_cfg=config["vision_cfg"],
         text_cfg={key: value for key, value in config["text_cfg"].items() if key != "mask_pad"},
         init_logit_bias=-10.0,
-    )
+    ).double()
     reference.text.use_pad_mask = True
     reference.load_state_dict(model.model.state_dict())
-    ids, upstream = texts_with_repeats(), torch.randn(8, 32, generator=torch.Generator().manual_seed(2))
+    ids, pixels = texts_with_repeats(), pixels.double()
+    upstream = torch.randn(8, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found = torch.cat([text_tower_output(model.model.text, ids), image_tower_output(model.model.visual, pixels)])
     wanted = torch.cat([reference.encode_text(ids), reference.encode_image(pixels)])
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-9)
     (found * upstream).sum().backward()
     (wanted * upstream).sum().backward()
     gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
@@ -92,7 +93,7 @@ def test_towers_compute_what_open_clip_does_with_padding_and_repeats(pixels: Ten
     assert own.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(
-            own[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            own[name], gradient, atol=1e-12, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
