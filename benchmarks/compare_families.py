@@ -190,7 +190,8 @@ class Comparison:
         model = build_model(settings.model, settings.train, TiTok.load(artifacts / "codebook"))
         device = torch.device("cpu")
         store, encoder = open_training(model, artifacts, settings.train, device, World())
-        open_measuring(model, artifacts, settings.evaluate.split, device)
+        for split in (settings.evaluate.split, TRIED_ON[run.data]):  # now, not by two runs at the same time
+            open_measuring(model, artifacts, split, device)
         trainer = Trainer(encoder, store, settings.train, Checkpoints(artifacts / "unused"), lambda *_: None)
         took = []
         for step in range(TIMED):
