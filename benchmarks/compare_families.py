@@ -125,7 +125,7 @@ class Comparison:
         }
         self.result(run).parent.mkdir(parents=True, exist_ok=True)
         self.result(run).write_text(json.dumps(content, indent=1, sort_keys=True, default=str), encoding="utf-8")
-        for name in ("report", "tracking", "history.jsonl"):
+        for name in ("checkpoints", "tracking"):  # the model stays for adaptations, the report to look at
             shutil.rmtree(artifacts / name, ignore_errors=True)
 
     def _share(self, data: str, artifacts: Path) -> None:

@@ -12,8 +12,11 @@ TITLES = {"sample": "sample, test", "medpix": "MedPix 2.0, valid", "vqa-rad": "V
 MEASURES = {
     "image → caption, at 1 / 10": ("retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/recall_at_10"),
     "caption → image, at 1 / 10": ("retrieval/text_to_image/recall_at_1", "retrieval/text_to_image/recall_at_10"),
-    "image + question → answer": ("answers/fused/accuracy",),
-    "image + instruction → image": ("transformations/mean_accuracy",),
+    "image + question → answer / another image": ("answers/fused/accuracy", "answers/shuffled_image/accuracy"),
+    "image + instruction → image / instruction alone": (
+        "transformations/mean_accuracy",
+        "transformations/mean_text_only",
+    ),
 }
 CHANCES = {
     "retrieval/image_to_text/recall_at_1": "retrieval/image_to_text/chance_at_1",
@@ -73,7 +76,7 @@ def comparison_table(results: dict[tuple[str, str], Results]) -> list[str]:
             steps = f"{found[0]['train']['steps']:,}" + (f" ({len(found)} seeds)" if len(found) != len(SEEDS) else "")
             lines.append(row(TITLES[data], title, *(spread_of(found, names) for names in MEASURES.values()), steps))
         if label == "siglip-mlf" and (found := results.get((data, "fuselip"))):
-            chances = ([CHANCES[name] for name in names] for names in MEASURES.values())
+            chances = ([CHANCES[name] for name in names if name in CHANCES] for names in MEASURES.values())
             lines.append(
                 row(
                     TITLES[data],
