@@ -6,14 +6,17 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from families_runs import ABLATIONS, ADAPTATIONS, FAMILIES, SEEDS
+from families_runs import ABLATIONS, ADAPTATIONS, CODES, FAMILIES, FROM_SCRATCH, SEEDS
 
 TITLES = {"sample": "sample, test", "medpix": "MedPix 2.0, valid", "vqa-rad": "VQA-RAD, test"}
 MEASURES = {
     "image → caption, at 1 / 10": ("retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/recall_at_10"),
     "caption → image, at 1 / 10": ("retrieval/text_to_image/recall_at_1", "retrieval/text_to_image/recall_at_10"),
-    "image + question → answer": ("answers/fused/accuracy",),
-    "image + instruction → image": ("transformations/mean_accuracy",),
+    "image + question → answer / another image": ("answers/fused/accuracy", "answers/shuffled_image/accuracy"),
+    "image + instruction → image / instruction alone": (
+        "transformations/mean_accuracy",
+        "transformations/mean_text_only",
+    ),
 }
 CHANCES = {
     "retrieval/image_to_text/recall_at_1": "retrieval/image_to_text/chance_at_1",
@@ -23,9 +26,25 @@ CHANCES = {
     "answers/fused/accuracy": "answers/majority/accuracy",
     "transformations/mean_accuracy": "transformations/mean_chance",
 }
+# Head → metric of the image tokenizer on MedPix's held-out pictures, and its factor.
+KEPT = {
+    "PSNR, CT / dB": ("psnr/CT", 1.0),
+    "PSNR, MR / dB": ("psnr/MR", 1.0),
+    "codes in use": ("use", 100.0),
+    "perplexity": ("perplexity", 1.0),
+}
 ADAPTED = (
     "adaptation/{0}/retrieval/image_to_text/recall_at_10/{1}",
     "adaptation/{0}/retrieval/text_to_image/recall_at_10/{1}",
+)
+# What trials are judged by: ranks, which are steadier than hits, and answers.
+JUDGED = (
+    "retrieval/image_to_text/mean_reciprocal_rank",
+    "retrieval/text_to_image/mean_reciprocal_rank",
+    "retrieval/image_to_text/recall_at_10",
+    "retrieval/text_to_image/recall_at_10",
+    "answers/fused/accuracy",
+    "answers/fused/mean_reciprocal_rank",
 )
 
 Results = list[dict[str, Any]]  # of one label, a seed each
@@ -57,7 +76,7 @@ def comparison_table(results: dict[tuple[str, str], Results]) -> list[str]:
             steps = f"{found[0]['train']['steps']:,}" + (f" ({len(found)} seeds)" if len(found) != len(SEEDS) else "")
             lines.append(row(TITLES[data], title, *(spread_of(found, names) for names in MEASURES.values()), steps))
         if label == "siglip-mlf" and (found := results.get((data, "fuselip"))):
-            chances = ([CHANCES[name] for name in names] for names in MEASURES.values())
+            chances = ([CHANCES[name] for name in names if name in CHANCES] for names in MEASURES.values())
             lines.append(
                 row(
                     TITLES[data],
@@ -93,3 +112,18 @@ def adaptation_table(results: dict[tuple[str, str], Results]) -> list[str]:
             title = f"{title} ({len(found)} seeds)" if len(found) != len(SEEDS) else title
             lines.append(row(title, *(spread_of(found, [name.format("after")]) for name in places)))
     return lines
+
+
+def codes_table(results: dict[tuple[str, str], Results]) -> list[str]:
+    """What the image tokenizer keeps of MedPix's pictures before and after its adaptation, and retrieval."""
+    rows = []
+    for data, title in CODES.items():
+        found = results.get((data, "fuselip" if data == "medpix" else FROM_SCRATCH))
+        # What the sample's tokenizer makes of MedPix was measured before it was fine-tuned there.
+        measured, part = (results.get(("retuned", FROM_SCRATCH)), "before/") if data == "adapted" else (found, "")
+        if found and measured:
+            kept = [spread_of(measured[:1], [f"codebook/{part}{name}"], scale) for name, scale in KEPT.values()]
+            retrieval = [name for name in MEASURES.values() if "retrieval" in name[0]]
+            rows.append(row(title, *kept, *(spread_of(found, names) for names in retrieval)))
+    heads = ("image tokenizer", *KEPT, *[name for name, places in MEASURES.items() if "retrieval" in places[0]])
+    return ["", row(*heads), row(*["---"] * len(heads)), *rows] if rows else []

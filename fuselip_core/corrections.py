@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def read_recipe(name: str, size: str | None = None) -> dict[str, Any]:
     """The nested mapping of a recipe at `size`, its own if None; raises SettingsError for an unknown name."""
     path = RECIPE_FOLDER / f"{name}.yaml"
     if path.parent != RECIPE_FOLDER or not path.is_file():
-        raise SettingsError(f"unknown recipe '{name}'; there are: {', '.join(recipe_names())}")
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SettingsError(f"unknown recipe '{name}'; {hint}there are: {', '.join(recipe_names())}")
     recipe = _read_yaml(path)
     of_sizes = recipe.pop(SIZES, None) or {}
     size = str(size or recipe["model"]["size"])

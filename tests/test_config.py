@@ -146,6 +146,11 @@ def test_unknown_recipe_lists_the_known(name: str) -> None:
         load_settings(None, recipe=name or "-")
 
 
+def test_misspelt_recipe_is_told_its_likely_name() -> None:
+    with pytest.raises(SettingsError, match=r"'fuselip-roco'; did you mean fuselip-rocov2\? there are: "):
+        load_settings(None, recipe="fuselip-roco")
+
+
 @pytest.mark.parametrize("content", ["[1, 2]", "train: [", "train: 5"])
 def test_broken_file_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "mine.yaml"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import open_clip  # type: ignore[import-untyped]
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from transformers import AutoModel
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.presets import TOWERS, open_clip_config
-from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT
+from fuselip_core.model.towers import image_tower_output, text_tower_output
+from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, text_sequence
 
 TEXT = torch.tensor([[BEGIN_OF_TEXT, 5, END_OF_TEXT], [BEGIN_OF_TEXT, END_OF_TEXT, 0]])
 
@@ -57,6 +59,50 @@ def test_forward_takes_rows_with_and_without_image(model: LateFusionModel, pixel
     mixed = model(pixels, TEXT, has_image=torch.tensor([True, False])).embeddings
     torch.testing.assert_close(mixed[0], model.encode_multimodal(pixels, TEXT)[0], atol=1e-6, rtol=0)
     torch.testing.assert_close(mixed[1], model.encode_text(TEXT)[1], atol=1e-6, rtol=0)
+
+
+def texts_with_repeats() -> Tensor:
+    """Six texts of three lengths, two of them equal and two others empty."""
+    ids = torch.tensor([[7, 8, 9, 10], [5, 0, 0, 0], [0, 0, 0, 0], [7, 8, 9, 10], [6, 4, 0, 0], [0, 0, 0, 0]])
+    return text_sequence(ids, torch.tensor([4, 1, 0, 4, 2, 0]))
+
+
+def test_towers_compute_what_open_clip_does_with_padding_and_repeats(pixels: Tensor) -> None:
+    """Values and gradients of open_clip's own forward passes, from the same weights."""
+    config = towers()
+    config["text_cfg"]["layers"] = config["vision_cfg"]["layers"] = 2
+    torch.manual_seed(0)
+    model = LateFusionModel(LateFusionConfig(towers=config, fusion="add")).double()
+    reference = open_clip.CustomTextCLIP(
+        embed_dim=32,
+        vision_cfg=config["vision_cfg"],
+        text_cfg={key: value for key, value in config["text_cfg"].items() if key != "mask_pad"},
+        init_logit_bias=-10.0,
+    ).double()
+    reference.text.use_pad_mask = True
+    reference.load_state_dict(model.model.state_dict())
+    ids, pixels = texts_with_repeats(), pixels.double()
+    upstream = torch.randn(8, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = torch.cat([text_tower_output(model.model.text, ids), image_tower_output(model.model.visual, pixels)])
+    wanted = torch.cat([reference.encode_text(ids), reference.encode_image(pixels)])
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-9)
+    (found * upstream).sum().backward()
+    (wanted * upstream).sum().backward()
+    gradients = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    own = {name: p.grad for name, p in model.model.named_parameters() if p.grad is not None}
+    assert own.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            own[name], gradient, atol=1e-12, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_towers_of_other_parts_are_refused() -> None:
+    for part, option in (("vision_cfg", {"pool_type": "avg"}), ("text_cfg", {"ls_init_value": 0.1})):
+        config = towers()
+        config[part] |= option
+        with pytest.raises(FuselipError, match=r"as published|published ones"):
+            LateFusionModel(LateFusionConfig(towers=config))
 
 
 def test_saved_model_comes_back_to_the_bit(model: LateFusionModel, tmp_path: Path) -> None:

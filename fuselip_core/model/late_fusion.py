@@ -6,7 +6,6 @@ Legend: B pairs, L tokens, W width of the embedding, S pixels a side.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -20,6 +19,7 @@ from transformers.utils import ModelOutput
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.fuselip import Transformer
 from fuselip_core.model.presets import open_clip_config
+from fuselip_core.model.towers import build_towers, image_tower_output, text_tower_output
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, longest_text
 from fuselip_core.model.weights import StrictModel
 
@@ -134,7 +134,8 @@ class LateFusionModel(StrictModel):
 
     def __init__(self, config: LateFusionConfig) -> None:
         super().__init__(config)
-        self.model = _towers(config)
+        assert config.towers is not None
+        self.model = build_towers(config.towers)
         self.fusion_module: FusionModule | None = None
         if config.fusion == "magiclens":
             self.fusion_module = FusionModule(config.embed_dim, config.heads, config.fusion_layers)
@@ -154,8 +155,8 @@ class LateFusionModel(StrictModel):
         """Normalised pixels (B, 3, S, S) float → embeddings (B, W) float32, of unit norm if `normalize`."""
         empty = torch.tensor([[BEGIN_OF_TEXT, END_OF_TEXT]], device=pixels.device)
         # As published, an image without a text is an image with the empty text, and not the image tower's own output.
-        text_features = self.model.encode_text(empty).expand(len(pixels), -1)
-        return self.fuse(self._image_features(pixels), text_features, normalize)
+        empty_features = text_tower_output(self.model.text, empty).expand(len(pixels), -1)
+        return self.fuse(self._image_features(pixels), empty_features, normalize)
 
     def encode_text(self, input_ids: Tensor, normalize: bool = True) -> Tensor:
         """Text ids (B, L) int64 with begin, end and padding → embeddings (B, W) float32."""
@@ -202,7 +203,7 @@ class LateFusionModel(StrictModel):
         expected = (3, self.config.image_size, self.config.image_size)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected or not pixels.is_floating_point():
             raise FuselipError(f"the image tower takes float pixels (B, {expected}), not {tuple(pixels.shape)}")
-        return self.model.encode_image(pixels)
+        return image_tower_output(self.model.visual, pixels)
 
     def _text_features(self, input_ids: Tensor) -> Tensor:
         if not bool((input_ids == END_OF_TEXT).any(dim=1).all()):
@@ -211,28 +212,10 @@ class LateFusionModel(StrictModel):
             input_ids = input_ids[:, : longest_text(input_ids)]
         if input_ids.shape[1] > self.config.context_length:
             raise FuselipError(f"a text of {input_ids.shape[1]} tokens exceeds {self.config.context_length}; cut it")
-        return self.model.encode_text(input_ids)
+        return text_tower_output(self.model.text, input_ids)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: modules draw their own weights when built, and loading is strict, so none is ever missing."""
-
-
-def _towers(config: LateFusionConfig) -> nn.Module:
-    import open_clip  # type: ignore[import-untyped]  # here, because it takes seconds that FuseLIP alone can do without
-
-    assert config.towers is not None
-    text = {key: value for key, value in config.towers["text_cfg"].items() if key != "mask_pad"}
-    towers = open_clip.CustomTextCLIP(
-        embed_dim=config.towers["embed_dim"],
-        vision_cfg=dict(config.towers["vision_cfg"]),
-        text_cfg=text,
-        quick_gelu=bool(config.towers.get("quick_gelu", False)),
-        init_logit_scale=math.log(10.0),
-        init_logit_bias=config.towers.get("init_logit_bias", -10.0),
-    )
-    # The published configuration's own switch; open_clip has it in the tower but not in its configuration.
-    towers.text.use_pad_mask = bool(config.towers["text_cfg"].get("mask_pad", False))
-    return towers
 
 
 AutoConfig.register(LateFusionConfig.model_type, LateFusionConfig)

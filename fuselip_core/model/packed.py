@@ -67,6 +67,13 @@ def pack(groups: Sequence[Tensor]) -> tuple[Tensor, Layout, Tensor]:
     return ids, layout, torch.argsort(by_length)
 
 
+def pack_equal(count: int, length: int, device: torch.device) -> Layout:
+    """Layout of `count` sequences of one length that are pooled at their first token."""
+    boundaries = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
+    positions = torch.arange(length, device=device).repeat(count)
+    return Layout(positions, boundaries, boundaries[:-1].long(), ((count, length),), length)
+
+
 def _runs(lengths: Tensor) -> tuple[tuple[int, int], ...]:
     values, counts = torch.unique_consecutive(lengths, return_counts=True)
     return tuple(zip(counts.tolist(), values.tolist(), strict=True))

@@ -88,7 +88,7 @@ class TowerSize:
 
 
 TOWERS = {
-    "tiny": TowerSize(96, 128, 4, 128, 4, 4, 96),
+    "tiny": TowerSize(96, 128, 2, 128, 4, 2, 96),
     "small": TowerSize(256, 384, 12, 384, 6, 12, 180),
     "base": TowerSize(256, 768, 12, 512, 8, 12, 180),
     "large": TowerSize(256, 1024, 24, 768, 12, 12, 180),

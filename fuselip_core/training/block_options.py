@@ -15,8 +15,6 @@ def recompute_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Transformer):
             module.recompute = True
-        elif callable(switch := getattr(module, "set_grad_checkpointing", None)):  # open_clip's towers
-            switch(True)
 
 
 def compile_blocks(model: nn.Module) -> None:
