@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from needs import missing
 from tiny_store import random_store, settings_of, tiny_model
 
 from fuselip_core.config import TrainSettings
@@ -83,6 +85,8 @@ def test_what_saves_memory_changes_no_gradient(tmp_path: Path) -> None:
 
 @pytest.mark.long  # compiling takes a minute
 def test_compiled_blocks_compute_what_plain_ones_do(tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        missing("needs a C++ compiler (Debian's package g++)")
     store = random_store(tmp_path / "store", views=1)
     plain, compiled = (
         trainer_of(store, settings_of(mask_probability=1.0, compile=choice), tmp_path / str(choice))
