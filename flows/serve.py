@@ -187,7 +187,8 @@ def _say_where(console: Console, prefect: str, mlflow: str, logs: Path) -> None:
     places = (
         ("Flows", f"{prefect}/v2/deployments"),
         ("Runs", f"{prefect}/v2/runs"),
-        ("Models", mlflow),
+        # Of MLflow's two pages that of trainings; the other one is for language models.
+        ("Models", f"{mlflow}/#/models?workflowType=machine_learning"),
         ("Logs", logs),
     )
     for what, where in places:

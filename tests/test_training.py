@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from needs import missing
 from tiny_store import random_store, settings_of, tiny_model
 
 from fuselip_core.config import TrainSettings
@@ -83,6 +85,8 @@ def test_what_saves_memory_changes_no_gradient(tmp_path: Path) -> None:
 
 @pytest.mark.long  # compiling takes a minute
 def test_compiled_blocks_compute_what_plain_ones_do(tmp_path: Path) -> None:
+    if not shutil.which("g++"):
+        missing("needs a C++ compiler (Debian's package g++)")
     store = random_store(tmp_path / "store", views=1)
     plain, compiled = (
         trainer_of(store, settings_of(mask_probability=1.0, compile=choice), tmp_path / str(choice))
@@ -99,6 +103,15 @@ def test_compiled_blocks_compute_what_plain_ones_do(tmp_path: Path) -> None:
             trainer.optimizer.zero_grad(set_to_none=True)
     assert compilations["unique_graphs"] == before > 0, "nothing is compiled again for another number of tokens"
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+def test_without_a_compiler_compiling_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = random_store(tmp_path / "store")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(FuselipError, match=r"needs a C\+\+ compiler, here no-such-compiler; install g\+\+"):
+        trainer_of(store, settings_of(compile=True), tmp_path / "run")
 
 
 def test_a_run_goes_on_with_another_choice_of_memory_and_begins_anew_with_another_batch(
