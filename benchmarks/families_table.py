@@ -24,6 +24,7 @@ CHANCES = {
     "retrieval/text_to_image/recall_at_1": "retrieval/text_to_image/chance_at_1",
     "retrieval/text_to_image/recall_at_10": "retrieval/text_to_image/chance_at_10",
     "answers/fused/accuracy": "answers/majority/accuracy",
+    "answers/shuffled_image/accuracy": "answers/majority_by_question/accuracy",
     "transformations/mean_accuracy": "transformations/mean_chance",
 }
 # Head → metric of the image tokenizer on MedPix's held-out pictures, and its factor.
@@ -66,7 +67,7 @@ def row(*cells: str) -> str:
 
 
 def comparison_table(results: dict[tuple[str, str], Results]) -> list[str]:
-    """Families and ablations, a row each, beside chance (for answers: the most frequent one of each kind)."""
+    """Families and ablations, a row each, beside chance (for answers: the most frequent one)."""
     lines = [row("data", "model", *MEASURES, "steps"), row(*["---"] * (len(MEASURES) + 3))]
     named = [(data, label, title) for data in TITLES for label, title in FAMILIES.items()]
     named += [("sample", label, f"early fusion {title}") for label, (title, _) in ABLATIONS.items()]
@@ -80,7 +81,7 @@ def comparison_table(results: dict[tuple[str, str], Results]) -> list[str]:
             lines.append(
                 row(
                     TITLES[data],
-                    "chance, most frequent answer",
+                    "chance; most frequent answer / to the question",
                     *(spread_of(found[:1], names) for names in chances),
                     "",
                 )
