@@ -97,9 +97,10 @@ def serving(
     subprocess.run(command, check=True, capture_output=True)
     try:
         late = time.monotonic() + 240
-        while subprocess.run([DOCKER, "exec", name, *check], capture_output=True).returncode:
+        while (tried := subprocess.run([DOCKER, "exec", name, *check], capture_output=True, text=True)).returncode:
             said = subprocess.run([DOCKER, "logs", name], capture_output=True, text=True)
-            assert time.monotonic() < late, said.stdout[-2000:] + said.stderr[-2000:]
+            ended = "is not running" in tried.stderr
+            assert not ended and time.monotonic() < late, said.stdout[-2000:] + said.stderr[-2000:]
             time.sleep(1)
         yield name
     finally:

@@ -213,7 +213,7 @@ def test_the_registered_model_is_served_as_in_the_stack(mounted: Mounted) -> Non
     service = services()["models"]
     words = [re.sub("^--model-uri=.*", "--model-uri=models:/fuselip-rocov2/1", word) for word in service["command"]]
     assert words != service["command"] and service["read_only"]
-    options = ("--read-only", "--tmpfs", service["tmpfs"][0], "-v", f"{mounted.logs}:/workspace/logs:ro")
+    options = ("--read-only", "--tmpfs", service["tmpfs"][0], "-v", f"{mounted.logs}:/workspace/logs")
     options += ("-e", "MLFLOW_TRACKING_URI=sqlite:////workspace/logs/mlflow/mlflow.db")
     options += ("--entrypoint", service["entrypoint"][0])
     code = (
