@@ -203,6 +203,8 @@ def environment_of(prefect: str, mlflow: str) -> dict[str, str]:
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_UI_URL": f"{prefect}/v2",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # By default leases are forgotten when the server ends, and the GPU of a run that ended with it stays taken.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         # A copy of the pages that can be changed; see flows/quiet_ui.py.
         "PREFECT_UI_STATIC_DIRECTORY": str(Path(os.environ["PREFECT_HOME"]) / "ui"),
         "FUSELIP_MLFLOW_UI": mlflow,
