@@ -75,7 +75,7 @@ UNGUARDED: dict[str, Any] = {
 # Name → title, and what is different from the run beside it.
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "unmasked": ("without masked modelling", {"mask_weight": 0.0}),
-    "ungrouped": ("variants of an image apart: no grouped negatives", {"grouped": False}),
+    "ungrouped": ("without grouped negatives", {"grouped": False}),
 }
 ADAPTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "guarded": ("all guards", {}),

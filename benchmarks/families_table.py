@@ -93,9 +93,9 @@ def adaptation_table(results: dict[tuple[str, str], Results]) -> list[str]:
     """What each guard contributes on the target (MedPix) and on what is to be kept (the sample), recall at 10."""
     heads = (
         "adapted to MedPix",
-        "MedPix: image → caption",
+        "MedPix, valid: image → caption",
         "caption → image",
-        "sample: image → caption",
+        "sample, valid: image → caption",
         "caption → image",
         "answers on the sample",
     )

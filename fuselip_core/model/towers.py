@@ -23,14 +23,14 @@ from fuselip_core.model.packed import pack, pack_equal
 from fuselip_core.model.vocabulary import END_OF_TEXT
 
 
-def build_towers(config: Mapping[str, Any]) -> nn.Module:
+def build_towers(config: Mapping[str, Any]) -> Any:
     """Towers of open_clip's configuration `config`, `visual` and `text`, with `logit_scale` and `logit_bias`.
 
     Raises FuselipError for towers that are built of other parts than the published ones.
     """
     import open_clip  # type: ignore[import-untyped]  # here, because it takes seconds that FuseLIP alone can do without
 
-    towers = open_clip.CustomTextCLIP(
+    towers: Any = open_clip.CustomTextCLIP(
         embed_dim=config["embed_dim"],
         vision_cfg=dict(config["vision_cfg"]),
         text_cfg={key: value for key, value in config["text_cfg"].items() if key != "mask_pad"},
@@ -52,15 +52,15 @@ def build_towers(config: Mapping[str, Any]) -> nn.Module:
     return towers
 
 
-def image_tower_output(visual: nn.Module, pixels: Tensor) -> Tensor:
+def image_tower_output(visual: Any, pixels: Tensor) -> Tensor:
     """Normalised pixels (B, 3, S, S) → the image tower's output (B, W), which is its class token's."""
     x = visual._embeds(pixels)
-    layout = pack_equal(*x.shape[:2], device=x.device)
+    layout = pack_equal(x.shape[0], x.shape[1], x.device)
     x = visual.transformer(x.flatten(0, 1), layout=layout, read=layout.pooled)
     return _projected(visual.ln_post(x), visual.proj)
 
 
-def text_tower_output(text: nn.Module, input_ids: Tensor) -> Tensor:
+def text_tower_output(text: Any, input_ids: Tensor) -> Tensor:
     """Text ids (B, L) int64 with begin, end and padding → the text tower's output (B, W), at the first end-of-text."""
     if not text.use_pad_mask:  # padding is read, so that it can't be left out
         x = text.transformer(text.token_embedding(input_ids) + text.positional_embedding[: input_ids.shape[1]])
@@ -80,10 +80,11 @@ def text_tower_output(text: nn.Module, input_ids: Tensor) -> Tensor:
 def _projected(x: Tensor, projection: Tensor | nn.Linear | None) -> Tensor:
     if projection is None:
         return x
-    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+    projected: Tensor = projection(x) if isinstance(projection, nn.Linear) else x @ projection
+    return projected
 
 
-def _own_blocks(stack: nn.Module) -> Transformer:
+def _own_blocks(stack: Any) -> Transformer:
     """This project's stack of blocks with the weights, under the same names, and the activation of open_clip's."""
     blocks = list(stack.resblocks)
     width, heads = blocks[0].attn.embed_dim, blocks[0].attn.num_heads
@@ -95,5 +96,5 @@ def _own_blocks(stack: nn.Module) -> Transformer:
             "the towers' blocks have other parts than the published ones; take such options out"
         ) from error
     for block, theirs in zip(own.resblocks, blocks, strict=True):
-        block.mlp.gelu = theirs.mlp.gelu
+        block.get_submodule("mlp").gelu = theirs.mlp.gelu
     return own
