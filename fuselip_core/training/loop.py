@@ -97,6 +97,16 @@ def _nothing(step: int, metrics: dict[str, float]) -> None:
     """What processes beside the first one log."""
 
 
+def _refuse_empty_parts(settings: TrainSettings, world: World) -> None:
+    """Raises FuselipError where some process, or some part of its batch, would have no pair at all."""
+    needed = world.size * settings.accumulation
+    if settings.batch_size < needed:
+        raise FuselipError(
+            f"train.batch_size {settings.batch_size} gives {world.size} processes no pair for each of "
+            f"{settings.accumulation} parts; raise it to {needed}, or lower train.accumulation"
+        )
+
+
 def run_folder(checkpoints: Path, settings: TrainSettings, store: Store) -> Path:
     """Folder of this run's checkpoints; how often it looks and saves may change while it goes on."""
     free = {"validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", *SAME_VALUES}
@@ -118,6 +128,7 @@ class Trainer:
         validate: Validate | None = None,
         world: World = World(),  # noqa: B008 - frozen
     ) -> None:
+        _refuse_empty_parts(settings, world)
         self.encoder, self.model, self.store, self.settings = encoder, encoder.model, store, settings
         self.checkpoints, self.world = checkpoints, world
         self.log, self.validate = (log, validate) if world.leads else (_nothing, None)
