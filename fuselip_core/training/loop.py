@@ -9,14 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,8 +37,9 @@ from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
 from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
-from fuselip_core.training.plan import Store, kind_shares, plan_schedule, sample_ids
+from fuselip_core.training.plan import Store, kind_shares, plan_schedule, refuse_empty_parts, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
+from fuselip_core.training.stop_signal import StopSignal
 
 logger = logging.getLogger("fuselip")
 LOG_EVERY = 10
@@ -54,26 +51,6 @@ OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses
 
 Log = Callable[[int, dict[str, float]], None]
 Validate = Callable[[], dict[str, float]]
-
-
-class StopSignal:
-    """Notes SIGTERM, so that the loop can end between two steps instead of inside one."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
 
 
 @dataclass
@@ -97,16 +74,6 @@ def _nothing(step: int, metrics: dict[str, float]) -> None:
     """What processes beside the first one log."""
 
 
-def _refuse_empty_parts(settings: TrainSettings, world: World) -> None:
-    """Raises FuselipError where some process, or some part of its batch, would have no pair at all."""
-    needed = world.size * settings.accumulation
-    if settings.batch_size < needed:
-        raise FuselipError(
-            f"train.batch_size {settings.batch_size} gives {world.size} processes no pair for each of "
-            f"{settings.accumulation} parts; raise it to {needed}, or lower train.accumulation"
-        )
-
-
 def run_folder(checkpoints: Path, settings: TrainSettings, store: Store) -> Path:
     """Folder of this run's checkpoints; how often it looks and saves may change while it goes on."""
     free = {"validate_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", *SAME_VALUES}
@@ -128,7 +95,7 @@ class Trainer:
         validate: Validate | None = None,
         world: World = World(),  # noqa: B008 - frozen
     ) -> None:
-        _refuse_empty_parts(settings, world)
+        refuse_empty_parts(settings, world.size)
         self.encoder, self.model, self.store, self.settings = encoder, encoder.model, store, settings
         self.checkpoints, self.world = checkpoints, world
         self.log, self.validate = (log, validate) if world.leads else (_nothing, None)
