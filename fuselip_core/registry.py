@@ -81,6 +81,10 @@ def register_model(settings: Settings, model: Path, metrics: Mapping[str, float]
     """
     if not model.is_dir():
         raise FuselipError(f"no trained model in {model}; run the train stage first")
+    if settings.register_.alias == NEWEST_ALIAS:
+        raise FuselipError(
+            f"register.alias {NEWEST_ALIAS} always names the newest version, gates passed or not; choose another alias"
+        )
     try:
         return _register(settings, model, metrics, width)
     except FuselipError:

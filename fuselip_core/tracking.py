@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fuselip_core.config import Settings, describe_settings
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.run_log import Event, EventLog, Service, read_events, read_run
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def open_run(settings: Settings, stage: str, resume: bool = False) -> Iterator[E
                 log.artifact(_write_recipe(settings, folder))
             yield log
         except BaseException as error:
-            log.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+            log.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit | Interrupted) else "FAILED")
             raise
         log.end("FINISHED")
 

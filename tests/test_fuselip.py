@@ -52,6 +52,16 @@ def test_embeddings_have_unit_norm(model: FuseLIPModel, pixels: Tensor) -> None:
     assert (model.encode_text(SHORT, normalize=False).norm() - 1).abs() > 1e-3
 
 
+def test_no_rows_give_no_embeddings(model: FuseLIPModel, pixels: Tensor) -> None:
+    nothing = SHORT.repeat(0, 1)
+    for embeddings in (
+        model.encode_text(nothing),
+        model.encode_image(pixels[:0]),
+        model.encode_multimodal(pixels[:0], nothing),
+    ):
+        assert embeddings.shape == (0, 32)
+
+
 def test_padding_changes_nothing(model: FuseLIPModel) -> None:
     padded = F.pad(SHORT, (0, 7))
     torch.testing.assert_close(model.embed_ids(padded), model.embed_ids(SHORT), atol=1e-6, rtol=0)

@@ -56,8 +56,13 @@ def register(
     name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)[:60]
     base = load_settings(recipe="sample", artifacts=tmp_path / "artifacts")
 
-    def call(metrics: dict[str, float], gates: tuple[Gate, ...] = (), model: Path = model_folder) -> dict[str, Any]:
-        registering = RegisterSettings(name=name, alias="champion", gates=gates)
+    def call(
+        metrics: dict[str, float],
+        gates: tuple[Gate, ...] = (),
+        model: Path = model_folder,
+        alias: str = "champion",
+    ) -> dict[str, Any]:
+        registering = RegisterSettings(name=name, alias=alias, gates=gates)
         return register_model(base.model_copy(update={"register_": registering}), model, metrics, width=128)
 
     return call
@@ -88,6 +93,11 @@ def test_failing_version_leaves_the_champion_where_it_is(register: Register, sto
     client = MlflowClient(store)
     assert int(client.get_model_version_by_alias(good["name"], "champion").version) == good["version"]
     assert int(client.get_model_version_by_alias(good["name"], "candidate").version) == bad["version"]
+
+
+def test_an_alias_that_no_gate_guards_is_refused(register: Register) -> None:
+    with pytest.raises(FuselipError, match=r"register\.alias candidate always names the newest version"):
+        register({"recall": 0.4}, alias="candidate")
 
 
 def test_same_model_and_metrics_are_no_second_version(register: Register) -> None:

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from fuselip_core import run_log, tracking
 from fuselip_core.config import Settings, load_settings
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.run_log import Event, EventLog, read_events
 
 
@@ -116,7 +116,10 @@ def test_resumed_run_goes_on_in_mlflow_and_a_new_one_does_not(settings: Settings
     assert tracking.run_of(settings.artifacts)["mlflow_run_id"] != first
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError("bad"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("bad"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (Interrupted("stopped and saved"), "KILLED")],
+)
 def test_failed_run_is_marked_and_the_error_goes_on(settings: Settings, store: str, error: Any, status: str) -> None:
     with pytest.raises(type(error)), tracking.open_run(settings, "train"):
         raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ from fuselip_core.training.loop import Trainer, run_folder
 from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
 from fuselip_core.training.optimizer import build_adamw, layers_above
 from fuselip_core.training.plan import plan_schedule
-from fuselip_core.training.preflight import chance_loss
+from fuselip_core.training.preflight import _distinct, chance_loss
 
 ALONE = World()
 
@@ -317,6 +318,29 @@ def test_overfit_check_learns_by_heart_or_says_so(tmp_path: Path) -> None:
     trainer.run()
     assert trainer.lines[0][1]["preflight/overfit_accuracy"] >= 0.95  # type: ignore[attr-defined]
     assert torch.allclose(before, trainer.model.token_embedding.weight, atol=0.01), "only a copy was taught"
+
+
+def test_pairs_to_learn_by_heart_share_no_query_and_no_target(tmp_path: Path) -> None:
+    """An image with a caption and another text has two targets: no model can put both first."""
+    store = random_store(tmp_path / "store")
+    twice = store.pairs.query_image.copy()
+    twice[1] = twice[0]  # two captions of one image
+    store.pairs = dataclasses.replace(store.pairs, query_image=twice)
+    trainer = trainer_of(store, settings_of(batch_size=24), tmp_path / "run")
+    assert _distinct(trainer).tolist() == [0, *range(2, 24)]
+    joined = JoinedStore(store, {"general": random_store(tmp_path / "other", pairs=16, seed=1)})
+    mixture = {"caption": 12, "vqa": 12, "general:caption": 8, "general:vqa": 8}
+    settings = settings_of(batch_size=40, mixture=mixture, tokens={"general": tmp_path / "other"})
+    assert _distinct(trainer_of(joined, settings, tmp_path / "joined")).tolist() == [0, *range(2, 40)]
+
+
+def test_a_batch_too_small_for_processes_and_parts_is_refused(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "store")
+    with pytest.raises(
+        FuselipError, match=r"batch_size 8 gives 4 processes no pair for each of 4 parts; raise it to 16"
+    ):
+        trainer_of(store, settings_of(accumulation=4), tmp_path / "run", World(0, 4))
+    trainer_of(store, settings_of(accumulation=4), tmp_path / "run", World(0, 2))
 
 
 def test_all_combinations_tell_queries_from_queries_and_targets_from_targets() -> None:

@@ -42,6 +42,8 @@ class JoinedColumn:
 class JoinedPairs:
     """The columns that training reads of pairs; see token_store.PairColumns."""
 
+    query_image: JoinedColumn
+    query_text: JoinedColumn
     target_image: JoinedColumn
     target_text: JoinedColumn
     group: JoinedColumn
@@ -67,12 +69,14 @@ class JoinedStore:
         stores = list(self.stores.values())
         self._starts = np.cumsum([0, *map(len, stores)])[:-1]
         self.manifest: dict[str, Any] = own.manifest | {"further": {n: s.manifest for n, s in further.items()}}
-        texts = [len(store.text_offsets) - 1 for store in stores]
+        images, texts = [store.images for store in stores], [len(store.text_offsets) - 1 for store in stores]
         groups, sets = (
             [int(getattr(store.pairs, name).max(initial=-1)) + 1 for store in stores] for name in ("group", "alike")
         )
         self.pairs = JoinedPairs(
-            self._column("target_image", [store.images for store in stores]),
+            self._column("query_image", images),
+            self._column("query_text", texts),
+            self._column("target_image", images),
             self._column("target_text", texts),
             self._column("group", groups),
             self._column("alike", sets),

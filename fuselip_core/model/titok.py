@@ -127,7 +127,7 @@ class TiTokEncoder(nn.Module):
         for block in self.transformer:
             x = block(x)
         x = self.ln_post(x[:, -kept:])
-        x = x.reshape(batch, -1, kept).transpose(1, 2) if self.config.legacy_layout else x
+        x = x.reshape(batch, x.shape[-1], kept).transpose(1, 2) if self.config.legacy_layout else x
         # As a product and not as a convolution, which a GPU rounds to TF32: codes that are near would change places.
         return F.linear(x, self.conv_out.weight.flatten(1), self.conv_out.bias).transpose(1, 2)
 

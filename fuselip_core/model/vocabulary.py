@@ -79,6 +79,8 @@ def text_sequence(text_ids: Tensor, lengths: Tensor) -> Tensor:
 
 def longest_text(text: Tensor) -> int:
     """Columns of padded ids (B, L) up to the last that is not padding in every row: what is behind need not be read."""
+    if not len(text):
+        return text.shape[1]
     return int((text != PAD).any(dim=0).nonzero().max()) + 1
 
 

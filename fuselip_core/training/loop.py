@@ -9,14 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,8 +37,9 @@ from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
 from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
-from fuselip_core.training.plan import Store, kind_shares, plan_schedule, sample_ids
+from fuselip_core.training.plan import Store, kind_shares, plan_schedule, refuse_empty_parts, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
+from fuselip_core.training.stop_signal import StopSignal
 
 logger = logging.getLogger("fuselip")
 LOG_EVERY = 10
@@ -54,26 +51,6 @@ OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses
 
 Log = Callable[[int, dict[str, float]], None]
 Validate = Callable[[], dict[str, float]]
-
-
-class StopSignal:
-    """Notes SIGTERM, so that the loop can end between two steps instead of inside one."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
 
 
 @dataclass
@@ -118,6 +95,7 @@ class Trainer:
         validate: Validate | None = None,
         world: World = World(),  # noqa: B008 - frozen
     ) -> None:
+        refuse_empty_parts(settings, world.size)
         self.encoder, self.model, self.store, self.settings = encoder, encoder.model, store, settings
         self.checkpoints, self.world = checkpoints, world
         self.log, self.validate = (log, validate) if world.leads else (_nothing, None)

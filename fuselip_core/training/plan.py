@@ -41,6 +41,16 @@ def pairs_of_epoch(store: Store, settings: TrainSettings) -> float:
     return sum(weight * len(store.rows_of(kind)) for kind, weight in weights.items())
 
 
+def refuse_empty_parts(settings: TrainSettings, processes: int) -> None:
+    """Raises FuselipError where some process, or some part of its batch, would have no pair at all."""
+    needed = processes * settings.accumulation
+    if settings.batch_size < needed:
+        raise FuselipError(
+            f"train.batch_size {settings.batch_size} gives {processes} processes no pair for each of "
+            f"{settings.accumulation} parts; raise it to {needed}, or lower train.accumulation"
+        )
+
+
 def plan_schedule(store: Store, settings: TrainSettings) -> Schedule:
     """Steps and warm-up; raises FuselipError where the warm-up would last longer than the run."""
     steps = settings.steps

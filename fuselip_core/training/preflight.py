@@ -134,10 +134,11 @@ def _distinct(trainer: Trainer) -> np.ndarray:
     while len(rows) < 4 * OVERFIT_PAIRS and len(rows) < len(trainer.store):
         rows = np.concatenate([rows, trainer.next_rows()])
     rows = np.unique(rows)
-    _, first = np.unique(
-        np.stack([pairs.target_text[rows], pairs.target_image[rows]], axis=1), axis=0, return_index=True
-    )
-    return rows[np.sort(first)][:OVERFIT_PAIRS]
+    for side in ("query", "target"):
+        parts = [getattr(pairs, f"{side}_{part}")[rows] for part in ("image", "text")]
+        _, first = np.unique(np.stack(parts, axis=1), axis=0, return_index=True)
+        rows = rows[np.sort(first)]
+    return rows[:OVERFIT_PAIRS]
 
 
 def _accuracy(scores: Tensor) -> float:
