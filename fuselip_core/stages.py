@@ -6,9 +6,6 @@ prepare → codebook → tokenize → train → evaluate → register. Each read
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +23,8 @@ if TYPE_CHECKING:
     from fuselip_core.training.codebook import Perception
     from fuselip_core.training.loop import Validate
 
-logger = logging.getLogger("fuselip")
 CODEBOOK_IMAGES = 20_000  # enough to train a codebook on, and 4 GB as pixels of 256 x 256
 VALIDATION_PAIRS = 512
-OF_A_SESSION = ("system/", "checkpoint")
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
@@ -103,9 +98,11 @@ def train(settings: Settings) -> dict[str, Any]:
     from fuselip_core.training.build import build_model, open_training
     from fuselip_core.training.checkpoint import Checkpoints, seed_everything
     from fuselip_core.training.distributed import join_world
+    from fuselip_core.training.history import History
     from fuselip_core.training.loop import Trainer, run_folder
 
     _same_codebook(TokenStore(settings.artifacts / "tokens", "train"), settings.artifacts / "codebook")
+    _refuse_own_output(settings)
     tokenizer = TiTok.load(settings.artifacts / "codebook")
     world, device = join_world(), _device()
     seed_everything(settings.train.seed)
@@ -181,44 +178,11 @@ def register(settings: Settings) -> dict[str, Any]:
     from fuselip_core.registry import register_model
 
     model = _trained_model(settings)
+    metrics = _metrics_of(model, settings.artifacts / "metrics.json")
     width = Embedder.from_pretrained(model, "cpu").width
-    registered = register_model(settings, model, _read_numbers(settings.artifacts / "metrics.json"), width)
+    registered = register_model(settings, model, metrics, width)
     write_json(settings.artifacts / "registered.json", registered)
     return registered
-
-
-class History:
-    """The curves of a run as JSON lines; a resumed run drops what it logged after its checkpoint."""
-
-    def __init__(self, path: Path, checkpoints: Any) -> None:
-        self._path = path
-        found = checkpoints.latest()
-        self.resumed_step = found[0] if found else 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        goes_on = self.resumed_step > 0 and path.is_file()
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if goes_on else []
-        kept = [line for line in lines if _step_of(line) <= self.resumed_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    def add(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line, without what differs between a run that was cut off and one that was not."""
-        metrics = {name: value for name, value in metrics.items() if not name.startswith(OF_A_SESSION)}
-        if not metrics:
-            return
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
-
-    def publish(self, target: Path) -> None:
-        """Moves the finished curves to `target`."""
-        self._path.replace(target)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the history; infinite for half a line, as a full disk leaves it."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _device() -> torch.device:
@@ -324,6 +288,22 @@ def _same_codebook(store: TokenStore, folder: Path) -> None:
         raise FuselipError(
             f"{store.folder} was made with another tokenizer than {folder}; run the tokenize stage again"
         )
+
+
+def _refuse_own_output(settings: Settings) -> None:
+    """A checkpoint that this run would write over is gone when before and after are compared."""
+    if settings.train.init and Path(settings.train.init).resolve() == (settings.artifacts / "model").resolve():
+        raise FuselipError(
+            f"train.init {settings.train.init} is where this run saves its own model; copy that folder elsewhere first"
+        )
+
+
+def _metrics_of(model: Path, path: Path) -> dict[str, float]:
+    """What the evaluate stage measured; gates must not be passed by the numbers of another model."""
+    metrics, trained = _read_numbers(path), _read_numbers(model / "training.json")
+    if any(metrics.get(name) != value for name, value in trained.items()):
+        raise FuselipError(f"{path} is of another training than {model}; run the evaluate stage again")
+    return metrics
 
 
 def _read_numbers(path: Path) -> dict[str, float]:

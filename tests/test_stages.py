@@ -22,6 +22,7 @@ from fuselip_core.model.vocabulary import PAD, join
 from fuselip_core.run_log import read_events
 from fuselip_core.training.batch import TokenEncoder, encode_sides, prepare_sides
 from fuselip_core.training.build import build_model, open_measuring
+from fuselip_core.training.history import History
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,22 @@ def test_damaged_metrics_are_not_registered(run: Settings, tmp_path: Path) -> No
             stages.register(run.model_copy(update={"artifacts": tmp_path}))
 
 
+def test_metrics_of_another_training_are_not_registered(run: Settings, tmp_path: Path) -> None:
+    """Trained again and not measured: the gates would be passed by the model before."""
+    shutil.copytree(run.artifacts / "model", tmp_path / "model")
+    shutil.copy(run.artifacts / "metrics.json", tmp_path)
+    trained = json.loads((tmp_path / "model" / "training.json").read_text())
+    (tmp_path / "model" / "training.json").write_text(json.dumps(trained | {"train/seconds": 1e6}))
+    with pytest.raises(FuselipError, match=r"metrics\.json is of another training than .*run the evaluate stage again"):
+        stages.register(run.model_copy(update={"artifacts": tmp_path}))
+
+
+def test_a_run_does_not_start_from_the_folder_that_it_writes(run: Settings) -> None:
+    train = run.train.model_copy(update={"init": str(run.artifacts / "codebook" / ".." / "model")})
+    with pytest.raises(FuselipError, match="is where this run saves its own model; copy that folder elsewhere"):
+        stages.train(run.model_copy(update={"train": train}))
+
+
 def test_the_history_of_a_killed_run_loses_half_a_line(tmp_path: Path) -> None:
     class Resumed:
         def latest(self) -> tuple[int, dict[str, int]]:
@@ -233,7 +250,7 @@ def test_the_history_of_a_killed_run_loses_half_a_line(tmp_path: Path) -> None:
 
     path = tmp_path / "history.jsonl"
     path.write_text('{"step": 10, "loss": 1.0}\n{"step": 30, "loss": 0.5}\n{"step": 2')
-    stages.History(path, Resumed()).add(21, {"loss": 0.7})
+    History(path, Resumed()).add(21, {"loss": 0.7})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 21]
 
 
