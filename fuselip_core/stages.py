@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fuselip_core.data.prepared import PreparedData
     from fuselip_core.data.token_store import TokenStore
     from fuselip_core.model.hub import Model
-    from fuselip_core.training.codebook import Perception
     from fuselip_core.training.loop import Validate
 
 CODEBOOK_IMAGES = 20_000  # enough to train a codebook on, and 4 GB as pixels of 256 x 256
@@ -47,6 +46,7 @@ def codebook(settings: Settings) -> dict[str, Any]:
         measure_codebook,
         save_reconstructions,
     )
+    from fuselip_core.training.perception import open_perception
     from fuselip_core.training.pixels import PixelCache
 
     prepared = PreparedData(settings.artifacts / "prepared")
@@ -67,14 +67,18 @@ def codebook(settings: Settings) -> dict[str, Any]:
         # A tokenizer that is adapted is measured before as well: an error that rises for one modality must show.
         adapted = settings.codebook.init is not None and settings.codebook.steps > 0
         before = measure_codebook(tokenizer, held_out, modalities, "codebook/before") if adapted else {}
-        CodebookTrainer(tokenizer, train, settings.codebook, checkpoints, log, _perception(settings)).run()
+        CodebookTrainer(
+            tokenizer, train, settings.codebook, checkpoints, log, open_perception(settings.codebook, _device())
+        ).run()
         measured = before | measure_codebook(tokenizer, held_out, modalities)
         with atomic_folder(settings.artifacts / "codebook") as folder:
             tokenizer.save(folder)
             write_json(folder / "codebook.json", measured)
-            save_reconstructions(tokenizer, held_out, folder / "reconstructions.png")
+            if tokenizer.reconstructs:
+                save_reconstructions(tokenizer, held_out, folder / "reconstructions.png")
         run.metrics(measured, settings.codebook.steps)
-        run.artifact(settings.artifacts / "codebook" / "reconstructions.png")
+        if tokenizer.reconstructs:
+            run.artifact(settings.artifacts / "codebook" / "reconstructions.png")
     shutil.rmtree(scratch, ignore_errors=True)
     return measured
 
@@ -214,30 +218,6 @@ def _modalities(prepared: PreparedData, count: int) -> list[str | None]:
     """Modality of each of the first `count` images that the tokenizer is measured on."""
     batches = prepared.iter_images(_validation_split(prepared.splits), columns=["modality"])
     return [name for batch in batches for name in batch.column("modality").to_pylist()][:count]
-
-
-def _perception(settings: Settings) -> Perception | None:
-    """Image features of the late-fusion baseline that `codebook.perceptual_model` names."""
-    if not settings.codebook.perceptual_weight or settings.codebook.perceptual_model is None:
-        return None
-    import torch.nn.functional as F
-    from torchvision.transforms.functional import normalize
-
-    from fuselip_core.model.hub import load_pretrained
-    from fuselip_core.model.late_fusion import LateFusionModel
-    from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD
-
-    model, _ = load_pretrained(settings.codebook.perceptual_model, _device())
-    if not isinstance(model, LateFusionModel):
-        raise FuselipError(f"codebook.perceptual_model {settings.codebook.perceptual_model} is no SigLIP baseline")
-    model.requires_grad_(False)
-    size = model.config.image_size
-
-    def features(pixels: torch.Tensor) -> torch.Tensor:
-        resized = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
-        return model.encode_image(normalize(resized, list(CLIP_MEAN), list(CLIP_STD)))
-
-    return features
 
 
 def _save_trained(settings: Settings, model: Model, tokenizer: Any, summary: dict[str, float]) -> None:

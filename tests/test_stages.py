@@ -195,7 +195,10 @@ def test_an_adapted_model_is_looked_at_with_the_codes_it_trains_on(run: Settings
     fields |= {"artifacts": tmp_path, "train": {**fields["train"], "init": init, "steps": 2}}
     fields["codebook"] |= {"init": init, "steps": 2, "learning_rate": 0.05}
     adapted = check_settings(fields, origin="test")
-    stages.codebook(adapted)
+    measured = stages.codebook(adapted)
+    # The checkpoint has no decoder: before, there is no reconstruction that could be measured.
+    assert "codebook/before/use" in measured and "codebook/before/psnr" not in measured
+    assert "codebook/psnr" in measured and (tmp_path / "codebook" / "reconstructions.png").is_file()
     stages.tokenize(adapted)
     tokenizer = TiTok.load(tmp_path / "codebook")
     model = build_model(adapted.model, adapted.train, tokenizer)
@@ -207,6 +210,17 @@ def test_an_adapted_model_is_looked_at_with_the_codes_it_trains_on(run: Settings
     stored = TokenStore(tmp_path / "tokens", "valid")
     assert (store.codes == stored.codes).all()
     assert (stored.codes != TokenStore(run.artifacts / "tokens", "valid").codes).any(), "else this would show nothing"
+
+
+def test_a_tokenizer_without_a_trained_decoder_gets_no_reconstruction_error(run: Settings, tmp_path: Path) -> None:
+    """As in the recipes that take a published tokenizer as it is: a decoder as it was drawn shows nothing."""
+    (tmp_path / "prepared").symlink_to(run.artifacts / "prepared")
+    fields = run.model_dump(by_alias=True) | {"artifacts": tmp_path}
+    fields["codebook"] |= {"init": str(run.artifacts / "model"), "steps": 0}
+    measured = stages.codebook(check_settings(fields, origin="test"))
+    assert set(measured) == {"codebook/use", "codebook/perplexity"}
+    assert not (tmp_path / "codebook" / "reconstructions.png").exists()
+    assert json.loads((tmp_path / "codebook" / "codebook.json").read_text()) == measured
 
 
 def test_codes_of_other_data_are_not_measured(run: Settings, tmp_path: Path) -> None:

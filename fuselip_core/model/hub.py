@@ -100,6 +100,8 @@ def _with_weights(tokenizer: TiTok, state: dict[str, Tensor], folder: Path) -> T
     published = {key: value for key, value in state.items() if is_decoder(key)}
     if shapes(published) == decoder:
         stored |= published
+    else:
+        tokenizer.reconstructs = False
     tokenizer.load_state_dict({key: value.to(torch.float32) for key, value in stored.items()}, strict=False)
     return tokenizer
 
