@@ -6,9 +6,6 @@ prepare → codebook → tokenize → train → evaluate → register. Each read
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +20,10 @@ if TYPE_CHECKING:
     from fuselip_core.data.prepared import PreparedData
     from fuselip_core.data.token_store import TokenStore
     from fuselip_core.model.hub import Model
-    from fuselip_core.training.codebook import Perception
     from fuselip_core.training.loop import Validate
 
-logger = logging.getLogger("fuselip")
 CODEBOOK_IMAGES = 20_000  # enough to train a codebook on, and 4 GB as pixels of 256 x 256
 VALIDATION_PAIRS = 512
-OF_A_SESSION = ("system/", "checkpoint")
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
@@ -52,6 +46,7 @@ def codebook(settings: Settings) -> dict[str, Any]:
         measure_codebook,
         save_reconstructions,
     )
+    from fuselip_core.training.perception import open_perception
     from fuselip_core.training.pixels import PixelCache
 
     prepared = PreparedData(settings.artifacts / "prepared")
@@ -72,14 +67,18 @@ def codebook(settings: Settings) -> dict[str, Any]:
         # A tokenizer that is adapted is measured before as well: an error that rises for one modality must show.
         adapted = settings.codebook.init is not None and settings.codebook.steps > 0
         before = measure_codebook(tokenizer, held_out, modalities, "codebook/before") if adapted else {}
-        CodebookTrainer(tokenizer, train, settings.codebook, checkpoints, log, _perception(settings)).run()
+        CodebookTrainer(
+            tokenizer, train, settings.codebook, checkpoints, log, open_perception(settings.codebook, _device())
+        ).run()
         measured = before | measure_codebook(tokenizer, held_out, modalities)
         with atomic_folder(settings.artifacts / "codebook") as folder:
             tokenizer.save(folder)
             write_json(folder / "codebook.json", measured)
-            save_reconstructions(tokenizer, held_out, folder / "reconstructions.png")
+            if tokenizer.reconstructs:
+                save_reconstructions(tokenizer, held_out, folder / "reconstructions.png")
         run.metrics(measured, settings.codebook.steps)
-        run.artifact(settings.artifacts / "codebook" / "reconstructions.png")
+        if tokenizer.reconstructs:
+            run.artifact(settings.artifacts / "codebook" / "reconstructions.png")
     shutil.rmtree(scratch, ignore_errors=True)
     return measured
 
@@ -103,9 +102,11 @@ def train(settings: Settings) -> dict[str, Any]:
     from fuselip_core.training.build import build_model, open_training
     from fuselip_core.training.checkpoint import Checkpoints, seed_everything
     from fuselip_core.training.distributed import join_world
+    from fuselip_core.training.history import History
     from fuselip_core.training.loop import Trainer, run_folder
 
     _same_codebook(TokenStore(settings.artifacts / "tokens", "train"), settings.artifacts / "codebook")
+    _refuse_own_output(settings)
     tokenizer = TiTok.load(settings.artifacts / "codebook")
     world, device = join_world(), _device()
     seed_everything(settings.train.seed)
@@ -181,44 +182,11 @@ def register(settings: Settings) -> dict[str, Any]:
     from fuselip_core.registry import register_model
 
     model = _trained_model(settings)
+    metrics = _metrics_of(model, settings.artifacts / "metrics.json")
     width = Embedder.from_pretrained(model, "cpu").width
-    registered = register_model(settings, model, _read_numbers(settings.artifacts / "metrics.json"), width)
+    registered = register_model(settings, model, metrics, width)
     write_json(settings.artifacts / "registered.json", registered)
     return registered
-
-
-class History:
-    """The curves of a run as JSON lines; a resumed run drops what it logged after its checkpoint."""
-
-    def __init__(self, path: Path, checkpoints: Any) -> None:
-        self._path = path
-        found = checkpoints.latest()
-        self.resumed_step = found[0] if found else 0
-        path.parent.mkdir(parents=True, exist_ok=True)
-        goes_on = self.resumed_step > 0 and path.is_file()
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if goes_on else []
-        kept = [line for line in lines if _step_of(line) <= self.resumed_step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-    def add(self, step: int, metrics: dict[str, float]) -> None:
-        """Appends one line, without what differs between a run that was cut off and one that was not."""
-        metrics = {name: value for name, value in metrics.items() if not name.startswith(OF_A_SESSION)}
-        if not metrics:
-            return
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
-
-    def publish(self, target: Path) -> None:
-        """Moves the finished curves to `target`."""
-        self._path.replace(target)
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the history; infinite for half a line, as a full disk leaves it."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _device() -> torch.device:
@@ -250,30 +218,6 @@ def _modalities(prepared: PreparedData, count: int) -> list[str | None]:
     """Modality of each of the first `count` images that the tokenizer is measured on."""
     batches = prepared.iter_images(_validation_split(prepared.splits), columns=["modality"])
     return [name for batch in batches for name in batch.column("modality").to_pylist()][:count]
-
-
-def _perception(settings: Settings) -> Perception | None:
-    """Image features of the late-fusion baseline that `codebook.perceptual_model` names."""
-    if not settings.codebook.perceptual_weight or settings.codebook.perceptual_model is None:
-        return None
-    import torch.nn.functional as F
-    from torchvision.transforms.functional import normalize
-
-    from fuselip_core.model.hub import load_pretrained
-    from fuselip_core.model.late_fusion import LateFusionModel
-    from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD
-
-    model, _ = load_pretrained(settings.codebook.perceptual_model, _device())
-    if not isinstance(model, LateFusionModel):
-        raise FuselipError(f"codebook.perceptual_model {settings.codebook.perceptual_model} is no SigLIP baseline")
-    model.requires_grad_(False)
-    size = model.config.image_size
-
-    def features(pixels: torch.Tensor) -> torch.Tensor:
-        resized = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
-        return model.encode_image(normalize(resized, list(CLIP_MEAN), list(CLIP_STD)))
-
-    return features
 
 
 def _save_trained(settings: Settings, model: Model, tokenizer: Any, summary: dict[str, float]) -> None:
@@ -324,6 +268,22 @@ def _same_codebook(store: TokenStore, folder: Path) -> None:
         raise FuselipError(
             f"{store.folder} was made with another tokenizer than {folder}; run the tokenize stage again"
         )
+
+
+def _refuse_own_output(settings: Settings) -> None:
+    """A checkpoint that this run would write over is gone when before and after are compared."""
+    if settings.train.init and Path(settings.train.init).resolve() == (settings.artifacts / "model").resolve():
+        raise FuselipError(
+            f"train.init {settings.train.init} is where this run saves its own model; copy that folder elsewhere first"
+        )
+
+
+def _metrics_of(model: Path, path: Path) -> dict[str, float]:
+    """What the evaluate stage measured; gates must not be passed by the numbers of another model."""
+    metrics, trained = _read_numbers(path), _read_numbers(model / "training.json")
+    if any(metrics.get(name) != value for name, value in trained.items()):
+        raise FuselipError(f"{path} is of another training than {model}; run the evaluate stage again")
+    return metrics
 
 
 def _read_numbers(path: Path) -> dict[str, float]:

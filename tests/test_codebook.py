@@ -169,13 +169,13 @@ def test_perceptual_term_moves_the_tokenizer(tmp_path: Path) -> None:
     from fuselip_core.config import check_settings
     from fuselip_core.model.hub import save_model
     from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
-    from fuselip_core.stages import _perception
+    from fuselip_core.training.perception import open_perception
 
     torch.manual_seed(0)
     save_model(LateFusionModel(LateFusionConfig.of_size("tiny", "add")), tmp_path / "tower")
     values = {"perceptual_weight": 1.0, "perceptual_model": str(tmp_path / "tower"), "steps": 1, "batch_size": 4}
     settings = check_settings({"codebook": values}, origin="test")
-    perception = _perception(settings)
+    perception = open_perception(settings.codebook, torch.device("cpu"))
     pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
     F.mse_loss(perception(pixels), perception(torch.zeros(2, 3, 32, 32))).backward()
     assert pixels.grad.abs().sum() > 0

@@ -298,6 +298,14 @@ def test_published_tokenizer(tmp_path: Path, pixels: bool, monkeypatch: pytest.M
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("section", [{}, {"vit_enc_model_size": "giant"}, 3])
+def test_a_published_tokenizer_with_a_configuration_of_another_kind_is_told(tmp_path: Path, section: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"vq_model": section}}))
+    torch.save(TiTok(CODEBOOK).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(FuselipError, match="describes no TiTok"):
+        load_tokenizer(tmp_path)
+
+
 def test_late_fusion_checkpoint_has_no_tokenizer(tmp_path: Path) -> None:
     save_model(LateFusionModel(LateFusionConfig.of_size("tiny", "add")), tmp_path / "late")
     with pytest.raises(FuselipError, match="contains no image tokenizer"):

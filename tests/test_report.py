@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from fuselip_core.config import Settings
+from fuselip_core.config import Settings, check_settings
 from fuselip_core.data.shards import IMAGE_SCHEMA
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.charts import draw_training
@@ -221,6 +221,27 @@ def test_a_split_with_one_kind_of_pairs_gets_one_section(
     page = write(tmp_path, metrics())
     assert there in page.text and missing not in page.text
     assert "No curves were logged" in page.text
+
+
+def test_a_model_that_reads_pixels_is_not_said_to_read_codes(tmp_path: Path, page: Page) -> None:
+    assert "sees images only as codes of this tokenizer" in page.text
+    prepare(tmp_path)
+    settings = check_settings(
+        {"model": {"family": "siglip-sf", "mask_token": False}, "train": {"mask_weight": 0}}, "test"
+    )
+    path = write_report(tmp_path, result_of(answer_metrics()), answer_metrics(), settings)
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert "encoder reads pixels" in text and "only as codes" not in text
+
+
+def test_the_head_of_a_split_without_pairs_is_a_sentence(tmp_path: Path, page: Page) -> None:
+    assert "on the test split: 3 images, 3 captions, 2 questions. Recipe" in page.text
+    prepare(tmp_path)
+    manifest = tmp_path / "prepared" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["counts"]["test"]["pairs"] = {}  # as an evaluation set of questions with options has none
+    manifest.write_text(json.dumps(content))
+    assert "on the test split: 3 images. Recipe" in write(tmp_path, answer_metrics()).text
 
 
 def test_what_is_not_better_than_its_controls_is_said_so(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fuselip_core.model.vocabulary import PAD, join
 from fuselip_core.run_log import read_events
 from fuselip_core.training.batch import TokenEncoder, encode_sides, prepare_sides
 from fuselip_core.training.build import build_model, open_measuring
+from fuselip_core.training.history import History
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,10 @@ def test_an_adapted_model_is_looked_at_with_the_codes_it_trains_on(run: Settings
     fields |= {"artifacts": tmp_path, "train": {**fields["train"], "init": init, "steps": 2}}
     fields["codebook"] |= {"init": init, "steps": 2, "learning_rate": 0.05}
     adapted = check_settings(fields, origin="test")
-    stages.codebook(adapted)
+    measured = stages.codebook(adapted)
+    # The checkpoint has no decoder: before, there is no reconstruction that could be measured.
+    assert "codebook/before/use" in measured and "codebook/before/psnr" not in measured
+    assert "codebook/psnr" in measured and (tmp_path / "codebook" / "reconstructions.png").is_file()
     stages.tokenize(adapted)
     tokenizer = TiTok.load(tmp_path / "codebook")
     model = build_model(adapted.model, adapted.train, tokenizer)
@@ -206,6 +210,17 @@ def test_an_adapted_model_is_looked_at_with_the_codes_it_trains_on(run: Settings
     stored = TokenStore(tmp_path / "tokens", "valid")
     assert (store.codes == stored.codes).all()
     assert (stored.codes != TokenStore(run.artifacts / "tokens", "valid").codes).any(), "else this would show nothing"
+
+
+def test_a_tokenizer_without_a_trained_decoder_gets_no_reconstruction_error(run: Settings, tmp_path: Path) -> None:
+    """As in the recipes that take a published tokenizer as it is: a decoder as it was drawn shows nothing."""
+    (tmp_path / "prepared").symlink_to(run.artifacts / "prepared")
+    fields = run.model_dump(by_alias=True) | {"artifacts": tmp_path}
+    fields["codebook"] |= {"init": str(run.artifacts / "model"), "steps": 0}
+    measured = stages.codebook(check_settings(fields, origin="test"))
+    assert set(measured) == {"codebook/use", "codebook/perplexity"}
+    assert not (tmp_path / "codebook" / "reconstructions.png").exists()
+    assert json.loads((tmp_path / "codebook" / "codebook.json").read_text()) == measured
 
 
 def test_codes_of_other_data_are_not_measured(run: Settings, tmp_path: Path) -> None:
@@ -226,6 +241,22 @@ def test_damaged_metrics_are_not_registered(run: Settings, tmp_path: Path) -> No
             stages.register(run.model_copy(update={"artifacts": tmp_path}))
 
 
+def test_metrics_of_another_training_are_not_registered(run: Settings, tmp_path: Path) -> None:
+    """Trained again and not measured: the gates would be passed by the model before."""
+    shutil.copytree(run.artifacts / "model", tmp_path / "model")
+    shutil.copy(run.artifacts / "metrics.json", tmp_path)
+    trained = json.loads((tmp_path / "model" / "training.json").read_text())
+    (tmp_path / "model" / "training.json").write_text(json.dumps(trained | {"train/seconds": 1e6}))
+    with pytest.raises(FuselipError, match=r"metrics\.json is of another training than .*run the evaluate stage again"):
+        stages.register(run.model_copy(update={"artifacts": tmp_path}))
+
+
+def test_a_run_does_not_start_from_the_folder_that_it_writes(run: Settings) -> None:
+    train = run.train.model_copy(update={"init": str(run.artifacts / "codebook" / ".." / "model")})
+    with pytest.raises(FuselipError, match="is where this run saves its own model; copy that folder elsewhere"):
+        stages.train(run.model_copy(update={"train": train}))
+
+
 def test_the_history_of_a_killed_run_loses_half_a_line(tmp_path: Path) -> None:
     class Resumed:
         def latest(self) -> tuple[int, dict[str, int]]:
@@ -233,7 +264,7 @@ def test_the_history_of_a_killed_run_loses_half_a_line(tmp_path: Path) -> None:
 
     path = tmp_path / "history.jsonl"
     path.write_text('{"step": 10, "loss": 1.0}\n{"step": 30, "loss": 0.5}\n{"step": 2')
-    stages.History(path, Resumed()).add(21, {"loss": 0.7})
+    History(path, Resumed()).add(21, {"loss": 0.7})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 21]
 
 

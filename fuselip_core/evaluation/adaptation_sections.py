@@ -58,7 +58,7 @@ def modality_section(metrics: Metrics) -> list[Html]:
     """How well the image tokenizer keeps each modality, before it was adapted too where it was."""
     place = "codebook/psnr/"
     modalities = sorted(name.removeprefix(place) for name in metrics if name.startswith(place))
-    before = any(name.startswith("codebook/before/") for name in metrics)
+    before = "codebook/before/psnr" in metrics
     if not modalities:
         return []
     rows = []

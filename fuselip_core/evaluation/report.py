@@ -52,7 +52,7 @@ def write_report(artifacts: Path, result: EvaluationResult, metrics: Metrics, se
             *candidates_section(result),
             *adaptation_section(metrics),
             *training_section(folder, artifacts, metrics),
-            *tokenizer_section(folder, artifacts, metrics),
+            *tokenizer_section(folder, artifacts, metrics, settings.model.family == "fuselip"),
             *modality_section(metrics),
             data_section(prepared.manifest),
             settings_section(settings, metrics),
@@ -68,10 +68,9 @@ def _title(settings: Settings) -> str:
 
 def _header(settings: Settings, result: EvaluationResult, prepared: PreparedData) -> Html:
     model, counts = settings.model, prepared.manifest["counts"].get(result.split, {})
-    pairs = " and ".join(f"{count:,} {kind_name(kind)}" for kind, count in counts.get("pairs", {}).items())
-    about = (
-        f"Measured on the {result.split} split: {counts.get('images', 0):,} images, {pairs}. Recipe {settings.recipe}."
-    )
+    held = [f"{counts.get('images', 0):,} images"]
+    held += [f"{count:,} {kind_name(kind)}" for kind, count in counts.get("pairs", {}).items()]
+    about = f"Measured on the {result.split} split: {', '.join(held)}. Recipe {settings.recipe}."
     tasks = [task for task in ("retrieval", "answers", "transformations", "candidates") if has_task(result, task)]
     adapted = ["adaptation"] * any(name.startswith("adaptation/") for name in result.metrics)
     shown = [*tasks, *adapted, "training", "tokenizer", "data", "settings"]

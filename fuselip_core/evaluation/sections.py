@@ -163,8 +163,8 @@ def training_section(folder: Path, artifacts: Path, metrics: Metrics) -> list[Ht
     return [section("training", "Training", *body, facts(rows))]
 
 
-def tokenizer_section(folder: Path, artifacts: Path, metrics: Metrics) -> list[Html]:
-    """Reconstructions, where there are any, and measures of the codes."""
+def tokenizer_section(folder: Path, artifacts: Path, metrics: Metrics, reads_codes: bool) -> list[Html]:
+    """Reconstructions, where there are any, and measures of the codes; whether the encoder sees images as such."""
     source = artifacts / "codebook" / "reconstructions.png"
     names = {
         "codebook/psnr": ("Peak signal-to-noise ratio", "{:.1f} dB"),
@@ -177,7 +177,10 @@ def tokenizer_section(folder: Path, artifacts: Path, metrics: Metrics) -> list[H
         for name, (label, form) in names.items()
         if name in metrics
     ]
-    body: list[str] = [tag("p", "The encoder sees images only as codes of this tokenizer: what is lost here is lost.")]
+    role = "The encoder sees images only as codes of this tokenizer: what is lost here is lost."
+    if not reads_codes:
+        role = "This run's encoder reads pixels; the tokenizer is that of the joint encoders it is compared with."
+    body: list[str] = [tag("p", role)]
     if source.is_file():
         shutil.copyfile(source, folder / "reconstructions.png")
         body.append(

@@ -79,7 +79,7 @@ def load_tokenizer(name: str | Path, decoder: bool = False) -> TiTok:
         return TiTok.load(folder, decoder=decoder)
     state = read_weights(folder)
     if "vq_model" in content.get("model", {}):
-        config = TiTokConfig.from_published(content)
+        config = _published_tokenizer(content, folder)
     else:
         model = _build(folder, set(state))
         if model.config.model_type != FuseLIPConfig.model_type or not model.config.image_tokenizer:
@@ -88,6 +88,15 @@ def load_tokenizer(name: str | Path, decoder: bool = False) -> TiTok:
         prefix = "image_tokenizer.model."
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return _with_weights(TiTok(config, decoder=decoder), state, folder)
+
+
+def _published_tokenizer(content: dict[str, Any], folder: Path) -> TiTokConfig:
+    try:
+        return TiTokConfig.from_published(content)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the configuration in {folder} describes no TiTok ({type(error).__name__}: {error}); take it as published"
+        ) from error
 
 
 def _with_weights(tokenizer: TiTok, state: dict[str, Tensor], folder: Path) -> TiTok:
@@ -100,6 +109,8 @@ def _with_weights(tokenizer: TiTok, state: dict[str, Tensor], folder: Path) -> T
     published = {key: value for key, value in state.items() if is_decoder(key)}
     if shapes(published) == decoder:
         stored |= published
+    else:
+        tokenizer.reconstructs = False
     tokenizer.load_state_dict({key: value.to(torch.float32) for key, value in stored.items()}, strict=False)
     return tokenizer
 

@@ -234,6 +234,7 @@ class TiTok(nn.Module):
         self.encoder = TiTokEncoder(config)
         self.quantize = Quantizer(config.codebook_size, config.code_size, config.normalise_codes)
         self.decoder = TiTokDecoder(config) if decoder else None
+        self.reconstructs = decoder  # false where the decoder is still as it was drawn, beside a published encoder
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, S, S) float in 0..1 → latents (B, D, K) before quantisation."""

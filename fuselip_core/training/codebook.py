@@ -118,6 +118,7 @@ class CodebookTrainer:
             if time.monotonic() - last_save > CHECKPOINT_SECONDS:
                 self.checkpoints.save(self.step, self._state())
                 last_save = time.monotonic()
+        self.tokenizer.reconstructs |= self.step > 0
 
     def _begin(self) -> None:
         """Gives a tokenizer without a past the best start there is for its shape."""
@@ -228,9 +229,10 @@ def _batches(images: PixelCache, device: torch.device, size: int = 64) -> Iterat
 def measure_codebook(
     tokenizer: TiTok, images: PixelCache, modalities: Sequence[str | None] = (), name: str = "codebook"
 ) -> dict[str, float]:
-    """Reconstruction error and use of the codes over all `images`, and the error of each of their `modalities`.
+    """Use of the codes over all `images`, and the reconstruction error of all and of each of their `modalities`.
 
     `use` is the share of codes that occur at all, `perplexity` the exponential of the entropy of their frequencies.
+    There is no error of a tokenizer whose decoder was never trained, which would say nothing about its codes.
     """
     tokenizer.eval()
     device = next(tokenizer.parameters()).device
@@ -238,18 +240,28 @@ def measure_codebook(
     errors: list[Tensor] = []
     for pixels in _batches(images, device):
         codes = tokenizer.codes(pixels)
-        errors.append(F.mse_loss(tokenizer.decode(codes), pixels, reduction="none").mean(dim=(1, 2, 3)).double().cpu())
+        if tokenizer.reconstructs:
+            errors.append(_errors(tokenizer.decode(codes), pixels))
         counts += torch.bincount(codes.flatten(), minlength=len(counts))
     frequency = counts / counts.sum()
     entropy = -(frequency * frequency.clamp_min(1e-12).log()).sum().item()
-    of_image = torch.cat(errors).numpy()
-    found = _error(name, "", of_image)
-    for modality in sorted({each for each in modalities if each}):
-        found |= _error(name, f"/{modality}", of_image[np.array(modalities) == modality])
+    found = _by_modality(name, torch.cat(errors).numpy(), modalities) if errors else {}
     return found | {
         f"{name}/use": (counts > 0).double().mean().item(),
         f"{name}/perplexity": math.exp(entropy),
     }
+
+
+def _errors(predicted: Tensor, pixels: Tensor) -> Tensor:
+    """Mean squared error of each image, (B) float64 on the CPU."""
+    return F.mse_loss(predicted, pixels, reduction="none").mean(dim=(1, 2, 3)).double().cpu()
+
+
+def _by_modality(name: str, errors: np.ndarray, modalities: Sequence[str | None]) -> dict[str, float]:
+    found = _error(name, "", errors)
+    for modality in sorted({each for each in modalities if each}):
+        found |= _error(name, f"/{modality}", errors[np.array(modalities) == modality])
+    return found
 
 
 def _error(name: str, part: str, errors: np.ndarray) -> dict[str, float]:
