@@ -21,6 +21,7 @@ from fuselip_core.training import build
 from fuselip_core.training.decoding import DecodedPictures
 from fuselip_core.training.distributed import World
 from fuselip_core.training.pictures import BLACK, PicturePairs, Pictures
+from fuselip_core.training.pixels import decoded_batches
 
 CPU = torch.device("cpu")
 
@@ -46,6 +47,21 @@ def test_every_image_file_is_found_in_its_shard(settings: Settings, tmp_path: Pa
         assert [index.file(row) for row in range(len(stored))] == stored
         assert len(index) == prepared.picture_count("train") > 80 and len(stored) == 24
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_as_many_images_are_decoded_at_once_as_there_are_cores(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    four = threading.Barrier(4)
+
+    def draw(image: Image.Image, row: int) -> np.ndarray:
+        four.wait(timeout=30)  # raises where fewer than four are at it
+        return np.full((1, 1, 1, 3), row, np.uint8)
+
+    prepared = PreparedData(settings.artifacts / "prepared")
+    batches = list(decoded_batches(prepared, "train", draw, batch_rows=8, stop=24))
+    assert np.concatenate([batch for _, batch in batches])[:, 0, 0, 0, 0].tolist() == list(range(24))
 
 
 def test_packed_shards_are_one_sentence(settings: Settings, tmp_path: Path) -> None:
@@ -106,7 +122,7 @@ def test_the_next_batch_is_decoded_ahead_and_no_more_is_held(settings: Settings,
             asked.append(row)
             return Image.new("L", (4, 4))
 
-    pictures = DecodedPictures([(Files(), 2, lambda image, row, view: np.zeros((4, 4, 3), np.uint8))], 4, CPU, 2)
+    pictures = DecodedPictures([(Files(), 2, lambda image, row, view: np.zeros((4, 4, 3), np.uint8))], 4, CPU)
     batches = [np.arange(start, start + 8) for start in range(0, 64, 8)]
     for now, ahead in itertools.pairwise(batches):
         pictures.expect(ahead)

@@ -6,9 +6,8 @@ the pictures of two batches are held. Legend: B pictures, V views, S pixels a si
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -17,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fuselip_core.training.pictures import BLACK, DrawView, normalised
-
-MOST_THREADS = 32
+from fuselip_core.training.pixels import decoders
 
 
 class PictureFiles(Protocol):
@@ -35,12 +33,10 @@ class DecodedPictures:
     A source is its image files with `views` pictures each, numbered row * V + view; `draw` makes a picture of one.
     """
 
-    def __init__(
-        self, sources: Sequence[tuple[PictureFiles, int, DrawView]], size: int, device: torch.device, threads: int = 0
-    ) -> None:
+    def __init__(self, sources: Sequence[tuple[PictureFiles, int, DrawView]], size: int, device: torch.device) -> None:
         self._sources, self._size, self.device = list(sources), size, device
         self._starts = np.cumsum([0, *(len(files) * views for files, views, _ in sources)])[:-1]
-        self._pool = ThreadPoolExecutor(threads or min(MOST_THREADS, os.cpu_count() or 1))
+        self._pool = decoders()
         self._held: dict[int, Future[np.ndarray]] = {}  # of the batch at hand and the next
         self._expected: set[int] = set()
 

@@ -6,6 +6,7 @@ Legend: N images, V views, S pixels a side.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +24,13 @@ from fuselip_core.files import take_space
 from fuselip_core.progress import track
 
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
+MOST_THREADS = 32
 Encoded = tuple[bytes, str | None]  # an image file, and the instruction by which a made image comes of it
+
+
+def decoders() -> ThreadPoolExecutor:
+    """Threads that decode: one a core, so that a machine with a GPU and many cores does not wait for two of them."""
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
 
 
 def evaluation_view(size: int) -> Draw:
@@ -38,7 +45,6 @@ def decoded_batches(
     batch_rows: int,
     start: int = 0,
     stop: int | None = None,
-    threads: int = 2,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first row, uint8 (N, V, S, S, 3)) for the rows from `start` to before `stop`, in the shards' order.
 
@@ -57,7 +63,7 @@ def decoded_batches(
                 "run `fuselip prepare` again"
             ) from error
 
-    with ThreadPoolExecutor(threads) as pool:
+    with decoders() as pool:
         waiting: tuple[int, list[Future[np.ndarray]]] | None = None
         for first, blobs in _encoded_batches(prepared, split, batch_rows, start, stop):
             jobs = [pool.submit(decode_and_draw, blob, first + place) for place, blob in enumerate(blobs)]
