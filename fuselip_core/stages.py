@@ -6,6 +6,7 @@ prepare → codebook → tokenize → train → evaluate → register. Each read
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,9 @@ def train(settings: Settings) -> dict[str, Any]:
         _save_trained(settings, model, tokenizer, summary)
         history.publish(settings.artifacts / "history.jsonl")
         run.metrics(summary, done.steps)
-    shutil.rmtree(all_checkpoints, ignore_errors=True)
+    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty: an interrupted run with other settings can still go on
+        all_checkpoints.rmdir()
     shutil.rmtree(settings.artifacts / "work" / "pixels", ignore_errors=True)
     return summary
 

@@ -31,6 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     folder = tmp_path_factory.mktemp("run")
     write_raw(folder / "raw")
     settings = small_settings(folder / "raw", folder / "artifacts")
+    (settings.artifacts / "checkpoints" / "interrupted-run").mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         for stage in (stages.prepare, stages.codebook, stages.tokenize, stages.train, stages.evaluate, stages.register):
@@ -43,7 +44,8 @@ def test_every_stage_leaves_what_the_next_one_reads(run: Settings) -> None:
         assert (run.artifacts / name).is_file(), name
     for name in ("model/config.json", "model/model.safetensors", "report/index.html", "metrics.json"):
         assert (run.artifacts / name).is_file(), name
-    assert not (run.artifacts / "checkpoints").exists()
+    # Its own checkpoints are gone, and those by which a run with other settings goes on are not.
+    assert [path.name for path in (run.artifacts / "checkpoints").iterdir()] == ["interrupted-run"]
     assert not (run.artifacts / "work" / "codebook").exists()
 
 
