@@ -15,6 +15,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from flows.environment import MLFLOW_TRAININGS
 from flows.runs import Run
 from flows.summary import Row, comparison_rows, read_json, registered_line
 from fuselip_core.tracking import run_of, tracking_uri
@@ -23,8 +24,6 @@ from fuselip_core.tracking import run_of, tracking_uri
 PICTURE_SIDE = 900
 MOST_PICTURES = 6
 REPORT = "/artifacts/report/index.html"
-# What MLflow's page shows beside the run: other trainings, not what is there for language models.
-TRAININGS = "workflowType=machine_learning"
 SHOWN = {
     "reconstructions": "held-out images above, what the image tokenizer keeps of them below",
     "training": "losses, validation, learning rate and speed over the steps",
@@ -78,7 +77,7 @@ def mlflow_url(artifacts: Path, part: str = "") -> str | None:
     if not base or known.get("mlflow_uri") != uri:
         return None
     place = f"experiments/{known['mlflow_experiment_id']}/runs/{known['mlflow_run_id']}"
-    return f"{base.rstrip('/')}/#/{place}{part}?{TRAININGS}"
+    return f"{base.rstrip('/')}/#/{place}{part}?{MLFLOW_TRAININGS}"
 
 
 def pictures_of(artifacts: Path) -> list[Path]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from fuselip_core.telemetry import OFF
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# What MLflow's page shows beside a run or model: other trainings, not what is there for language models.
+MLFLOW_TRAININGS = "workflowType=machine_learning"
 
 DEFAULTS = {
     "PREFECT_HOME": str(REPOSITORY / ".prefect"),

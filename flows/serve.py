@@ -23,7 +23,7 @@ import httpx
 import yaml
 from rich.console import Console
 
-from flows.environment import REPOSITORY
+from flows.environment import MLFLOW_TRAININGS, REPOSITORY
 from flows.lock import try_lock
 from flows.processes import children_of
 from flows.quiet_ui import silence
@@ -187,8 +187,7 @@ def _say_where(console: Console, prefect: str, mlflow: str, logs: Path) -> None:
     places = (
         ("Flows", f"{prefect}/v2/deployments"),
         ("Runs", f"{prefect}/v2/runs"),
-        # Of MLflow's two pages that of trainings; the other one is for language models.
-        ("Models", f"{mlflow}/#/models?workflowType=machine_learning"),
+        ("Models", f"{mlflow}/#/models?{MLFLOW_TRAININGS}"),
         ("Logs", logs),
     )
     for what, where in places:

@@ -25,7 +25,7 @@ from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.linear_cross_entropy import linear_cross_entropy
 from fuselip_core.model.packed import Layout
 from fuselip_core.model.titok import TiTok, TiTokConfig
-from fuselip_core.model.vocabulary import END_OF_TEXT, IGNORED, PAD, join, longest_text
+from fuselip_core.model.vocabulary import END_OF_TEXT, IGNORED, PAD, first_end, join, longest_text
 from fuselip_core.model.weights import StrictModel
 
 
@@ -231,7 +231,7 @@ class FuseLIPModel(StrictModel):
 
     def pool(self, hidden: Tensor, input_ids: Tensor, normalize: bool = True) -> Tensor:
         """Hidden states (B, L, W) → embeddings (B, W) float32: the final norm of the first end-of-text token."""
-        place = (input_ids == END_OF_TEXT).int().argmax(dim=1)
+        place = first_end(input_ids)
         rows = torch.arange(len(place), device=place.device)
         pooled = self.ln_final(hidden[rows, place]).float()
         return F.normalize(pooled, dim=-1) if normalize else pooled

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuselip_core.model.vocabulary import END_OF_TEXT, PAD
+from fuselip_core.model.vocabulary import PAD, first_end
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def pack(groups: Sequence[Tensor]) -> tuple[Tensor, Layout, Tensor]:
     ids = matrix[kept]
     lengths = lengths[by_length]
     boundaries = F.pad(lengths.cumsum(0), (1, 0))
-    ends = (matrix == END_OF_TEXT).int().argmax(dim=1)
+    ends = first_end(matrix)
     before_end = torch.arange(width) < ends[:, None]
     layout = Layout(
         positions=torch.arange(width).expand(matrix.shape)[kept],

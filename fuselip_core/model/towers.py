@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.fuselip import Transformer
 from fuselip_core.model.packed import pack, pack_equal
-from fuselip_core.model.vocabulary import END_OF_TEXT
+from fuselip_core.model.vocabulary import first_end
 
 
 def build_towers(config: Mapping[str, Any]) -> Any:
@@ -64,8 +64,7 @@ def text_tower_output(text: Any, input_ids: Tensor) -> Tensor:
     """Text ids (B, L) int64 with begin, end and padding → the text tower's output (B, W), at the first end-of-text."""
     if not text.use_pad_mask:  # padding is read, so that it can't be left out
         x = text.transformer(text.token_embedding(input_ids) + text.positional_embedding[: input_ids.shape[1]])
-        place = (input_ids == END_OF_TEXT).int().argmax(dim=1)
-        x = x[torch.arange(len(x), device=x.device), place]
+        x = x[torch.arange(len(x), device=x.device), first_end(input_ids)]
         return _projected(text.ln_final(x), text.text_projection)
     different, which = torch.unique(input_ids.cpu(), dim=0, return_inverse=True)
     ids, layout, order = pack([different])

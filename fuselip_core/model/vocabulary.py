@@ -77,6 +77,11 @@ def text_sequence(text_ids: Tensor, lengths: Tensor) -> Tensor:
     return sequence
 
 
+def first_end(ids: Tensor) -> Tensor:
+    """Ids (B, L) → the place (B) int64 of each row's first end-of-text token, where embeddings are pooled."""
+    return (ids == END_OF_TEXT).int().argmax(dim=1)
+
+
 def longest_text(text: Tensor) -> int:
     """Columns of padded ids (B, L) up to the last that is not padding in every row: what is behind need not be read."""
     if not len(text):
