@@ -55,7 +55,7 @@ format: setup ## Mend style where that can be done automatically
 	@$(BIN)/ruff format .
 
 serve-flows: setup ## Serve flows on this machine: Prefect's server, UI and worker, and MLflow's page
-	@$(BIN)/python -m flows.serve
+	@$(BIN)/python -m flows.server.serve
 
 serve-ui: setup ## Show curves and models on http://127.0.0.1:5000
 	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow/mlflow.db}"

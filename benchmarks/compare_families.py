@@ -179,10 +179,10 @@ class Comparison:
         """Processor seconds of a training step, the median of a few. Leaves the baselines' pictures in work/pixels."""
         import torch
 
+        from fuselip_core.distributed import World
         from fuselip_core.model.titok import TiTok
         from fuselip_core.training.build import build_model, open_measuring, open_training
         from fuselip_core.training.checkpoint import Checkpoints
-        from fuselip_core.training.distributed import World
         from fuselip_core.training.loop import Trainer
 
         artifacts = self.folder / "data" / run.data

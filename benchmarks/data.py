@@ -27,9 +27,9 @@ import numpy as np
 from measure import finish, in_own_process, machine, parser_of, peak_memory_mb, resident_mb, table
 from workload import IDENTITY, LOG_MEDIAN, LOG_SPREAD, caption_columns
 
-from fuselip_core.data.mixture import Mixture
-from fuselip_core.data.token_store import TokenStore, gather
-from fuselip_core.data.token_writer import TokenStoreWriter, write_manifest
+from fuselip_core.data.tokens.store import TokenStore, gather
+from fuselip_core.data.tokens.writer import TokenStoreWriter, write_manifest
+from fuselip_core.training.mixture import Mixture
 
 BATCH, CODES, CODEBOOK = 256, 128, 4096
 SHARD = 1 << 16
@@ -81,8 +81,8 @@ def read_packed(folder: Path, batches: int) -> dict[str, Any]:
     """Rate of packed batches."""
     import torch
 
+    from fuselip_core.encoding.from_codes import pack_sides
     from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
-    from fuselip_core.training.batch import pack_sides
 
     torch.set_num_threads(1)
     store = TokenStore(folder, "train")

@@ -70,8 +70,8 @@ def write_hub_files(folder: Path, split: str, rows: Iterator[dict[str, Any]]) ->
 
 def real_rows(root: Path, split: str, copies: int) -> Iterator[dict[str, Any]]:
     """Every picture of a split that has a caption, `copies` times under ids of their own."""
-    from fuselip_core.data.captions import list_rocov2
     from fuselip_core.data.places import ImageReader
+    from fuselip_core.data.sources.rocov2 import list_rocov2
 
     listing = list_rocov2(root)
     captions = {pair.group: pair.target.text for pair in listing.pairs}
@@ -98,7 +98,7 @@ def generated_rows(split: str, count: int) -> Iterator[dict[str, Any]]:
 
 def prepare(root: Path, out: Path, workers: int) -> dict[str, Any]:
     from fuselip_core.config import PrepareSettings
-    from fuselip_core.data.prepare import prepare_data
+    from fuselip_core.data.prepare.prepare import prepare_data
 
     fields = {"source": "rocov2", "root": root, "workers": workers, "rows_per_shard": ROWS_A_GROUP}
     return prepare_data(PrepareSettings.model_validate(fields), out)
@@ -180,7 +180,7 @@ def memory(rows: int, workers: int) -> dict[str, Any]:
 def child(folder: Path, workers: int) -> dict[str, Any]:
     """What one process needed, its workers apart."""
     start = time.perf_counter()
-    from fuselip_core.data import prepare as imported  # so that the floor is that of the code alone
+    from fuselip_core.data.prepare import prepare as imported  # so that the floor is that of the code alone
 
     assert imported
     floor = peak_memory_mb()

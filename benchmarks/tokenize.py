@@ -27,13 +27,13 @@ from measure import finish, in_rounds, machine, medians, parser_of, peak_memory_
 from workload import captions, pictures
 
 from fuselip_core.config import PrepareSettings, TokenizeSettings
-from fuselip_core.data.prepare import prepare_data
-from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.shards.in_order import as_pixels, decoded_batches, evaluation_view
+from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.processing import TextTokenizer
 from fuselip_core.model.titok import TiTok
-from fuselip_core.training.pixels import as_pixels, decoded_batches, evaluation_view
-from fuselip_core.training.tokenize import Tokenizing, store_identity
+from fuselip_core.tokenizer.tokenize import Tokenizing, store_identity
 
 
 def prepared_images(folder: Path, count: int) -> PreparedData:

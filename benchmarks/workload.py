@@ -10,8 +10,8 @@ import numpy as np
 from measure import SHARED
 from PIL import Image
 
-from fuselip_core.data.token_store import ABSENT, DTYPES, PairColumns
-from fuselip_core.data.token_writer import TokenStoreWriter, write_manifest
+from fuselip_core.data.tokens.store import ABSENT, DTYPES, PairColumns
+from fuselip_core.data.tokens.writer import TokenStoreWriter, write_manifest
 
 CAPTIONS = SHARED / "roco-captions" / "captions.txt"
 PICTURES = SHARED / "medpix-rocov2" / "train_images.zip"

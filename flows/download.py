@@ -16,19 +16,19 @@ from prefect.client.schemas import State
 from prefect.states import Completed, Failed
 from pydantic import Field, WithJsonSchema
 
-from flows.console import run_from_command_line
+from flows.command_line import run_from_command_line
 from flows.environment import REPOSITORY
-from flows.lock import dvc_lock
-from flows.names import flow_url, rename_flow_run
-from flows.parameters import Form, without_empty
+from flows.page.flow_run import flow_url, rename_flow_run
+from flows.page.progress import ProgressArtifact
 from flows.presence import sign
-from flows.progress import ProgressArtifact
-from flows.runner import LastLines, stage_environment
-from flows.steps import INTERRUPTED, RunnerName, error_of, may_pass, task_log
-from flows.stream import stream
+from flows.run.child import stream
+from flows.run.forms import Form, without_empty
+from flows.run.lock import dvc_lock
+from flows.run.runner import LastLines, stage_environment
+from flows.tasks import INTERRUPTED, RunnerName, error_of, may_pass, task_log
 from fuselip_core.errors import Interrupted
 
-# Read as it is: the worker's image has not all that fuselip_core/data/hubs.py needs.
+# Read as it is: the worker's image has not all that fuselip_core/data/download/hosts.py needs.
 ORIGINS = json.loads((files("fuselip_core.data") / "origins.json").read_text(encoding="utf-8"))
 KNOWN = "; ".join(f"{name}: {origin['note']}" for name, origin in ORIGINS.items())
 Source = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "examples": list(ORIGINS)})]
@@ -98,7 +98,7 @@ def download(request: DownloadRequest = ROCOV2, runner: RunnerName = "process") 
 )
 def fetch_task(request: DownloadRequest, runner: RunnerName) -> Any:
     """Completes with what the verb says of the data set; a network that fails is tried again later."""
-    module = "flows.container" if runner == "docker" else "fuselip_core"
+    module = "flows.run.container" if runner == "docker" else "fuselip_core"
     progress = ProgressArtifact("download", task_log())
     lines = LastLines(progress)
     environment = stage_environment(REPOSITORY, flow_url=flow_url()) | {"FUSELIP_REPOSITORY": str(REPOSITORY)}

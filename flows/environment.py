@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fuselip_core.telemetry import OFF
+from fuselip_core.tracking.telemetry import OFF
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What MLflow's page shows beside a run or model: other trainings, not what is there for language models.

@@ -6,10 +6,10 @@ from typing import Any
 
 from prefect import flow
 
-from flows.console import run_from_command_line
-from flows.parameters import EvaluateCorrections
-from flows.runs import StageRequest
-from flows.steps import RunnerName, finish, run_stages
+from flows.command_line import run_from_command_line
+from flows.run.folder import StageRequest
+from flows.run.forms import EvaluateCorrections
+from flows.tasks import RunnerName, finish, run_stages
 
 
 class EvaluateRequest(StageRequest):

@@ -1,4 +1,4 @@
-"""Which process runs a flow run, noted on it, so that flows/recover.py can tell later whether that process is gone."""
+"""Which process runs a flow run, noted on it, so that flows/server/recover.py can tell later whether that process is gone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-from flows.processes import Process
+from flows.run.processes import Process
 
 LABEL = "fuselip.process"
 

@@ -10,10 +10,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 from pydantic import Field
 
-from flows.console import run_from_command_line
-from flows.names import rename_flow_run
-from flows.parameters import Form, without_empty
-from flows.steps import error_of
+from flows.command_line import run_from_command_line
+from flows.page.flow_run import rename_flow_run
+from flows.run.forms import Form, without_empty
+from flows.tasks import error_of
 from fuselip_core.errors import FuselipError
 
 
@@ -51,7 +51,7 @@ def promote(request: PromoteRequest = NEWEST) -> Any:
 @task(name="alias", task_run_name="alias", cache_policy=NO_CACHE)
 def alias_task(request: PromoteRequest) -> Any:
     """Completes with what the alias means now and meant before."""
-    from fuselip_core.registry import promote as move
+    from fuselip_core.registry.register import promote as move
 
     try:
         moved = move(request.name, request.version, request.alias, request.despite_gates)

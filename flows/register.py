@@ -7,10 +7,10 @@ from typing import Any
 from prefect import flow
 from pydantic import Field
 
-from flows.console import run_from_command_line
-from flows.parameters import RegisterCorrections
-from flows.runs import StageRequest
-from flows.steps import RunnerName, finish, run_stages
+from flows.command_line import run_from_command_line
+from flows.run.folder import StageRequest
+from flows.run.forms import RegisterCorrections
+from flows.tasks import RunnerName, finish, run_stages
 
 
 class RegisterRequest(StageRequest):

@@ -6,9 +6,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.console import run_from_command_line
-from flows.runs import RunRequest
-from flows.steps import RunnerName, finish, run_stages
+from flows.command_line import run_from_command_line
+from flows.run.folder import RunRequest
+from flows.tasks import RunnerName, finish, run_stages
 
 STAGES = ("prepare", "codebook", "tokenize", "train")
 WHOLE_RUN = RunRequest()

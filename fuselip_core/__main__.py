@@ -1,6 +1,6 @@
 """``python -m fuselip_core`` is ``fuselip``."""
 
-from fuselip_core.cli import main
+from fuselip_core.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from fuselip_core.corrections import (
+from fuselip_core.recipes.read import (
     RECIPE_FOLDER,
     SettingsError,
     corrected_recipe,

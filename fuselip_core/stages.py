@@ -18,8 +18,8 @@ from fuselip_core.files import atomic_folder, read_json_object, replace_folder, 
 if TYPE_CHECKING:
     import torch
 
-    from fuselip_core.data.prepared import PreparedData
-    from fuselip_core.data.token_store import TokenStore
+    from fuselip_core.data.shards.reader import PreparedData
+    from fuselip_core.data.tokens.store import TokenStore
     from fuselip_core.model.hub import Model
     from fuselip_core.training.loop import Validate
 
@@ -29,7 +29,7 @@ VALIDATION_PAIRS = 512
 
 def prepare(settings: Settings) -> dict[str, Any]:
     """Raw data set → Parquet shards and manifest in prepared/."""
-    from fuselip_core.data.prepare import prepare_data
+    from fuselip_core.data.prepare.prepare import prepare_data
 
     manifest = prepare_data(settings.prepare, settings.artifacts / "prepared", settings.artifacts / "work" / "prepared")
     return {"counts": manifest["counts"], "quarantine": manifest["quarantine"]}
@@ -37,18 +37,18 @@ def prepare(settings: Settings) -> dict[str, Any]:
 
 def codebook(settings: Settings) -> dict[str, Any]:
     """Prepared images → an image tokenizer in codebook/, with its reconstruction error and use of codes."""
-    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.data.shards.in_order import PixelCache
+    from fuselip_core.data.shards.reader import PreparedData
     from fuselip_core.model.titok import TiTok
-    from fuselip_core.tracking import open_run
-    from fuselip_core.training.checkpoint import Checkpoints
-    from fuselip_core.training.codebook import (
+    from fuselip_core.tokenizer.codebook import (
         CodebookTrainer,
         codebook_run_folder,
         measure_codebook,
         save_reconstructions,
     )
+    from fuselip_core.tracking.run import open_run
+    from fuselip_core.training.checkpoint import Checkpoints
     from fuselip_core.training.perception import open_perception
-    from fuselip_core.training.pixels import PixelCache
 
     prepared = PreparedData(settings.artifacts / "prepared")
     scratch = settings.artifacts / "work" / "codebook"
@@ -86,7 +86,7 @@ def codebook(settings: Settings) -> dict[str, Any]:
 
 def tokenize(settings: Settings) -> dict[str, Any]:
     """Prepared images and texts → codes and ids in tokens/."""
-    from fuselip_core.training.tokenize import open_tokenizing
+    from fuselip_core.tokenizer.tokenize import open_tokenizing
 
     work = open_tokenizing(settings)
     counts = work.run()
@@ -96,13 +96,13 @@ def tokenize(settings: Settings) -> dict[str, Any]:
 
 def train(settings: Settings) -> dict[str, Any]:
     """Stored tokens → a trained encoder in model/ and its curves in history.jsonl; resumes from checkpoints/."""
-    from fuselip_core.data.token_store import TokenStore
+    from fuselip_core.data.tokens.store import TokenStore
+    from fuselip_core.distributed import join_world
     from fuselip_core.model.titok import TiTok
-    from fuselip_core.tracking import open_run
+    from fuselip_core.tracking.run import open_run
     from fuselip_core.training.adaptation import interpolate, trained_weights
     from fuselip_core.training.build import build_model, open_training
     from fuselip_core.training.checkpoint import Checkpoints, seed_everything
-    from fuselip_core.training.distributed import join_world
     from fuselip_core.training.history import History
     from fuselip_core.training.loop import Trainer, run_folder
 
@@ -144,15 +144,15 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Trained encoder → measures beside chance and controls in metrics.json, and a page to read in report/."""
-    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.data.shards.reader import PreparedData
     from fuselip_core.evaluation.before_after import measure_adaptation
     from fuselip_core.evaluation.candidates import measure_candidates
-    from fuselip_core.evaluation.report import write_report
+    from fuselip_core.evaluation.report.page import write_report
     from fuselip_core.evaluation.tasks import evaluate as measure
     from fuselip_core.evaluation.transformations import measure_transformations
     from fuselip_core.model.embedder import Embedder
     from fuselip_core.model.hub import load_pretrained
-    from fuselip_core.tracking import open_run
+    from fuselip_core.tracking.run import open_run
     from fuselip_core.training.build import open_measuring
 
     artifacts = settings.artifacts
@@ -182,7 +182,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 def register(settings: Settings) -> dict[str, Any]:
     """Trained and measured encoder → a version in MLflow's registry; the alias moves only if every gate passes."""
     from fuselip_core.model.embedder import Embedder
-    from fuselip_core.registry import register_model
+    from fuselip_core.registry.register import register_model
 
     model = _trained_model(settings)
     metrics = _metrics_of(model, settings.artifacts / "metrics.json")
@@ -193,7 +193,7 @@ def register(settings: Settings) -> dict[str, Any]:
 
 
 def _device() -> torch.device:
-    from fuselip_core.training.distributed import local_device
+    from fuselip_core.distributed import local_device
 
     return local_device()
 
@@ -247,7 +247,7 @@ def _validation_split(splits: Any) -> str:
 
 
 def _validation(settings: Settings, model: Model) -> Validate:
-    from fuselip_core.data.token_store import read_manifest
+    from fuselip_core.data.tokens.store import read_manifest
     from fuselip_core.evaluation.tasks import quick_look
     from fuselip_core.training.build import open_measuring
 
@@ -265,7 +265,7 @@ def _trained_model(settings: Settings) -> Path:
 
 def _same_codebook(store: TokenStore, folder: Path) -> None:
     """Codes of another tokenizer mean other things: training on them would end in a model that cannot read images."""
-    from fuselip_core.training.tokenize import codebook_id
+    from fuselip_core.tokenizer.tokenize import codebook_id
 
     if store.manifest.get("codebook") != codebook_id(folder):
         raise FuselipError(

@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from tiny_store import settings_of, tiny_model
 
-from fuselip_core.data.token_store import TokenStore
-from fuselip_core.training.batch import TokenPairs
+from fuselip_core.data.tokens.store import TokenStore
+from fuselip_core.distributed import join_world
+from fuselip_core.encoding.from_codes import TokenPairs
 from fuselip_core.training.checkpoint import Checkpoints, seed_everything
-from fuselip_core.training.distributed import join_world
 from fuselip_core.training.loop import Trainer, run_folder
 
 STEPS, EVERY = 30, 3

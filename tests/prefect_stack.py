@@ -103,10 +103,10 @@ class Served:
 
 
 def serve(repository: Path) -> Served:
-    """Starts ``python -m flows.serve`` in `repository` and waits until everything is up."""
+    """Starts ``python -m flows.server.serve`` in `repository` and waits until everything is up."""
     ports = free_port(), free_port()
     plain = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    command = [sys.executable, "-m", "flows.serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1])]
+    command = [sys.executable, "-m", "flows.server.serve", "--port", str(ports[0]), "--mlflow-port", str(ports[1])]
     with (repository / "served").open("wb") as log:
         process = subprocess.Popen(
             command, cwd=repository, env={**plain, "PYTHONPATH": str(repository)}, stdout=log, stderr=log

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fuselip_core.data.archives import ArchiveError, Limits, leaves_folder, open_archive, safe_members
+from fuselip_core.data.sources.archives import ArchiveError, Limits, leaves_folder, open_archive, safe_members
 
 
 def archive(*members: tuple[str | zipfile.ZipInfo, bytes]) -> zipfile.ZipFile:

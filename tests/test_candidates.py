@@ -14,8 +14,8 @@ from PIL import Image
 from training_data import SHAPES, draw, write_sugarcrepe
 
 from fuselip_core.config import EvaluateSettings, PrepareSettings
-from fuselip_core.data.prepare import prepare_data
-from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.evaluation.candidates import has_candidates, measure_candidates
 from fuselip_core.evaluation.metrics import Array
 from fuselip_core.evaluation.result import EvaluationResult

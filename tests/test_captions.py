@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fuselip_core.data.captions import list_rocov2
 from fuselip_core.data.pair import Listing, fault_of_caption
-from fuselip_core.data.phantom import draw_data_set
+from fuselip_core.data.phantom.data_set import draw_data_set
 from fuselip_core.data.places import ImageReader
+from fuselip_core.data.sources.rocov2 import list_rocov2
 from fuselip_core.errors import FuselipError
 
 COUNTS = {"train": 7, "valid": 3, "test": 4}

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from fuselip_core import cli, telemetry
+from fuselip_core.cli import main as cli
 from fuselip_core.config import SettingsError
 from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.tracking import telemetry
 
 
 @dataclass
@@ -46,7 +47,7 @@ def fuselip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
 def test_help_lists_every_stage_and_needs_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['fuselip', '--help']\n"
-        "from fuselip_core.cli import main\n"
+        "from fuselip_core.cli.main import main\n"
         "try: main()\n"
         "finally: sys.stderr.write(str(sorted({'torch', 'mlflow', 'transformers'} & set(sys.modules))))\n"
     )
@@ -165,7 +166,7 @@ def test_nothing_reports_home_unless_asked_to(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "true")
     code = (
         "import json, os, sys\n"
-        "from fuselip_core.cli import main\n"
+        "from fuselip_core.cli.main import main\n"
         "sys.argv = ['fuselip', 'recipes', 'list']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print(json.dumps(dict(os.environ)))"

@@ -11,16 +11,16 @@ from PIL import Image
 from training_data import write_raw
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.extra_pairs import sentences_of
 from fuselip_core.data.images import to_pixels
-from fuselip_core.data.mixture import Mixture
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.places import apply_instruction
-from fuselip_core.data.prepare import prepare_data
-from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.token_store import ABSENT, TokenStore, gather
+from fuselip_core.data.prepare.extra_pairs import sentences_of
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.shards.in_order import decoded_batches
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.tokens.store import ABSENT, TokenStore, gather
 from fuselip_core.data.transforms import FAMILIES, GENERAL
-from fuselip_core.training.pixels import decoded_batches
+from fuselip_core.training.mixture import Mixture
 
 
 def prepared(root: Path, folder: Path, kinds: tuple[str, ...] = ("concepts",)) -> PreparedData:
@@ -176,7 +176,7 @@ def test_every_kind_reaches_the_mixture_and_knows_its_like(tmp_path: Path) -> No
     from fuselip_core.model.presets import tokenizer_config
     from fuselip_core.model.processing import TextTokenizer
     from fuselip_core.model.titok import TiTok
-    from fuselip_core.training.tokenize import Tokenizing, store_identity
+    from fuselip_core.tokenizer.tokenize import Tokenizing, store_identity
 
     write_raw(tmp_path / "raw", train=8, held_out=2)
     data = prepared(tmp_path / "raw", tmp_path, kinds=("concepts", "questions", "edits"))

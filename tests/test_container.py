@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from fuselip_core import chain, container
 from fuselip_core.config import Settings, SettingsError, load_settings
-from fuselip_core.embed_table import read_rows
+from fuselip_core.container import __main__ as container
+from fuselip_core.container import skip_done as chain
+from fuselip_core.container.embed import read_rows
+from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
+from fuselip_core.container.mounts import MountError, require_data, require_writable, sole_user
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.files import write_json
-from fuselip_core.mounted_data import without_missing_kinds, without_nameless_concepts
-from fuselip_core.mounts import MountError, require_data, require_writable, sole_user
 
 NOBODY = 12345
 

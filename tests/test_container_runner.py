@@ -13,7 +13,7 @@ import pytest
 from engine import BASE, engine, image_of
 from repository_copy import copy_repository
 
-from flows.container import (
+from flows.run.container import (
     ContainerError,
     ContainerRequest,
     ContainerRunner,
@@ -23,9 +23,9 @@ from flows.container import (
     sweep,
     volumes_of,
 )
-from flows.processes import Process
+from flows.run.processes import Process
 from fuselip_core.config import load_settings
-from fuselip_core.data.phantom import draw_data_set
+from fuselip_core.data.phantom.data_set import draw_data_set
 from fuselip_core.errors import Interrupted
 
 WAITS_FOR_TERM = (
@@ -98,7 +98,7 @@ def test_lines_and_exit_code_come_through(tmp_path: Path) -> None:
 
 def test_a_missing_image_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = engine()
-    monkeypatch.setitem(sys.modules["flows.container"].IMAGES, "train", "bacor_fuselip_missing")
+    monkeypatch.setitem(sys.modules["flows.run.container"].IMAGES, "train", "bacor_fuselip_missing")
     monkeypatch.setenv("FUSELIP_GPUS", "none")
     with pytest.raises(ContainerError, match=r"docker build -f Dockerfile\.train -t bacor_fuselip_missing"):
         run_container(client, request_for(client, ["train"], tmp_path), print)
@@ -160,7 +160,7 @@ def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> N
     """Through all that stands between: DVC's process, DVC, the shell, the client of the engine."""
     client = engine()
     image_of("download")
-    from flows.runs import RunRequest, open_run_folder
+    from flows.run.folder import RunRequest, open_run_folder
 
     repository = copy_repository(tmp_path / "repository")
     (repository / "fuselip_core" / "stages.py").write_text(AT_WORK)
@@ -186,8 +186,8 @@ def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> N
 def test_a_stage_in_a_container_is_up_to_date_for_dvc(tmp_path: Path) -> None:
     """The real prepare stage in the download image, then DVC's word on it, with and without containers."""
     image_of("download")
-    from flows.runner import ProcessRunner
-    from flows.runs import RunRequest, open_run_folder
+    from flows.run.folder import RunRequest, open_run_folder
+    from flows.run.runner import ProcessRunner
 
     repository = copy_repository(tmp_path / "repository")
     draw_data_set(tmp_path / "sample", 0, {"train": 8, "valid": 4, "test": 4})

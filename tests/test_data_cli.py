@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fuselip_core.cli import app
+from fuselip_core.cli.main import app
 from fuselip_core.config import SettingsError, SourceName
-from fuselip_core.data.contact_sheet import write_sheet
-from fuselip_core.data.difference import differences
-from fuselip_core.data.phantom import draw_data_set
-from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.sources import source_names
+from fuselip_core.data.inspect.contact_sheet import write_sheet
+from fuselip_core.data.inspect.diff import differences
+from fuselip_core.data.phantom.data_set import draw_data_set
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.sources.catalogue import source_names
 from fuselip_core.data.spool import ITEMS_A_BLOCK, Spool
 
 run = CliRunner().invoke

@@ -14,14 +14,14 @@ from training_data import small_settings, write_raw
 
 from fuselip_core import stages
 from fuselip_core.config import Settings, check_settings
-from fuselip_core.data.image_index import ImageIndex
 from fuselip_core.data.pair import DataError
-from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.shards.by_row import ImageIndex
+from fuselip_core.data.shards.in_order import decoded_batches
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.distributed import World
+from fuselip_core.encoding.from_pixels import BLACK, PicturePairs, Pictures
 from fuselip_core.training import build
 from fuselip_core.training.decoding import DecodedPictures
-from fuselip_core.training.distributed import World
-from fuselip_core.training.pictures import BLACK, PicturePairs, Pictures
-from fuselip_core.training.pixels import decoded_batches
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,8 @@ from prefect.utilities.schema_tools import validate
 from prefect_stack import Served, wait_until
 from repository_copy import copy_of, dvc
 
-from flows.gpu import limit_name
-from flows.processes import Process
+from flows.run.gpu import limit_name
+from flows.run.processes import Process
 
 # Whichever test comes first waits for the start of everything.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]

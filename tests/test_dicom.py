@@ -29,10 +29,14 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, generate_uid
 
 from fuselip_core.config import check_settings
-from fuselip_core.data import burned_in, codec_helper, deidentify, dicom_file
+from fuselip_core.data import burned_in
 from fuselip_core.data.coded_size import coded_size
-from fuselip_core.data.deidentify import PseudonymError, Pseudonyms, load_key, scrub
-from fuselip_core.data.dicom import (
+from fuselip_core.data.dicom import codec as codec_helper
+from fuselip_core.data.dicom import deidentify
+from fuselip_core.data.dicom import file as dicom_file
+from fuselip_core.data.dicom.cases import split_cases
+from fuselip_core.data.dicom.deidentify import PseudonymError, Pseudonyms, load_key, scrub
+from fuselip_core.data.dicom.listing import (
     DicomPlace,
     DicomRecord,
     DicomSettings,
@@ -42,11 +46,10 @@ from fuselip_core.data.dicom import (
     settings_for,
     terms,
 )
-from fuselip_core.data.dicom_cases import split_cases
-from fuselip_core.data.dicom_pixels import Window, render
+from fuselip_core.data.dicom.pixels import Window, render
 from fuselip_core.data.images import UnreadableImage
 from fuselip_core.data.pair import DataError, SetAside
-from fuselip_core.data.schemas import IMAGE_SCHEMA
+from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 
 EXAMPLES = Path(pydicom.data.__file__).parent / "test_files"
 # The bars of pydicom's SC_rgb files, from the top, ten rows each.
@@ -442,7 +445,7 @@ def test_what_the_codec_refuses_is_told(helper: codec_helper.Helper) -> None:
 def test_the_helper_ends_with_its_parent(tmp_path: Path) -> None:
     pytest.importorskip("gdcm")
     code = (
-        "import sys; from pathlib import Path; from fuselip_core.data.codec_helper import helper\n"
+        "import sys; from pathlib import Path; from fuselip_core.data.dicom.codec import helper\n"
         f"helper().decode(Path({str(EXAMPLES / 'SC_rgb_jpeg_gdcm.dcm')!r}), 0, 'gdcm')\n"
         "print(helper()._process.pid, flush=True); sys.stdin.read()"
     )
@@ -528,8 +531,8 @@ def test_no_identity_leaves_the_folder(
 
 def test_prepared_shards_and_manifest_name_nobody(tmp_path: Path) -> None:
     from fuselip_core.config import PrepareSettings
-    from fuselip_core.data.prepare import prepare_data
-    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.data.prepare.prepare import prepare_data
+    from fuselip_core.data.shards.reader import PreparedData
 
     root = tmp_path / "Mustermann"
     rng = np.random.default_rng(8)
@@ -576,9 +579,9 @@ def test_nobody_in_pydicoms_files_is_in_what_is_prepared(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from fuselip_core.config import PrepareSettings
-    from fuselip_core.data.inspection import inspect_data
-    from fuselip_core.data.prepare import prepare_data
-    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.data.inspect.page import inspect_data
+    from fuselip_core.data.prepare.prepare import prepare_data
+    from fuselip_core.data.shards.reader import PreparedData
 
     caplog.set_level(logging.DEBUG)
     secrets: set[str] = set()
@@ -819,7 +822,7 @@ def test_what_belongs_together_stays_together(tmp_path: Path) -> None:
 def test_one_picture_of_three_patients_is_in_one_split(tmp_path: Path) -> None:
     """Exports name a patient anew; where the splits are drawn here, no copy stays on another side."""
     from fuselip_core.config import PrepareSettings
-    from fuselip_core.data.prepare import prepare_data
+    from fuselip_core.data.prepare.prepare import prepare_data
 
     rng = np.random.default_rng(3)
     shared, *others = rng.integers(0, 256, (31, 64, 64), dtype=np.uint8)
@@ -872,7 +875,7 @@ def test_text_in_the_picture_sets_it_aside_and_markers_do_not(tmp_path: Path, mo
         burned_in.refuse_text(pixels, lambda _: [("DOE^JANE", 0.9), ("1957-03-02", 0.8), ("L", 0.9)])
     assert "DOE" not in str(caught.value) and caught.value.reason == "burned_in_text"
     monkeypatch.setattr(burned_in, "_reader", lambda: lambda _: [("DOE^JANE", 0.9)])
-    monkeypatch.setattr("fuselip_core.data.dicom.require_reader", lambda: None)
+    monkeypatch.setattr("fuselip_core.data.dicom.listing.require_reader", lambda: None)
     save(picture(np.array([[0, 9]], np.uint8)), tmp_path / "a")
     found = list(records(tmp_path, DicomSettings(ocr=True)))
     assert [entry.reason for entry in found if isinstance(entry, SetAside)] == ["missing_caption", "burned_in_text"]

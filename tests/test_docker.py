@@ -18,8 +18,8 @@ import pytest
 from engine import BASE, CLOSED, DOCKER, Mounted, ask, build, engine, image_of, labels_of, run, services, serving
 from repository_copy import copy_repository
 
+from fuselip_core.container.mounts import sole_user
 from fuselip_core.errors import Interrupted
-from fuselip_core.mounts import sole_user
 
 USER = 12345
 SHORT = (

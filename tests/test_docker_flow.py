@@ -14,8 +14,8 @@ from engine import CLOSED, ask, engine, image_of, run, services, serving
 from fake_hub import FakeHub
 from repository_copy import copy_of, copy_repository, dvc, run_flow, terminate_flow
 
-from fuselip_core.data.phantom import draw_data_set
-from fuselip_core.made_from import results_of
+from fuselip_core.data.phantom.data_set import draw_data_set
+from fuselip_core.registry.state import results_of
 
 SHORT = (
     *("codebook.steps=2", "codebook.batch_size=8", "train.steps=4", "train.batch_size=16", "train.validate_every=2"),
@@ -128,7 +128,7 @@ def test_the_server_image_runs_mlflows_server() -> None:
 def test_the_server_image_has_what_the_worker_of_the_stack_calls(template: Path) -> None:
     image = image_of("docker/server")
     mount = ("-v", f"{template}:{template}:ro", "-w", str(template), "-e", f"PYTHONPATH={template}")
-    code = "import docker, dvc, flows.serve, flows.recover, flows.container, boto3, psycopg2"
+    code = "import docker, dvc, flows.server.serve, flows.server.recover, flows.run.container, boto3, psycopg2"
     done = run(image, "python", "-c", code, options=(*CLOSED, *mount))
     assert done.returncode == 0, done.stderr
 

@@ -15,8 +15,8 @@ from engine import CLOSED, Mounted, image_of, run
 from fake_hub import FakeHub, Fault
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.phantom import draw_data_set
-from fuselip_core.data.prepare import prepare_data
+from fuselip_core.data.phantom.data_set import draw_data_set
+from fuselip_core.data.prepare.prepare import prepare_data
 
 USER = 12345
 ROCO = "eltorio/ROCOv2-radiology"

@@ -25,12 +25,12 @@ import pyarrow.parquet as pq
 import pytest
 from fake_hub import COMMIT, SIGNATURE, FakeHub, Fault
 
-from fuselip_core.data import download as download_module
-from fuselip_core.data.download import DownloadSettings, download, read_manifest
-from fuselip_core.data.hubs import folder_name_of, origins
-from fuselip_core.data.partial_file import partial_path
-from fuselip_core.data.patience import DownloadError
-from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.download import download as download_module
+from fuselip_core.data.download.download import DownloadSettings, download, read_manifest
+from fuselip_core.data.download.hosts import folder_name_of, origins
+from fuselip_core.data.download.partial_file import partial_path
+from fuselip_core.data.download.retries import DownloadError
+from fuselip_core.data.shards.reader import PreparedData
 
 ROCO = "eltorio/ROCOv2-radiology"
 
@@ -226,7 +226,7 @@ def test_both_hosts_of_rocov2_end_in_one_schema(hub: FakeHub, tmp_path: Path, sh
     """The validation split of real data, from Zenodo's layout and from the Hub's: the same images and texts."""
     from typer.testing import CliRunner
 
-    from fuselip_core.cli import app
+    from fuselip_core.cli.main import app
 
     folder = shared / "data" / "medpix-rocov2"
     names = ("valid_images.zip", "valid_captions.csv", "valid_concepts.csv", "license_information.csv")
@@ -383,7 +383,7 @@ def test_waits_grow_between_failures(hub: FakeHub, target: Path) -> None:
 CHILD = """
 import sys
 from pathlib import Path
-from fuselip_core.data.download import DownloadSettings, download
+from fuselip_core.data.download.download import DownloadSettings, download
 download("zenodo:1", Path(sys.argv[1]), DownloadSettings())
 """
 

@@ -21,15 +21,15 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_stack import Served
 from repository_copy import copy_of, dvc
 
-from flows import steps
-from flows.lock import dvc_lock
+from flows import tasks as steps
+from flows.page.summary import comparison_rows, next_commands, registered_line
 from flows.pipeline import pipeline
-from flows.reproduce import UNCHANGED, _exit_code
-from flows.runner import Ending, LastLines, ProcessRunner, stage_environment
-from flows.runs import STAGES, RunRequest, open_run_folder, plan_run
-from flows.sample_data import ensure_sample
-from flows.stream import stream
-from flows.summary import comparison_rows, next_commands, registered_line
+from flows.run.child import stream
+from flows.run.dvc_stage import UNCHANGED, _exit_code
+from flows.run.folder import STAGES, RunRequest, open_run_folder, plan_run
+from flows.run.lock import dvc_lock
+from flows.run.runner import Ending, LastLines, ProcessRunner, stage_environment
+from flows.run.sample_data import ensure_sample
 from fuselip_core.config import SettingsError, load_settings
 from fuselip_core.errors import FuselipError
 

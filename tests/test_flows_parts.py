@@ -23,23 +23,24 @@ from prefect_stack import wait_until
 from pydantic import ValidationError
 from rich.console import Console
 
-from flows import artifacts, recover, serve
 from flows.download import DownloadRequest, _misplaced
 from flows.evaluate import EvaluateRequest
-from flows.lock import run_lock
-from flows.names import run_name
-from flows.parameters import TrainCorrections
+from flows.page import artifacts
+from flows.page.flow_run import run_name
+from flows.page.progress import ProgressArtifact
+from flows.page.summary import comparison_rows, print_summary
 from flows.presence import LABEL
-from flows.processes import Process, children_of, is_starting_here, parent_of
-from flows.progress import ProgressArtifact
 from flows.promote import PromoteRequest
 from flows.quiet_ui import silence
-from flows.runner import Ending, Outcome, _status
-from flows.runs import RunRequest, open_run_folder, plan_run
-from flows.summary import comparison_rows, print_summary
+from flows.run.folder import RunRequest, open_run_folder, plan_run
+from flows.run.forms import TrainCorrections
+from flows.run.lock import run_lock
+from flows.run.processes import Process, children_of, is_starting_here, parent_of
+from flows.run.runner import Ending, Outcome, _status
+from flows.server import recover, serve
 from fuselip_core.errors import FuselipError
-from fuselip_core.registry import promote
-from fuselip_core.tracking import mlflow_client
+from fuselip_core.registry.register import promote
+from fuselip_core.tracking.run import mlflow_client
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ import pytest
 from training_data import write_raw
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.concept_questions import known_values, questions_of
-from fuselip_core.data.generated_questions import CaptionRow, Work, caption_rows, generate, judged
-from fuselip_core.data.prepare import prepare_data
-from fuselip_core.data.schemas import PAIR_SCHEMA
-from fuselip_core.data.sources import list_source
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.prepare.rule_questions import known_values, questions_of
+from fuselip_core.data.shards.schemas import PAIR_SCHEMA
+from fuselip_core.data.sources.catalogue import list_source
 from fuselip_core.errors import FuselipError
+from fuselip_core.generation.generated_questions import CaptionRow, Work, caption_rows, generate, judged
 from fuselip_core.generation.questions import Job, run_part
 
 CAPTION = "Axial CT of the chest shows a nodule in the left lung."

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.archives import ArchiveError
 from fuselip_core.data.images import decode, to_pixels
-from fuselip_core.data.prepare import prepare_data
-from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.sources.archives import ArchiveError
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

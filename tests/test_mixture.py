@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fuselip_core.data.mixture import Mixture
-from fuselip_core.data.token_store import PairColumns, TokenStore
-from fuselip_core.data.token_writer import TokenStoreWriter, write_manifest
+from fuselip_core.data.tokens.store import PairColumns, TokenStore
+from fuselip_core.data.tokens.writer import TokenStoreWriter, write_manifest
 from fuselip_core.errors import FuselipError
+from fuselip_core.training.mixture import Mixture
 
 KINDS = ("caption", "vqa", "region")
 
@@ -213,8 +213,8 @@ def test_what_cannot_be_dealt_is_refused_with_the_remedy(tmp_path: Path) -> None
 def test_orders_beyond_one_window_deal_everything_once_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: int
 ) -> None:
-    monkeypatch.setattr("fuselip_core.data.mixture.WINDOW", 64)
-    monkeypatch.setattr("fuselip_core.data.mixture.BLOCK", 8)
+    monkeypatch.setattr("fuselip_core.training.mixture.WINDOW", 64)
+    monkeypatch.setattr("fuselip_core.training.mixture.BLOCK", 8)
     mixture = Mixture(store_of(tmp_path, [0] * pairs), {"caption": 1}, 10, seed=1)
     epochs = [np.concatenate(batches(mixture, pairs // 10)) for _ in range(10)]
     if pairs % 10 == 0:

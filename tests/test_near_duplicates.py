@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.perceptual import HeldOutIndex, fingerprint
-from fuselip_core.data.prepare import prepare_data
+from fuselip_core.data.prepare.near_duplicates import HeldOutIndex, fingerprint
+from fuselip_core.data.prepare.prepare import prepare_data
 
 
 def scene(seed: int, side: int = 96) -> Image.Image:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fuselip_core.data.phantom import draw_case, draw_data_set
-from fuselip_core.data.phantom_anatomy import STUDIES, Lesion, Scene, draw
-from fuselip_core.data.phantom_canvas import LEFT, RIGHT
+from fuselip_core.data.phantom.anatomy import STUDIES, Lesion, Scene, draw
+from fuselip_core.data.phantom.canvas import LEFT, RIGHT
+from fuselip_core.data.phantom.data_set import draw_case, draw_data_set
 
 COUNTS = {"train": 9, "valid": 3, "test": 5}
 

@@ -10,11 +10,11 @@ import torch
 from test_late_fusion import towers
 from tiny_store import random_store, settings_of
 
-from fuselip_core.data.token_store import gather
+from fuselip_core.data.tokens.store import gather
+from fuselip_core.encoding.from_pixels import BLACK, PictureEncoder, PicturePairs, Pictures, PictureStore
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.loop import Trainer
-from fuselip_core.training.pictures import BLACK, PictureEncoder, PicturePairs, Pictures, PictureStore
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import yaml
 from mlflow import MlflowClient
 from repository_copy import copy_of, copy_repository, dvc, run_flow, terminate_flow
 
-from fuselip_core.data.phantom import draw_data_set
+from fuselip_core.data.phantom.data_set import draw_data_set
 
 SMALL = {
     "prepare": {"root": "data"},

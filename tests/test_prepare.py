@@ -18,9 +18,9 @@ from PIL import Image
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.pair import DataError
-from fuselip_core.data.phantom import draw_data_set
-from fuselip_core.data.prepare import prepare_data
-from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.phantom.data_set import draw_data_set
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import sha256_of
 
@@ -197,7 +197,7 @@ import sys, time
 from pathlib import Path
 import fuselip_core.data.shards as shards
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.prepare import prepare_data
+from fuselip_core.data.prepare.prepare import prepare_data
 decode = shards.decode
 shards.decode = lambda *arguments: (time.sleep(0.03), decode(*arguments))[1]
 prepare_data(PrepareSettings(source="phantom", root=sys.argv[1], rows_per_shard=5, workers=1), Path(sys.argv[2]))

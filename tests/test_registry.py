@@ -16,7 +16,6 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from fuselip_core import tracking
 from fuselip_core.config import Gate, RegisterSettings, Settings, load_settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.embedder import Embedder
@@ -24,7 +23,8 @@ from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.hub import save_model
 from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.titok import TiTok
-from fuselip_core.registry import check_gates, is_registered, register_model
+from fuselip_core.registry.register import check_gates, is_registered, register_model
+from fuselip_core.tracking import run as tracking
 
 Register = Callable[..., dict[str, Any]]
 

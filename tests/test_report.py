@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from fuselip_core.config import Settings, check_settings
-from fuselip_core.data.shards import IMAGE_SCHEMA
+from fuselip_core.data.prepare.image_shards import IMAGE_SCHEMA
 from fuselip_core.errors import FuselipError
-from fuselip_core.evaluation.charts import draw_training
-from fuselip_core.evaluation.page import Html, join, tag
-from fuselip_core.evaluation.report import write_report
+from fuselip_core.evaluation.report.charts import draw_training
+from fuselip_core.evaluation.report.page import write_report
+from fuselip_core.evaluation.report.sections import percent
 from fuselip_core.evaluation.result import AnswerExample, Candidate, EvaluationResult, RetrievalExample
-from fuselip_core.evaluation.sections import percent
+from fuselip_core.html import Html, join, tag
 
 NASTY = "<script>alert('x')</script> & \"quoted\""
 VOID = {"img", "meta", "br"}

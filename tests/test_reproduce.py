@@ -14,9 +14,9 @@ import yaml
 from repository_copy import REPOSITORY, add_data, copy_repository, dvc
 from stack import Stack, s3_store
 
-from flows.reproduce_model import differences
-from flows.restore import Recorded, _draw_sample, restore
-from fuselip_core.data.phantom import draw_data_set
+from flows.reproduce.compare import differences
+from flows.reproduce.restore import Recorded, _draw_sample, restore
+from fuselip_core.data.phantom.data_set import draw_data_set
 from fuselip_core.errors import FuselipError
 
 SMALL = {
@@ -63,8 +63,8 @@ def register(settings):
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from fuselip_core.made_from import write_state
-    from fuselip_core.tracking import experiment_id, mlflow_client, tracking_uri
+    from fuselip_core.registry.state import write_state
+    from fuselip_core.tracking.run import experiment_id, mlflow_client, tracking_uri
 
     client = mlflow_client(tracking_uri())
     run = client.create_run(experiment_id(client, "stand-in", tracking_uri())).info.run_id

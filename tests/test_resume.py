@@ -18,11 +18,11 @@ from training_data import small_settings, write_raw
 
 from fuselip_core import stages
 from fuselip_core.config import Settings
-from fuselip_core.data.token_store import TokenStore
+from fuselip_core.data.tokens.store import TokenStore
+from fuselip_core.encoding.from_codes import TokenPairs
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.titok import TiTok
-from fuselip_core.training.batch import TokenPairs
 from fuselip_core.training.checkpoint import Checkpoints, seed_everything
 from fuselip_core.training.loop import Trainer
 

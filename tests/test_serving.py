@@ -12,7 +12,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from fuselip_core.serving import FuselipEmbedding, read_rows
+from fuselip_core.registry.served_model import FuselipEmbedding, read_rows
 
 
 def encoded(side: int = 8) -> str:

@@ -22,13 +22,13 @@ from PIL import Image
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data import transforms
-from fuselip_core.data.captions import PUBLISHED_COUNTS, list_rocov2
-from fuselip_core.data.inspection import inspect_data
+from fuselip_core.data.inspect.page import inspect_data
 from fuselip_core.data.pair import DataError
-from fuselip_core.data.prepare import prepare_data
-from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.sources import list_source, source_names
-from fuselip_core.data.visual_genome import json_array
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.sources.catalogue import list_source, source_names
+from fuselip_core.data.sources.rocov2 import PUBLISHED_COUNTS, list_rocov2
+from fuselip_core.data.sources.visual_genome import json_array
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> np.ndarray:
@@ -217,7 +217,7 @@ def test_json_lists_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "list.json"
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
     for size in (1, 3, 7, 1 << 20):
-        monkeypatch.setattr("fuselip_core.data.visual_genome.READ_BYTES", size)
+        monkeypatch.setattr("fuselip_core.data.sources.visual_genome.READ_BYTES", size)
         assert list(json_array(path)) == values
     path.write_text(json.dumps(values)[:-5])
     with pytest.raises(DataError, match=r"list\.json"):
@@ -434,7 +434,7 @@ def test_tables_of_another_form_are_one_sentence(source: str, name: str, content
 
 
 def test_the_hub_counts_are_compared_with_the_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuselip_core.data.captions.PUBLISHED_COUNTS", {"train": 1_580, "valid": 90, "test": 99})
+    monkeypatch.setattr("fuselip_core.data.sources.rocov2.PUBLISHED_COUNTS", {"train": 1_580, "valid": 90, "test": 99})
     counts = {"train": 1_584, "validation": 90, "test": 5}
     for split, count in counts.items():
         ids = [f"ROCOv2_2023_{split}_{number:06d}" for number in range(count)]

@@ -20,7 +20,7 @@ from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from stack import Stack, whole_stack
 
-from flows.serve import POOL, prepare_server
+from flows.server.serve import POOL, prepare_server
 
 RUNS = 8
 WAIT_SECONDS = 600.0

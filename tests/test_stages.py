@@ -13,14 +13,14 @@ from training_data import small_settings, write_raw
 
 from fuselip_core import stages
 from fuselip_core.config import Settings, check_settings
-from fuselip_core.data.token_store import TokenStore, gather
+from fuselip_core.data.tokens.store import TokenStore, gather
+from fuselip_core.encoding.from_codes import TokenEncoder, encode_sides, prepare_sides
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.embedder import Embedder
 from fuselip_core.model.hub import load_pretrained
 from fuselip_core.model.titok import TiTok
 from fuselip_core.model.vocabulary import PAD, join
-from fuselip_core.run_log import read_events
-from fuselip_core.training.batch import TokenEncoder, encode_sides, prepare_sides
+from fuselip_core.tracking.events import read_events
 from fuselip_core.training.build import build_model, open_measuring
 from fuselip_core.training.history import History
 
@@ -89,7 +89,7 @@ def test_registered_version_embeds_like_the_saved_model(run: Settings) -> None:
 def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None:
     """The fast path (codes made once) equals the reference path (pixels through the tokenizer) for view 0."""
     from fuselip_core.data.images import decode
-    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.data.shards.reader import PreparedData
 
     model, processor = load_pretrained(run.artifacts / "model", "cpu")
     store = TokenStore(run.artifacts / "tokens", "test")
@@ -105,7 +105,7 @@ def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None
 def test_tokenizing_in_every_step_gives_the_same_batches_for_view_0(run: Settings) -> None:
     """What a batch out of the store holds is what its images and strings give when they are tokenized for it."""
     from fuselip_core.data.images import decode
-    from fuselip_core.data.prepared import PreparedData
+    from fuselip_core.data.shards.reader import PreparedData
 
     model, processor = load_pretrained(run.artifacts / "model", "cpu")
     store = TokenStore(run.artifacts / "tokens", "train")
@@ -145,7 +145,7 @@ def test_sides_with_and_without_image_keep_their_rows(run: Settings) -> None:
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_samples(run: Settings, tmp_path: Path) -> None:
-    from fuselip_core.training.batch import TokenPairs
+    from fuselip_core.encoding.from_codes import TokenPairs
     from fuselip_core.training.checkpoint import Checkpoints
     from fuselip_core.training.loop import Trainer
 
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_samples(run: Setti
 def test_evaluation_sets_are_asked_as_well(run: Settings, tmp_path: Path) -> None:
     from training_data import write_sugarcrepe
 
-    from fuselip_core.data.prepare import prepare_data
+    from fuselip_core.data.prepare.prepare import prepare_data
 
     write_sugarcrepe(tmp_path / "crepe")
     asked = check_settings({"prepare": {"source": "sugarcrepe", "root": tmp_path / "crepe"}}, origin="test").prepare

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from fuselip_core.config import EvaluateSettings
-from fuselip_core.data.token_store import SideTokens, TokenStore
-from fuselip_core.data.token_writer import TokenStoreWriter, index_pairs, write_manifest
+from fuselip_core.data.tokens.store import SideTokens, TokenStore
+from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.answers import normalise_answer
 from fuselip_core.evaluation.retrieval import CaptionPool, caption_rows

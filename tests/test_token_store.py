@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fuselip_core.data.token_store import ABSENT, PairColumns, TokenStore, gather
-from fuselip_core.data.token_writer import TokenStoreWriter, index_pairs, write_manifest
+from fuselip_core.data.tokens.store import ABSENT, PairColumns, TokenStore, gather
+from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.errors import FuselipError
 
 KINDS = ("caption", "vqa")
@@ -122,7 +122,7 @@ def test_a_killed_writer_keeps_finished_shards(tmp_path: Path) -> None:
     script = f"""
 import os, signal, sys
 import numpy as np
-from fuselip_core.data.token_writer import TokenStoreWriter
+from fuselip_core.data.tokens.writer import TokenStoreWriter
 writer = TokenStoreWriter({str(tmp_path)!r}, "train", 1000, 2, 4, {IDENTITY!r})
 for start, stop in writer.pending(100)[: int(sys.argv[1])]:
     writer.write_codes(start, np.full((stop - start, 2, 4), start))

@@ -11,10 +11,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from fuselip_core import run_log, tracking
 from fuselip_core.config import Settings, load_settings
 from fuselip_core.errors import FuselipError, Interrupted
-from fuselip_core.run_log import Event, EventLog, read_events
+from fuselip_core.tracking import events as run_log
+from fuselip_core.tracking import run as tracking
+from fuselip_core.tracking.events import Event, EventLog, read_events
 
 
 @pytest.fixture(scope="module")

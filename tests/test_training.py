@@ -21,13 +21,13 @@ from needs import missing
 from tiny_store import random_store, settings_of, tiny_model
 
 from fuselip_core.config import TrainSettings
-from fuselip_core.data.joined_store import JoinedStore
-from fuselip_core.data.token_store import TokenStore, gather
+from fuselip_core.data.tokens.joined import JoinedStore
+from fuselip_core.data.tokens.store import TokenStore, gather
+from fuselip_core.distributed import World, join_world
+from fuselip_core.encoding.from_codes import TokenEncoder, TokenPairs
 from fuselip_core.errors import FuselipError
 from fuselip_core.training.adaptation import compare, extend_context, interpolate, trained_weights
-from fuselip_core.training.batch import TokenEncoder, TokenPairs
 from fuselip_core.training.checkpoint import Checkpoints
-from fuselip_core.training.distributed import World, join_world
 from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.loop import Trainer, run_folder
 from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all

@@ -14,7 +14,7 @@ from needs import missing
 from playwright.sync_api import Locator, Page, Request, WebSocket, expect, sync_playwright
 from prefect_stack import Served
 
-from fuselip_core.data.phantom import draw_data_set
+from fuselip_core.data.phantom.data_set import draw_data_set
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 # The browser itself must not look around either: what is counted are the pages' requests.

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from fuselip_core.config import TrainSettings
-from fuselip_core.data.token_store import PairColumns, TokenStore
-from fuselip_core.data.token_writer import TokenStoreWriter, write_manifest
+from fuselip_core.data.tokens.store import PairColumns, TokenStore
+from fuselip_core.data.tokens.writer import TokenStoreWriter, write_manifest
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 
 CODES, CODEBOOK, KINDS = 4, 20, ("caption", "vqa")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuselip_core.config import EvaluateSettings
-from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.token_store import ABSENT, ANSWER_TYPES, TokenStore
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.tokens.store import ABSENT, ANSWER_TYPES, TokenStore
 from fuselip_core.evaluation.embed import SideEncoder, embed
 from fuselip_core.evaluation.metrics import Array, deranged, rank_answers, top
 from fuselip_core.evaluation.result import AnswerExample, Candidate, EvaluationResult

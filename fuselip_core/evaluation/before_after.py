@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from fuselip_core.config import EvaluateSettings
-from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.token_store import read_manifest
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.tokens.store import read_manifest
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.tasks import evaluate
 from fuselip_core.model.hub import Model, load_pretrained

@@ -19,7 +19,7 @@ from PIL import Image
 from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.images import decode
 from fuselip_core.data.pair import Side
-from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.evaluation.metrics import Array, rank_answers
 from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.progress import track

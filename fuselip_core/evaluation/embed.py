@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fuselip_core.data.token_store import SideTokens, TokenStore, gather_codes, gather_texts
+from fuselip_core.data.tokens.store import SideTokens, TokenStore, gather_codes, gather_texts
 from fuselip_core.evaluation.metrics import Array
 
 

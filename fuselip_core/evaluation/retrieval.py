@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fuselip_core.config import EvaluateSettings
-from fuselip_core.data.token_store import ABSENT, TokenStore
+from fuselip_core.data.tokens.store import ABSENT, TokenStore
 from fuselip_core.evaluation.embed import SideEncoder, embed
 from fuselip_core.evaluation.metrics import Array, Relevance, chance, deranged, ranks, recall, top
 from fuselip_core.evaluation.result import Candidate, EvaluationResult, RetrievalExample

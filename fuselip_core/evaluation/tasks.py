@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from fuselip_core.config import EvaluateSettings
-from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.token_store import TokenStore
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.tokens.store import TokenStore
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.answers import measure_answers, question_rows, quick_answers
 from fuselip_core.evaluation.candidates import has_candidates

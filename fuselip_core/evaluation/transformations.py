@@ -16,7 +16,7 @@ from PIL import Image
 
 from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.images import decode
-from fuselip_core.data.prepared import PreparedData
+from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.transforms import FAMILIES, Pixels, edits
 from fuselip_core.evaluation.candidates import MAX_MEGAPIXELS, SideEmbedder
 from fuselip_core.evaluation.metrics import Array, rank_answers

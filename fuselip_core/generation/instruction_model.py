@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fuselip_core.data.generated_questions import CaptionRow
 from fuselip_core.errors import FuselipError
+from fuselip_core.generation.generated_questions import CaptionRow
 
 PROMPT = "question_prompt.json"
 MOST_CAPTION_LETTERS = 4000  # a caption is a sentence or ten; what is longer would crowd out the instruction

@@ -15,20 +15,14 @@ import numpy as np
 import torch
 
 from fuselip_core.config import ModelSettings, TrainSettings
-from fuselip_core.data.image_index import ImageIndex
-from fuselip_core.data.joined_store import JoinedStore
-from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.token_store import TokenStore, read_manifest
-from fuselip_core.errors import FuselipError
-from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
-from fuselip_core.model.hub import Model, load_pretrained
-from fuselip_core.model.late_fusion import FUSIONS, LateFusionConfig, LateFusionModel
-from fuselip_core.model.titok import TiTok
-from fuselip_core.training.adaptation import extend_context
-from fuselip_core.training.batch import PairEncoder, TokenEncoder, TokenPairs
-from fuselip_core.training.decoding import DecodedPictures
-from fuselip_core.training.distributed import World
-from fuselip_core.training.pictures import (
+from fuselip_core.data.shards.by_row import ImageIndex
+from fuselip_core.data.shards.in_order import as_pixels, decoded_batches, evaluation_view
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.tokens.joined import JoinedStore
+from fuselip_core.data.tokens.store import TokenStore, read_manifest
+from fuselip_core.distributed import World
+from fuselip_core.encoding.from_codes import PairEncoder, TokenEncoder, TokenPairs
+from fuselip_core.encoding.from_pixels import (
     PictureEncoder,
     PicturePairs,
     Pictures,
@@ -38,7 +32,13 @@ from fuselip_core.training.pictures import (
     cache_pictures,
     require_tokenized,
 )
-from fuselip_core.training.pixels import as_pixels, decoded_batches, evaluation_view
+from fuselip_core.errors import FuselipError
+from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
+from fuselip_core.model.hub import Model, load_pretrained
+from fuselip_core.model.late_fusion import FUSIONS, LateFusionConfig, LateFusionModel
+from fuselip_core.model.titok import TiTok
+from fuselip_core.training.adaptation import extend_context
+from fuselip_core.training.decoding import DecodedPictures
 from fuselip_core.training.plan import Store
 
 PIXELS = Path("work") / "pixels"

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fuselip_core.training.pictures import BLACK, DrawView, normalised
-from fuselip_core.training.pixels import decoders
+from fuselip_core.data.shards.in_order import decoders
+from fuselip_core.encoding.from_pixels import BLACK, DrawView, normalised
 
 
 class PictureFiles(Protocol):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuselip_core.training.batch import PairEncoder
-from fuselip_core.training.distributed import World
+from fuselip_core.distributed import World
+from fuselip_core.encoding.from_codes import PairEncoder
 
 Contrast = Callable[[Tensor, Tensor], Tensor]  # queries and targets (B, W) → the contrastive loss
 

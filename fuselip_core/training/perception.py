@@ -14,7 +14,7 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.model.hub import load_pretrained
 from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD
-from fuselip_core.training.codebook import Perception
+from fuselip_core.tokenizer.codebook import Perception
 
 
 def open_perception(settings: CodebookSettings, device: torch.device) -> Perception | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from fuselip_core.config import TrainSettings
-from fuselip_core.data.joined_store import JoinedStore
-from fuselip_core.data.prepared import PreparedData
-from fuselip_core.data.token_store import TokenStore
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.tokens.joined import JoinedStore
+from fuselip_core.data.tokens.store import TokenStore
 from fuselip_core.errors import FuselipError
 from fuselip_core.training.optimizer import Schedule
 

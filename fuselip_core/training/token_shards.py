@@ -7,7 +7,7 @@ and only adds pairs and texts: what it writes is the same however many took part
 from __future__ import annotations
 
 from fuselip_core.config import Settings
-from fuselip_core.training.tokenize import Tokenizing, open_tokenizing
+from fuselip_core.tokenizer.tokenize import Tokenizing, open_tokenizing
 
 Shard = tuple[str, int, int]  # split, first row, row after the last
 

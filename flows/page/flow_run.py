@@ -1,0 +1,38 @@
+"""What a flow run is called on its page: recipe, size and version of the data."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+
+from flows.page.summary import read_json
+from flows.run.folder import Run
+
+
+def run_name(run: Run, with_data: bool) -> str:
+    """``rocov2-tiny-small-1a2b3c4d``; without the data's version while it may still change."""
+    recipe, size = run.settings.recipe, run.settings.model.size
+    name = recipe if recipe.endswith(f"-{size}") else f"{recipe}-{size}"
+    version = read_json(run.artifacts / "prepared" / "manifest.json").get("data_version") if with_data else None
+    return f"{name}-{str(version)[:8]}" if version else name
+
+
+def name_flow_run(run: Run, with_data: bool) -> None:
+    """Gives the current flow run the name of its run."""
+    rename_flow_run(run_name(run, with_data))
+
+
+def rename_flow_run(name: str) -> None:
+    """Gives the current flow run this name, if there is one."""
+    if run_id := flow_run.get_id():
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_name(UUID(run_id), name)
+
+
+def flow_url() -> str | None:
+    """Address of the current flow run's page; None without a server that outlives it."""
+    base, run_id = PREFECT_UI_URL.value(), flow_run.get_id()
+    return f"{base}/runs/flow-run/{run_id}" if base and run_id and PREFECT_API_URL.value() else None

@@ -1,0 +1,148 @@
+"""Makes a registered model once more from what is kept with it: ``fuselip reproduce models:/NAME@champion``.
+
+The commit is checked out into a git worktree beside this repository, the run's settings and lock are laid into it, the
+data comes from DVC, every stage up to evaluate runs anew, and results and metrics are compared with the recorded ones.
+The registry and this checkout stay as they are. Exit codes: 0 the same, 1 not the same or not possible.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from flows.page.summary import read_json
+from flows.reproduce.restore import Recorded, read_recorded, restore
+from flows.run.child import stream
+from flows.run.runner import LastLines, stage_environment
+from fuselip_core.config import load_settings
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import write_json
+from fuselip_core.registry.state import results_of
+from fuselip_core.tracking.run import repository_root
+
+# What no two runs have in common.
+TIMES = ("train/seconds", "train/pairs_per_second")
+MOST_ROWS = 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric that came out otherwise; None where one side has none."""
+
+    metric: str
+    recorded: float | None
+    repeated: float | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reproduces the model named on the command line; an error is one line on stderr."""
+    options = _parser().parse_args(arguments)
+    # Ending this process ends the stage it waits for: an exception does, the signal's default would not.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            recorded = read_recorded(options.model, Path(folder))
+            repository = repository_root()
+            name = f"{repository.name}-{recorded.name}-v{recorded.version}"
+            target = (options.into or repository.parent / name).resolve()
+            run_folder = restore(recorded, repository, target, options.root)
+            _warn_of_other_libraries(recorded, repository, target)
+            _repeat(run_folder, target)
+            return _report(recorded, run_folder, target, options.tolerance)
+    except (FuselipError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 1
+
+
+def differences(recorded: Mapping[str, float], repeated: Mapping[str, float], tolerance: float) -> list[Difference]:
+    """Metrics that differ by more than `tolerance`, or that only one side has; times are left out."""
+    found = []
+    for name in sorted(set(recorded) | set(repeated)):
+        before, after = recorded.get(name), repeated.get(name)
+        if name not in TIMES and not _close(before, after, tolerance):
+            found.append(Difference(name, before, after))
+    return found
+
+
+def _close(before: float | None, after: float | None, tolerance: float) -> bool:
+    if before is None or after is None:
+        return False
+    return abs(before - after) <= tolerance or (math.isnan(before) and math.isnan(after))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fuselip reproduce", description=__doc__)
+    parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")
+    parser.add_argument("--into", type=Path, help="folder to make; beside this repository if not given")
+    parser.add_argument("--root", type=Path, help="folder of the raw data set; the recorded one if not given")
+    parser.add_argument("--tolerance", type=float, default=0.0, help="difference of a metric that is none; 0 if empty")
+    return parser
+
+
+def _repeat(run_folder: Path, target: Path) -> None:
+    """Every stage up to evaluate, whatever DVC has in its caches."""
+    address = f"{(run_folder / 'dvc.yaml').relative_to(target)}:evaluate"
+    command = [sys.executable, "-m", "dvc", "repro", "--force", address]
+    environment = {**stage_environment(target), "FUSELIP_TRACKERS": ""}
+    # A terminal gets the child's output as it is.
+    lines = LastLines(lambda line: None if sys.stderr.isatty() else _write(line))
+    if code := stream(command, target, environment, lines):
+        raise FuselipError(f"repeating failed in {target}: {lines.message(code)}")
+
+
+def _write(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _report(recorded: Recorded, run_folder: Path, target: Path, tolerance: float) -> int:
+    """Prints and keeps what is the same and what is not."""
+    artifacts = target / load_settings(run_folder / "params.yaml").artifacts
+    results, metrics = results_of(artifacts), read_json(artifacts / "metrics.json")
+    other = [name for name, value in recorded.state["results"].items() if results.get(name) != value]
+    found = differences(recorded.metrics, metrics, tolerance)
+    record = {"model": recorded.title, "results": results, "other_results": other, "metrics": metrics}
+    write_json(artifacts / "reproduction.json", {**record, "differences": [vars(each) for each in found]})
+    console = Console()
+    for name in recorded.state["results"]:
+        console.print(f"{name}: {'other bytes' if name in other else 'the same bytes'}", highlight=False)
+    if not found:
+        console.print(
+            f"{recorded.title}: all {len(metrics)} metrics but for times are the same; {target}", soft_wrap=True
+        )
+        return 0
+    console.print(_table(found))
+    first = f"; the first result that differs: {other[0]}" if other else ""
+    raise FuselipError(
+        f"{len(found)} of {len(metrics)} metrics of {recorded.title} differ by more than {tolerance:g}{first}; "
+        f"see {artifacts / 'reproduction.json'}, and --tolerance for another machine"
+    )
+
+
+def _table(found: list[Difference]) -> Table:
+    table = Table("metric", "recorded", "repeated")
+    for each in found[:MOST_ROWS]:
+        values = ("none" if value is None else f"{value:.6g}" for value in (each.recorded, each.repeated))
+        table.add_row(each.metric, *values)
+    return table
+
+
+def _warn_of_other_libraries(recorded: Recorded, repository: Path, target: Path) -> None:
+    """The stages run with this environment's libraries: those of another lock may give other numbers."""
+    locks = [path / "requirements.lock" for path in (repository, target)]
+    if len({lock.read_bytes() for lock in locks if lock.is_file()}) > 1:
+        stated = ", ".join(f"{name} {version}" for name, version in recorded.state["libraries"].items())
+        sys.stderr.write(f"warning: requirements.lock was another one then ({stated}); results may differ\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Finds flow runs whose process is gone and puts them back in the queue: ``python -m flows.server.recover [--every 30]``.
+
+A worker that is killed, a machine that restarts, a process that the kernel ends for want of memory: Prefect's server
+still calls such a run running, or calls it crashed and leaves it there. Here the run, not a copy of it, is scheduled
+again with its parameters; DVC skips the stages that are done, and a stage goes on from its checkpoint.
+
+No run is done twice. A run is only touched if the process that signed it (flows/presence.py) is gone, which its own
+machine knows for certain; of two of these commands one waits for the other; and what the old process left behind
+holds the run's lock (flows/run/lock.py) until it has ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection
+from datetime import timedelta
+from pathlib import Path
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, FlowRunFilterState
+from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import AwaitingRetry, Cancelled, Crashed
+from prefect.types._datetime import now
+
+from flows.environment import DEFAULTS
+from flows.presence import LABEL
+from flows.run.child import OnLine
+from flows.run.lock import only_one
+from flows.run.processes import Process, is_starting_here, parent_of
+
+RECOVERIES = "fuselip.recoveries"
+# Beyond so many starts a run is left alone: it crashes by itself.
+MOST_STARTS = 5
+# A worker that takes a run starts its process within seconds; one that was killed in between never does.
+PENDING_SECONDS = 180.0
+# A worker that lives reports the end of a process itself, twice and with some delay: it goes first.
+SETTLE_SECONDS = 20.0
+FIRST_DELAY_SECONDS = 5.0
+STOP_SECONDS = 90.0
+STATES = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.CRASHED]
+
+
+def recover(on_line: OnLine, gone: Collection[str] = (), settle_seconds: float = SETTLE_SECONDS) -> list[FlowRun]:
+    """Schedules again what has lost its process, and returns it; `gone` names machines that will not come back."""
+    recovered = []
+    home = Path(os.environ.get("PREFECT_HOME", DEFAULTS["PREFECT_HOME"]))
+    with only_one(home, "recover"), get_client(sync_client=True) as client:
+        suspects = {run.id: run.state_id for run in _unfinished(client) if _loss(run, gone, lambda line: None)}
+        if suspects:
+            time.sleep(settle_seconds)
+        for run in _unfinished(client):
+            if run.state and run.state.is_cancelling():
+                _finish_cancelling(client, run, on_line)
+            elif (reason := _loss(run, gone, on_line)) and suspects.get(run.id) == run.state_id:
+                _schedule(client, run, reason)
+                on_line(f"{run.name}: {reason}; it goes on from its last checkpoint")
+                recovered.append(run)
+    return recovered
+
+
+def _unfinished(client: SyncPrefectClient) -> list[FlowRun]:
+    """Runs of deployments that are on their way, or ended without a word of their own."""
+    states = FlowRunFilterState(type=StateTypes(any_=STATES))
+    wanted = FlowRunFilter(state=states, deployment_id=FlowRunFilterDeploymentId(is_null_=False))
+    return client.read_flow_runs(flow_run_filter=wanted, limit=200)
+
+
+def _loss(run: FlowRun, gone: Collection[str], on_line: OnLine) -> str | None:
+    """Why `run` will not end by itself; None if it may, or if only another machine can tell."""
+    assert run.state is not None
+    if max(run.run_count, _recoveries(run)) >= MOST_STARTS:
+        return None
+    if run.state.is_pending():
+        age = (now("UTC") - run.state.timestamp).total_seconds()
+        lost = age > PENDING_SECONDS and not is_starting_here(run.id)
+        return "its worker took it and never started it" if lost else None
+    process = _process_of(run)
+    if process is None:
+        # Recovered before and crashed before any process of ours had begun; others are not known here.
+        return "it crashed before it began" if run.state.is_crashed() and _recoveries(run) else None
+    if not (process.is_here or process.host in gone):
+        on_line(f"{run.name} is of {process.host}; if that machine will not come back, add --gone {process.host}")
+        return None
+    if process.is_here and process.lives:
+        return None
+    return f"its process {process.pid} on {process.host} is gone"
+
+
+def _finish_cancelling(client: SyncPrefectClient, run: FlowRun, on_line: OnLine) -> None:
+    """Ends a run that is to be cancelled and whose worker has gone: no one else is left to do it."""
+    process = _process_of(run)
+    if process is None or not process.is_here or not process.lives or not _is_orphan(process):
+        # Its worker does it, or, where that is gone too, the server's own clock.
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while process.lives and time.monotonic() < deadline:
+        time.sleep(0.5)
+    client.set_flow_run_state(run.id, Cancelled(message="cancelled; its worker had gone before"), force=True)
+    on_line(f"{run.name}: cancelled")
+
+
+def _schedule(client: SyncPrefectClient, run: FlowRun, reason: str) -> None:
+    assert run.state is not None
+    if not run.state.is_crashed():
+        client.set_flow_run_state(run.id, Crashed(message=reason), force=True)
+    # The next process has not signed yet when it starts: it must not be taken for the old one.
+    client.update_flow_run_labels(run.id, {LABEL: "", RECOVERIES: str(_recoveries(run) + 1)})
+    delay = min(FIRST_DELAY_SECONDS * 2 ** _recoveries(run), 300.0)
+    when = now("UTC") + timedelta(seconds=delay)
+    client.set_flow_run_state(run.id, AwaitingRetry(scheduled_time=when, message=reason))
+
+
+def _process_of(run: FlowRun) -> Process | None:
+    return Process.read(str(run.labels.get(LABEL, "")))
+
+
+def _recoveries(run: FlowRun) -> int:
+    return int(str(run.labels.get(RECOVERIES) or 0))
+
+
+def _is_orphan(process: Process) -> bool:
+    """Whether the worker that started the process is gone, so that another has inherited it."""
+    try:
+        return b"worker" not in Path(f"/proc/{parent_of(process.pid)}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
+def main() -> int:
+    """Recovers once, or again and again with --every."""
+    parser = argparse.ArgumentParser(prog="python -m flows.server.recover", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="go on until ended, with this pause")
+    parser.add_argument("--gone", action="append", default=[], metavar="HOST", help="machine that will not come back")
+    options = parser.parse_args()
+    while True:
+        try:
+            recover(_say, options.gone)
+        except Exception as error:
+            # A server that is away or restarts must not end the watch.
+            if not options.every:
+                raise
+            _say(f"error: {' '.join(str(error).split())}")
+        if not options.every:
+            return 0
+        time.sleep(options.every)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""Prefect's server with its UI, a worker, and MLflow's page, on this machine only: ``make serve-flows``.
+
+Everything listens on 127.0.0.1 and reports to nobody. Ctrl-C ends all of it: stages that run save a checkpoint first,
+and the next ``make serve-flows`` goes on with their runs (flows/server/recover.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import httpx
+import yaml
+from rich.console import Console
+
+from flows.environment import MLFLOW_TRAININGS, REPOSITORY
+from flows.quiet_ui import silence
+from flows.run.lock import try_lock
+from flows.run.processes import children_of
+from fuselip_core.errors import FuselipError
+from fuselip_core.tracking.run import tracking_uri
+
+HOST = "127.0.0.1"
+POOL = "process"
+START_SECONDS = 900.0
+# Longer than a stage may take to save its state (flows/run/child.py).
+STOP_SECONDS = 90.0
+CHECK_EVERY_SECONDS = 5.0
+RUNS_AT_ONCE = 4
+RECOVER_EVERY = 30
+
+
+@dataclass
+class Part:
+    """One process of the whole, named in messages."""
+
+    name: str
+    command: tuple[str, ...]
+    process: subprocess.Popen[bytes]
+    # Another one takes its place if it ends: a worker holds nothing that its successor would miss.
+    replaceable: bool = False
+
+
+class Stack:
+    """Processes that live and end together, the last started first."""
+
+    def __init__(self, environment: Mapping[str, str], log_folder: Path) -> None:
+        self._environment = dict(environment)
+        self.log_folder = log_folder
+        self._parts: list[Part] = []
+        log_folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, name: str, *command: str, replaceable: bool = False) -> None:
+        """Starts ``python -m <command>``; what it says goes to ``<name>.log``."""
+        self._parts.append(Part(name, command, self._open(name, command), replaceable))
+
+    def _open(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        with (self.log_folder / f"{name}.log").open("ab") as log:
+            # A session of its own: Ctrl-C comes to this process alone, which ends the others in order.
+            return subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=REPOSITORY,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def run(self, name: str, *command: str) -> None:
+        """Runs ``python -m <command>`` to its end; raises FuselipError with its last line if it fails."""
+        done = subprocess.run(
+            [sys.executable, "-m", *command],
+            cwd=REPOSITORY,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        (self.log_folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+        if done.returncode:
+            raise FuselipError(f"{name} failed; see {self.log_folder / name}.log")
+
+    def wait_for(self, url: str) -> None:
+        """Waits until `url` answers; raises FuselipError if a process ends meanwhile, or after some minutes."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            self.check()
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url, timeout=5.0).is_success:
+                    return
+            time.sleep(0.5)
+        raise FuselipError(f"{url} does not answer; see the logs in {self.log_folder}")
+
+    def check(self) -> list[str]:
+        """Replaces what has ended and may be, and says what; raises FuselipError if something else has ended."""
+        replaced = []
+        for part in self._parts:
+            if part.process.poll() is None:
+                continue
+            if not part.replaceable:
+                raise FuselipError(f"the {part.name} has ended; see {self.log_folder / part.name}.log")
+            part.process = self._open(part.name, part.command)
+            replaced.append(part.name)
+        return replaced
+
+    def stop(self) -> None:
+        """Ends all, the last started first, and waits for each."""
+        while self._parts:
+            part = self._parts.pop()
+            for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 10.0)):
+                # A worker lets its flows run on: they get the signal too, save their state and are recovered later.
+                for pid in (part.process.pid, *children_of(part.process.pid)):
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    part.process.wait(patience)
+                    break
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serves until Ctrl-C or SIGTERM; an error is one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m flows.server.serve", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--port", type=int, default=4200, help="of Prefect's API and UI")
+    parser.add_argument("--mlflow-port", type=int, default=5000, help="of MLflow's page")
+    options = parser.parse_args(arguments)
+    console = Console(stderr=True)
+    # Both by name: a shell starts what stands in the background with SIGINT ignored, and Python leaves that so.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        once = served_once(Path(os.environ["PREFECT_HOME"]), options.port)
+        with once, _serving(options.port, options.mlflow_port, console) as stack:
+            while True:
+                for name in stack.check():
+                    console.print(f"the {name} had ended; another one is at work")
+                time.sleep(CHECK_EVERY_SECONDS)
+    except KeyboardInterrupt:
+        return 0
+    except FuselipError as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 1
+
+
+@contextlib.contextmanager
+def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
+    """Starts everything, says where it is, and ends it."""
+    for each in (port, mlflow_port):
+        require_free(each)
+    prefect, mlflow = f"http://{HOST}:{port}", f"http://{HOST}:{mlflow_port}"
+    environment = environment_of(prefect, mlflow)
+    stack = Stack(environment, Path(environment["PREFECT_HOME"]) / "logs")
+    try:
+        with console.status("starting Prefect's server; the first time takes half a minute"):
+            stack.start("server", "prefect", "server", "start", "--host", HOST, "--port", str(port))
+            page = ("--backend-store-uri", tracking_uri(), "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
+            stack.start("mlflow", "mlflow", "ui", *page)
+            stack.wait_for(f"{prefect}/api/health")
+            silence(Path(environment["PREFECT_UI_STATIC_DIRECTORY"]))
+        with console.status("deploying the flows of prefect.yaml"):
+            prepare_server(environment["PREFECT_API_URL"])
+            stack.run("deploy", "prefect", "--no-prompt", "deploy", *_deployments())
+            worker = ("--pool", POOL, "--type", "process", "--name", socket.gethostname())
+            stack.start("recover", "flows.server.recover", "--every", str(RECOVER_EVERY), replaceable=True)
+            stack.start("worker", "prefect", "worker", "start", *worker, replaceable=True)
+            stack.wait_for(f"{mlflow}/health")
+        _say_where(console, prefect, mlflow, stack.log_folder)
+        yield stack
+    finally:
+        with console.status("ending; stages that run save their state"):
+            # A second Ctrl-C must not leave half of it running.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            stack.stop()
+
+
+def _say_where(console: Console, prefect: str, mlflow: str, logs: Path) -> None:
+    places = (
+        ("Flows", f"{prefect}/v2/deployments"),
+        ("Runs", f"{prefect}/v2/runs"),
+        ("Models", f"{mlflow}/#/models?{MLFLOW_TRAININGS}"),
+        ("Logs", logs),
+    )
+    for what, where in places:
+        console.print(f"{what:<10} {where}", highlight=False, soft_wrap=True)
+    console.print("Ctrl-C ends all; runs that are under way save a checkpoint and go on next time.")
+
+
+def environment_of(prefect: str, mlflow: str) -> dict[str, str]:
+    """The environment of every process: where the servers are, and what flows/environment.py sets."""
+    return {
+        **os.environ,
+        "PREFECT_API_URL": f"{prefect}/api",
+        "PREFECT_UI_URL": f"{prefect}/v2",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        # By default leases are forgotten when the server ends, and the GPU of a run that ended with it stays taken.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # A copy of the pages that can be changed; see flows/quiet_ui.py.
+        "PREFECT_UI_STATIC_DIRECTORY": str(Path(os.environ["PREFECT_HOME"]) / "ui"),
+        "FUSELIP_MLFLOW_UI": mlflow,
+        # A page of curves and models needs none of the ten processes that judge language models.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # `{{ $PWD }}` in prefect.yaml.
+        "PWD": str(REPOSITORY),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+
+
+def prepare_server(api: str) -> None:
+    """Makes the worker's pool and the GPU limit, with as many slots as this machine has GPUs, at least one."""
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    from flows.run.gpu import limit_name
+
+    with SyncPrefectClient(api) as client:
+        with contextlib.suppress(ObjectAlreadyExists):
+            template = ProcessWorker.get_default_base_job_template()
+            # The pool's limit and not the worker's: with one of its own, a worker of Prefect 3.8 ends when a run that
+            # it has not quite finished with is scheduled again.
+            pool = WorkPoolCreate(name=POOL, type="process", base_job_template=template, concurrency_limit=RUNS_AT_ONCE)
+            client.create_work_pool(pool)
+        client.upsert_global_concurrency_limit_by_name(limit_name(), max(1, gpu_count()))
+
+
+def gpu_count() -> int:
+    """GPUs that NVIDIA's driver shows."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+@contextlib.contextmanager
+def served_once(home: Path, port: int) -> Iterator[None]:
+    """Holds the database in `home` for one server; raises FuselipError with the other's address if there is one."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "served.lock").open("a+", encoding="utf-8") as file:
+        if not try_lock(file.fileno()):
+            file.seek(0)
+            raise FuselipError(
+                f"this checkout is being served already, on {file.read()}; open that page, or end it with Ctrl-C where "
+                "`make serve-flows` was typed"
+            )
+        file.truncate(0)
+        file.write(f"http://{HOST}:{port}")
+        file.flush()
+        yield
+
+
+def require_free(port: int) -> None:
+    """Raises FuselipError if something listens on `port` of this machine already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise FuselipError(
+                f"port {port} is taken by another program; end that, or choose other ports: "
+                ".venv/bin/python -m flows.server.serve --port 4201 --mlflow-port 5001"
+            ) from error
+
+
+def _deployments() -> list[str]:
+    """Options of ``prefect deploy`` for what this machine's worker can run."""
+    content = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text(encoding="utf-8"))
+    names = [each["name"] for each in content["deployments"] if each["work_pool"]["name"] == POOL]
+    return [word for name in names for word in ("--name", name)]
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The verbs of `fuselip data`: fetch a data set, bring it into the one schema, look at it, compare two versions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fuselip_core import config
+
+app = typer.Typer(help="Data sets: download, prepare, inspect, diff.", no_args_is_help=True)
+NAMES_SHOWN = 10
+
+Folder = Annotated[Path, typer.Argument(help="Prepared data: a folder with manifest.json.")]
+
+
+def _show(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False, default=str))
+
+
+@app.command()
+def download(
+    source: Annotated[str, typer.Argument(help="Name of a data set, hub:OWNER/NAME, zenodo:RECORD, or an address.")],
+    out: Annotated[Path | None, typer.Option(help="Folder; ./<name of the source> if empty.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a Hub data set.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Glob of files to fetch; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may be repeated.")] = None,
+    connections: Annotated[int, typer.Option(min=1, max=32, help="Files fetched at once.")] = 4,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksums of files that are there.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Ask the host for a newer version.")] = False,
+) -> None:
+    """Fetch a data set whole; goes on where an earlier call stopped."""
+    from fuselip_core.data.download.download import DownloadSettings
+    from fuselip_core.data.download.download import download as fetch
+    from fuselip_core.data.download.hosts import folder_name_of
+
+    settings = DownloadSettings(
+        revision=revision,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        connections=connections,
+        verify="full" if verify else "quick",
+        refresh=refresh,
+    )
+    target = out or Path(folder_name_of(source))
+    manifest = fetch(source, target, settings)
+    _show({"folder": target, "files": len(manifest.files), "bytes": manifest.size, "licence": manifest.licence})
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Option(help="Kind of data set; `fuselip data sources` lists them.")],
+    root: Annotated[Path, typer.Option(help="Folder of the raw data set.")],
+    out: Annotated[Path, typer.Option(help="Folder of the prepared data.")] = Path("artifacts/prepared"),
+    text: Annotated[Path | None, typer.Option(help="Table of texts, for DICOM folders.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the section `prepare`; may be repeated."),
+    ] = None,
+) -> None:
+    """Raw data set to checked Parquet shards and a manifest."""
+    from fuselip_core.data.prepare.prepare import prepare_data
+
+    # Everywhere else a field has its section in front, so that is taken here as well.
+    fields = config.parse_overrides([f"prepare.{override.removeprefix('prepare.')}" for override in overrides or ()])
+    given: dict[str, Any] = {"source": source, "root": root}
+    if text is not None:
+        given["dicom"] = {"text": text}
+    settings = config.check_settings(config.merge(fields, {"prepare": given}), origin="fuselip data prepare")
+    manifest = prepare_data(settings.prepare, out)
+    _show({"folder": out, **{key: manifest[key] for key in ("counts", "quarantine", "duplicates", "notes")}})
+
+
+@app.command()
+def sources() -> None:
+    """Kinds of data sets that can be prepared, and names that can be downloaded."""
+    from fuselip_core.data.download.hosts import origins
+    from fuselip_core.data.sources.catalogue import source_names
+
+    _show({"prepare": source_names(), "download": {name: origin.note for name, origin in origins().items()}})
+
+
+@app.command()
+def inspect(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; <folder>-inspection if empty.")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=200, help="Pairs of each kind and split that are shown.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Which pairs are shown.")] = 0,
+) -> None:
+    """Counts, lengths, modalities and a contact sheet: index.html and contact-sheet.png."""
+    from fuselip_core.data.inspect.page import inspect_data
+
+    _show(inspect_data(folder, out or folder.with_name(f"{folder.name}-inspection"), samples, seed))
+
+
+@app.command()
+def diff(
+    old: Folder,
+    new: Folder,
+    every: Annotated[bool, typer.Option("--all", help=f"Name every row, not only the first {NAMES_SHOWN}.")] = False,
+) -> None:
+    """Rows that were added, removed or changed; exits with 1 if there are any."""
+    from fuselip_core.data.inspect.diff import differences
+
+    found = differences(old, new)
+    for part in found:
+        for what in ("added", "removed", "changed"):
+            names = getattr(part, what)
+            shown = names if every else names[:NAMES_SHOWN]
+            for name in shown:
+                typer.echo(f"{what} {part.table} {part.split} {name}")
+            if len(names) > len(shown):
+                typer.echo(f"{what} {part.table} {part.split} … and {len(names) - len(shown):,} more (--all)")
+    if found:
+        raise typer.Exit(1)
+    typer.echo("no row differs")

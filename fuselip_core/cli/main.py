@@ -1,0 +1,163 @@
+"""The command line: a verb for each stage and a few beside them. No logic here: each verb calls one function."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fuselip_core import config
+from fuselip_core.cli import data as data_cli
+from fuselip_core.cli import vqa as vqa_cli
+from fuselip_core.errors import FuselipError, sentence_of
+from fuselip_core.tracking import telemetry
+
+STAGE_HELP = {
+    "prepare": "Raw data set to Parquet shards and a manifest.",
+    "codebook": "Train, fine-tune or take over the image tokenizer.",
+    "tokenize": "Images to codes and texts to ids, once.",
+    "train": "Train the joint encoder; goes on from its last checkpoint.",
+    "evaluate": "Measure the encoder beside chance and controls.",
+    "register": "Put the encoder into MLflow's model registry.",
+}
+
+app = typer.Typer(
+    help="FuseLIP adapted to radiology: one encoder for images, texts, and images with text.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipes = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+app.add_typer(recipes, name="recipes")
+app.add_typer(data_cli.app, name="data")
+app.add_typer(vqa_cli.app, name="vqa")
+
+SettingsOption = Annotated[
+    Path | None,
+    typer.Option("--settings", help="Settings file; params.yaml of this folder unless --recipe is given."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override of one field; may be repeated."),
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe to start from; see `fuselip recipes list`.")]
+SizeOption = Annotated[
+    str | None, typer.Option("--size", help="tiny, small, base or large; the recipe's if empty.", metavar="SIZE")
+]
+ArtifactsOption = Annotated[Path | None, typer.Option("--artifacts", help="Folder of every stage's output.")]
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; stands anywhere.")] = False,
+) -> None:
+    """FuseLIP adapted to radiology: one encoder for images, texts, and images with text."""
+
+
+def _add_stage(name: str, help_text: str) -> None:
+    @app.command(name, help=help_text)
+    def run(
+        settings: SettingsOption = None,
+        overrides: SetOption = None,
+        recipe: RecipeOption = None,
+        size: SizeOption = None,
+        artifacts: ArtifactsOption = None,
+    ) -> None:
+        if settings is None and recipe is None and Path("params.yaml").is_file():
+            settings = Path("params.yaml")
+        values = config.load_settings(settings, overrides or (), recipe, artifacts, size)
+        stages = importlib.import_module("fuselip_core.stages")
+        summary = getattr(stages, name)(values)
+        if os.environ.get("FUSELIP_SUMMARY") != "off":
+            typer.echo(json.dumps(summary, indent=2 if sys.stdout.isatty() else None, default=str))
+
+
+for _name, _help in STAGE_HELP.items():
+    _add_stage(_name, _help)
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option(help="Folder to make; must not exist.")] = Path("data"),
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that draw.")] = 2,
+) -> None:
+    """Draw the embedded sample: phantoms in ROCOv2's published layout."""
+    from fuselip_core.data.phantom.data_set import draw_data_set
+    from fuselip_core.files import atomic_folder
+
+    if out.exists():
+        raise FuselipError(f"{out} exists already; remove it, or name another folder with --out")
+    with atomic_folder(out) as folder:
+        draw_data_set(folder, seed, workers=workers)
+
+
+@app.command()
+def sync(artifacts: ArtifactsOption = None) -> None:
+    """Send what MLflow and wandb missed while they were away."""
+    from fuselip_core.tracking.run import sync as send
+
+    if unsent := send(artifacts or Path("artifacts")):
+        raise FuselipError(f"{unsent} runs are still not sent; check MLFLOW_TRACKING_URI and try again")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help="Make a registered model once more from its recorded state, and compare: reproduce models:/NAME@champion.",
+)
+def reproduce(context: typer.Context) -> None:
+    """Hands over to the flows, which know DVC; a process of its own, since the core knows nothing of them."""
+    os.execv(sys.executable, [sys.executable, "-m", "flows.reproduce.compare", *context.args])  # noqa: S606
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """Names of the recipes and what they are for."""
+    names = config.recipe_names()
+    for name in names:
+        typer.echo(f"{name:{max(map(len, names))}}  {config.recipe_title(name)}")
+
+
+@recipes.command("show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="Recipe to print.")],
+    size: SizeOption = None,
+) -> None:
+    """Every field of a recipe with its value and meaning."""
+    typer.echo(config.describe_settings(config.load_settings(recipe=name, size=size)))
+
+
+@recipes.command("diff")
+def diff_recipes(
+    left: Annotated[str, typer.Argument(help="Recipe to compare.")],
+    right: Annotated[str, typer.Argument(help="Recipe to compare it with; the same one at another --to-size will do.")],
+    size: SizeOption = None,
+    to_size: Annotated[str | None, typer.Option("--to-size", help="Size of the second; --size if empty.")] = None,
+) -> None:
+    """Fields in which two recipes differ: name, value in the first, value in the second."""
+    first = config.load_settings(recipe=left, size=size)
+    second = config.load_settings(recipe=right, size=to_size or size)
+    for name, values in config.differences(first, second).items():
+        typer.echo(f"{name}: {' → '.join(values)}")
+
+
+def main() -> None:
+    """Entry point: an error a user can mend is one sentence on stderr and its exit code (1, 2 for settings)."""
+    telemetry.turn_off()
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fuselip").setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        app(args=arguments, prog_name="fuselip")
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"error: {sentence_of(error)}", err=True)
+        sys.exit(error.exit_code if isinstance(error, FuselipError) else 1)

@@ -1,0 +1,299 @@
+"""What the images run: short words on the command line to settings, stages and folders that outlive the container.
+
+    bacor_fuselip_download [SOURCE]
+    bacor_fuselip_train [small|base|large|tiny] [--recipe NAME] [section.field=value ...]
+    bacor_fuselip_train tokenize|evaluate|embed ...
+
+No step of its own: `fuselip_core/stages.py` does the work, this module finds the data, skips what is done, and says in
+one sentence what is wrong. Exit codes: 0 done, 1 failed, 2 wrong arguments, 75 stopped with its state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn, get_args
+
+from fuselip_core import config
+from fuselip_core.cli import main as cli
+from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
+from fuselip_core.container.mounts import require_data, require_writable, sole_user
+from fuselip_core.container.skip_done import STAGES, own_shards, run_stages
+from fuselip_core.errors import FuselipError, Interrupted, sentence_of
+from fuselip_core.files import atomic_folder
+
+SIZES = get_args(config.Size)
+DATA_VOLUME = "-v $(pwd)/ROCOv2_data:/workspace/ROCOv2_data"
+MODELS_VOLUME = "-v $(pwd)/trained_models:/workspace/models"
+LOGS_VOLUME = "-v $(pwd)/logs:/workspace/logs"
+
+logger = logging.getLogger("fuselip")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one sentence what is wrong, as everything else here does, instead of printing the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise config.SettingsError(f"{message}; `{self.prog} --help` lists what there is")
+
+
+class Stopped(SystemExit):
+    """SIGTERM or Ctrl-C arrived in a stage that keeps no checkpoint of its own; no `except Exception` swallows it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs an image's command; the first argument, which the image's entry point gives, says which image this is."""
+    image, *words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("fuselip").setLevel(logging.DEBUG if debug else logging.INFO)
+    _heed_signals()
+    try:
+        _command(image, words)
+    except Stopped:
+        sys.stderr.write("error: stopped; the same command goes on from what is done\n")
+        return Interrupted.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {sentence_of(error)}\n")
+        return error.exit_code if isinstance(error, FuselipError) else 1
+    return 0
+
+
+def _command(image: str, words: list[str]) -> None:
+    if image == "fuselip":
+        sys.argv = ["fuselip", *words]
+        cli.main()
+        return
+    if image == "download":
+        download(words)
+        return
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "train": train,
+        "tokenize": tokenize,
+        "evaluate": evaluate,
+        "embed": embed,
+    }
+    if words and words[0] in verbs:
+        verbs[words[0]](words[1:])
+    else:
+        train(words)
+
+
+def _heed_signals() -> None:
+    """SIGTERM ends this process, which as a container's first one would otherwise never see it; Ctrl-C is the same."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(Interrupted.exit_code)
+
+    signal.signal(signal.SIGTERM, stop)
+    # Whoever heeds SIGTERM just then, as the training loop does between two steps, gets it.
+    signal.signal(signal.SIGINT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+
+
+# ---- the download image ------------------------------------------------------------------------------------------
+
+
+def download(words: list[str]) -> None:
+    """Brings a data set into the mounted folder; a second call goes on, or verifies what is there."""
+    from fuselip_core.data.download.download import DownloadSettings
+    from fuselip_core.data.download.download import download as fetch
+
+    parser = Parser(prog="bacor_fuselip_download", description="Fetch a data set, whole and verified.")
+    parser.add_argument("source", nargs="?", default="rocov2", help="rocov2, rocov2-zenodo, ..., hub:OWNER/NAME")
+    parser.add_argument("--out", type=Path, help="folder; /app/fuselip/ROCOv2_data, where yours is mounted, if empty")
+    parser.add_argument("--include", action="append", default=[], metavar="GLOB", help="only these files; repeatable")
+    parser.add_argument("--revision", help="commit, branch or tag of a Hub data set")
+    parser.add_argument(
+        "--verify", choices=("quick", "full"), default="quick", help="present files: sizes or checksums"
+    )
+    options = parser.parse_args(words)
+    target = options.out or Path(os.environ.get("FUSELIP_DATA", "/app/fuselip/ROCOv2_data"))
+    require_writable(target, f"-v $(pwd)/ROCOv2_data:{target}", _in_container())
+    settings = DownloadSettings(include=tuple(options.include), revision=options.revision, verify=options.verify)
+    manifest = fetch(options.source, target, settings)
+    _say(f"{len(manifest.files)} files, {manifest.size / 1e9:.2f} GB, whole and verified in {target}")
+
+
+# ---- the training image ------------------------------------------------------------------------------------------
+
+
+def train(words: list[str]) -> None:
+    """Adapts the encoder to the mounted data set: all stages, from what an earlier run has finished."""
+    _run(words, "train", STAGES)
+
+
+def tokenize(words: list[str]) -> None:
+    """Prepares the mounted data set and makes its tokens; a later `train` with the same settings goes on from them."""
+    _run(words, "tokenize", STAGES[:3])
+
+
+def evaluate(words: list[str]) -> None:
+    """Measures what an earlier `train` with the same size and recipe has made."""
+    _run(words, "evaluate", ("evaluate",))
+
+
+def embed(words: list[str]) -> None:
+    """Embeddings of a folder of images, or of a table with the columns image and text, as a Parquet file."""
+    parser = Parser(prog="bacor_fuselip_train embed", description=embed.__doc__)
+    parser.add_argument("model", help="name of a folder in /workspace/models, a folder, or a hub id")
+    parser.add_argument("input", type=Path, help="folder of images, or .csv, .jsonl or .parquet with image and text")
+    parser.add_argument("--out", type=Path, help="Parquet file; embeddings.parquet in /workspace/logs if empty")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows a forward pass")
+    options = parser.parse_args(words)
+    out = options.out or _workspace() / "logs" / "embeddings.parquet"
+    require_writable(out.parent, LOGS_VOLUME, _in_container())
+    from fuselip_core.container.embed import embed_table
+
+    _say_device()
+    folder = _workspace() / "models" / options.model
+    rows = embed_table(str(folder if folder.is_dir() else options.model), options.input, out, options.batch_size)
+    _say(f"{rows} embeddings in {out}")
+
+
+def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
+    settings, name, asked = read_words(words, verb)
+    workspace, work = _workspace(), settings.artifacts
+    models, logs = workspace / "models", workspace / "logs"
+    for folder, volume in ((models, MODELS_VOLUME), (logs, LOGS_VOLUME)):
+        require_writable(folder, volume, _in_container())
+    if "prepare" in stages:
+        require_data(settings.prepare.root, DATA_VOLUME)
+    elif not (work / "model").is_dir():
+        raise FuselipError(f"there is no trained model in {work}; run `train` with the same size and recipe first")
+    # An empty one, as of a variable that the caller has not set, is none.
+    os.environ["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{logs}/mlflow/mlflow.db"
+    (logs / name).mkdir(parents=True, exist_ok=True)
+    _keep_log(logs / name / f"{verb}.log")
+    with sole_user(work):
+        _say_device()
+        if "prepare" in stages and own_shards(settings.prepare.root) is None:
+            settings = without_nameless_concepts(settings, asked)
+        done = run_stages(settings, stages, lambda prepared: without_missing_kinds(prepared, asked))
+        _publish(work, models / name, logs / name)
+    _say(_summary(settings, done, models / name, logs / name))
+
+
+class Asked(NamedTuple):
+    """What the words of a command line mean: settings, the name of the run's folders, and what was given by name."""
+
+    settings: config.Settings
+    name: str
+    # Such as train.steps.
+    fields: frozenset[str]
+
+
+def read_words(words: list[str], verb: str) -> Asked:
+    """What the words behind `verb` ask for; raises SettingsError with a hint for a wrong one."""
+    options = _parser(verb).parse_intermixed_args(words)
+    sizes = [word for word in options.words if "=" not in word]
+    for word in sizes:
+        if word not in SIZES:
+            near = difflib.get_close_matches(word, [*SIZES, "tokenize", "evaluate", "embed"], n=1)
+            hint = f"did you mean {near[0]}?" if near else "write overrides as section.field=value"
+            raise config.SettingsError(f"'{word}' is no size ({', '.join(SIZES)}) and no override; {hint}")
+    if len(sizes) > 1:
+        raise config.SettingsError(f"one size is enough, not {' and '.join(sizes)}")
+    overrides = [word for word in options.words if "=" in word] + options.set
+    fields = frozenset(override.partition("=")[0] for override in overrides)
+    if "artifacts" in fields:
+        raise config.SettingsError("artifacts lie where models are mounted; leave it out, or give the run a --name")
+    recipe = options.recipe or recipe_of_size(sizes[0] if sizes else None)
+    root = f"prepare.root={_workspace() / 'ROCOv2_data'}"
+    settings = config.load_settings(recipe=recipe, overrides=[root, *overrides], size=sizes[0] if sizes else None)
+    name = options.name or f"{settings.register_.name}-{settings.model.size}"
+    config.check_run_name(name)
+    work = Path(os.environ.get("FUSELIP_WORK", _workspace() / "models" / ".work")) / name
+    return Asked(settings.model_copy(update={"artifacts": work}), name, fields)
+
+
+def recipe_of_size(size: str | None) -> str:
+    """The recipe that adapts to ROCOv2 at `size`, small if None; the tiny one starts from nothing and needs no GPU."""
+    return "rocov2-tiny" if size == "tiny" else "fuselip-rocov2"
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    what = {"train": train, "tokenize": tokenize, "evaluate": evaluate}[verb].__doc__
+    parser = Parser(
+        prog="bacor_fuselip_train" + ("" if verb == "train" else f" {verb}"),
+        description=what,
+        epilog="Other verbs: tokenize, evaluate, embed. Folders: data in /workspace/ROCOv2_data (Parquet, zip, "
+        "or JPEG with text), models in /workspace/models, logs and MLflow's store in /workspace/logs unless "
+        "MLFLOW_TRACKING_URI is set. docker stop saves a checkpoint (exit code 75); the same command goes on from it. "
+        "No process shares memory with another, so --shm-size does not matter.",
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="WORD", help="size (small, base, large, tiny) or section.field=value"
+    )
+    parser.add_argument("--recipe", choices=config.recipe_names(), help="recipe to start from; the size's if empty")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override of a field")
+    parser.add_argument("--name", help="name of the model's folder; registered name and size if empty")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _publish(work: Path, model: Path, logs: Path) -> None:
+    """Copies what a reader wants to the mounted folders: the model, and report, measures and curves."""
+    for source, target in ((work / "model", model), (work / "report", logs / "report")):
+        if source.is_dir():
+            with atomic_folder(target) as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+    for name in ("metrics.json", "history.jsonl", "registered.json"):
+        if (work / name).is_file():
+            shutil.copyfile(work / name, logs / name)
+
+
+def _summary(settings: config.Settings, done: dict[str, Any], model: Path, logs: Path) -> str:
+    lines = []
+    if (settings.artifacts / "model").is_dir():
+        lines.append(f"model: {model}")
+    if "evaluate" in done:
+        lines.append(f"report: {logs / 'report' / 'index.html'}")
+    if registered := done.get("register"):
+        lines.append(
+            f"registered: {registered['name']} version {registered['version']} on {registered['tracking_uri']}"
+        )
+    if "train" not in done and "tokenize" in done:
+        lines.append(f"tokens: {settings.artifacts / 'tokens'}")
+    return "\n".join(lines)
+
+
+def _say_device() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        _say(f"training on {torch.cuda.get_device_name()}")
+    else:
+        _say("no GPU in this container (with one in the machine, add --gpus all): the CPU does the work")
+
+
+def _keep_log(path: Path) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+
+
+def _say(line: str) -> None:
+    logger.info("%s", line)
+
+
+def _workspace() -> Path:
+    return Path(os.environ.get("FUSELIP_WORKSPACE", "/workspace"))
+
+
+def _in_container() -> bool:
+    return "FUSELIP_IMAGE" in os.environ
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Which DICOM files belong to one patient, and on which side of the split they all go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuselip_core.data.dicom.deidentify import Pseudonyms
+
+
+@dataclass(frozen=True)
+class DicomHeader:
+    """What is kept of one file until all are read; `path` and the keys stay inside this process."""
+
+    path: Path
+    keys: Mapping[str, str]
+    patient: str
+    frames: tuple[int, ...]
+    modality: str | None
+    caption: str
+    known: tuple[str, ...]
+
+
+def patient_key(header: DicomHeader) -> str:
+    """What ties a file to others: its patient, else its study, else nothing but itself."""
+    if header.patient:
+        return f"patient {header.patient}"
+    study = header.keys["StudyInstanceUID"]
+    return f"study {study}" if study else f"file {header.keys['SOPInstanceUID'] or header.path.name}"
+
+
+def group_cases(headers: Sequence[DicomHeader], pseudonyms: Pseudonyms) -> dict[str, str]:
+    """Key of every file → pseudonym of its case; studies join the patients that they name, in some file or other."""
+    parent: dict[str, str] = {}
+
+    def root_of(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for header in headers:
+        own = root_of(patient_key(header))
+        if header.keys["StudyInstanceUID"]:
+            study = root_of(f"study {header.keys['StudyInstanceUID']}")
+            # The smaller name leads, so that a case is called the same in whatever order its files come.
+            parent[max(own, study)] = min(own, study)
+    return {key: pseudonyms.of("case", root_of(key)) for key in list(parent)}
+
+
+def split_cases(cases: set[str], pseudonyms: Pseudonyms, test_share: float, valid_share: float) -> dict[str, str]:
+    """Case → split, by a hash: a patient stays on one side when more patients come.
+
+    With few cases a split may come out empty by chance; then it gets one case, if train keeps one.
+    """
+    order = sorted(cases, key=pseudonyms.share)
+    bounds = {"test": test_share, "valid": test_share + valid_share}
+    splits = {
+        case: next((name for name, bound in bounds.items() if pseudonyms.share(case) < bound), "train")
+        for case in order
+    }
+    for name, share in (("test", test_share), ("valid", valid_share)):
+        free = [case for case in order if splits[case] == "train"]
+        if share and name not in splits.values() and len(free) > 1:
+            splits[free[0]] = name
+    if splits and "train" not in splits.values():
+        splits[order[-1]] = "train"
+    return splits

@@ -1,0 +1,109 @@
+"""A codec that may crash, in a process of its own: damaged data then costs one picture, not the whole run.
+
+GDCM is the only free codec for lossless JPEG within DICOM, and it ends the process on some damaged streams. The helper
+is started when it is first needed, serves one request at a time, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import threading
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Longer than the largest frame takes; a decoder that runs in circles is ended.
+LONGEST_SECONDS = 120.0
+
+
+class CodecError(Exception):
+    """The helper could not decode, died, or took too long; the text is the decoder's own and may quote the file."""
+
+
+class Helper:
+    """The parent's end of the helper process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+
+    def decode(self, path: Path, frame: int, plugin: str) -> NDArray[Any]:
+        """Frame `frame` of the file at `path`, decoded by a plugin of pydicom; raises CodecError."""
+        with self._lock:
+            pipe = self._started()
+            try:
+                pipe.send((str(path), frame, plugin))
+                if not pipe.poll(LONGEST_SECONDS):
+                    self.close()
+                    raise CodecError("took too long")
+                answer = pipe.recv()
+            except (EOFError, OSError):
+                self.close()
+                raise CodecError("died") from None
+        if isinstance(answer, str):
+            raise CodecError(answer)
+        return np.asarray(answer)
+
+    def _started(self) -> Connection:
+        if self._pipe is None or self._process is None or self._process.poll() is not None:
+            self.close()
+            ours, theirs = Pipe()
+            # Not multiprocessing: its children run the caller's script again, and inherit what the caller prints.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fuselip_core.data.dicom.codec", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+            theirs.close()
+            self._pipe = ours
+        return self._pipe
+
+    def close(self) -> None:
+        """Ends the process, if there is one."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._pipe = self._process = None
+
+
+@functools.cache
+def helper() -> Helper:
+    """The helper of this process; starting one takes most of a second."""
+    return Helper()
+
+
+def _serve(pipe: Connection) -> None:
+    from pydicom.pixels import pixel_array
+
+    from fuselip_core.data.dicom.file import discreet, read_dataset
+    from fuselip_core.data.dicom.pixels import complete_syntax
+
+    # The parent's end closes with the parent, however that ends.
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            path, frame, plugin = pipe.recv()
+            try:
+                with discreet():
+                    dataset = read_dataset(Path(path))
+                    complete_syntax(dataset)
+                    pipe.send(pixel_array(dataset, index=frame, decoding_plugin=plugin))
+            except Exception as error:
+                pipe.send(f"{type(error).__name__} {error}")
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,293 @@
+"""What a data set consists of, as its host lists it: Hugging Face, Zenodo, or one address.
+
+A source is written ``hub:OWNER/NAME[@REVISION]``, ``zenodo:RECORD``, ``https://…/file[#sha256=…]``, or as a name in
+``origins.json``. Listing pins the revision, so that every file of a download belongs to one version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+import httpx
+
+from fuselip_core.data.download.partial_file import RemoteFile
+from fuselip_core.data.download.retries import (
+    RETRY_STATUS,
+    Access,
+    DownloadError,
+    Patience,
+    TransientError,
+    network_errors,
+    no_access,
+    persist,
+    public_url,
+    refuse_status,
+    retry_after,
+)
+
+ORIGINS = Path(__file__).with_name("origins.json")
+HUB_TOKEN, ZENODO_TOKEN = "HF_TOKEN", "ZENODO_TOKEN"
+ZENODO = "https://zenodo.org"
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Base addresses of the hosts and seconds to wait for an answer; mirrors take the public hosts' place."""
+
+    hub: str
+    zenodo: str
+    timeout: float = 60.0
+
+    @classmethod
+    def configured(cls, hub: str | None, zenodo: str | None, timeout: float) -> Endpoints:
+        """Explicit addresses, else those of HF_ENDPOINT and ZENODO_ENDPOINT, else the public ones."""
+        from huggingface_hub import constants
+
+        return cls(
+            hub=(hub or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/"),
+            zenodo=(zenodo or os.environ.get("ZENODO_ENDPOINT") or ZENODO).rstrip("/"),
+            timeout=timeout,
+        )
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Every file of one version of a data set. `revision` is a commit (Hub), a record (Zenodo) or None."""
+
+    source: str
+    revision: str | None
+    licence: str | None
+    access: Access
+    files: tuple[RemoteFile, ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A named data set: where it lies and which of its files are needed (globs, all if empty)."""
+
+    source: str
+    include: tuple[str, ...] = ()
+    note: str = ""
+
+
+def origins() -> dict[str, Origin]:
+    """The named data sets."""
+    content = json.loads(ORIGINS.read_text(encoding="utf-8"))
+    return {
+        name: Origin(entry["source"], tuple(entry.get("include", ())), entry.get("note", ""))
+        for name, entry in content.items()
+    }
+
+
+def origin_of(source: str) -> Origin:
+    """The origin that a name or an address stands for; raises DownloadError for anything else."""
+    named = origins()
+    if source in named:
+        return named[source]
+    if source.startswith(("hub:", "zenodo:", "https://", "http://")):
+        return Origin(source)
+    raise DownloadError(
+        f"no data set '{source}' to download; name one of {', '.join(named)}, "
+        "or write hub:OWNER/NAME, zenodo:RECORD or https://…"
+    )
+
+
+def folder_name_of(source: str) -> str:
+    """A folder to download `source` into where none is given: its name, without what an address may hide."""
+    if source.startswith(("https://", "http://")):
+        name = PurePosixPath(unquote(urlsplit(source).path)).stem
+    else:
+        name = source.partition("@")[0].rpartition(":")[2].rpartition("/")[2]
+    return name if name.strip(".") else "download"
+
+
+def list_files(
+    source: str, revision: str | None, client: httpx.Client, endpoints: Endpoints, patience: Patience
+) -> Listing:
+    """Lists the files of `source` (an Origin's); raises DownloadError that names the page or variable that helps."""
+    kind, _, rest = source.partition(":")
+    if kind == "hub":
+        name, _, given = rest.partition("@")
+        return _list_hub(name, revision or given or None, endpoints, patience)
+    if revision is not None:
+        raise DownloadError(f"{public_url(source)} has no revisions to choose from; leave the revision out")
+    if kind == "zenodo":
+        return _list_zenodo(rest, client, endpoints, patience)
+    return _list_address(source)
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def _list_hub(name: str, revision: str | None, endpoints: Endpoints, patience: Patience) -> Listing:
+    from huggingface_hub import HfApi, get_token, hf_hub_url
+    from huggingface_hub.hf_api import RepoFile
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise DownloadError(f"'{name}' is no data set of the Hub; write hub:OWNER/NAME")
+    token = get_token()
+    page = f"{endpoints.hub}/datasets/{name}"
+    access = Access(
+        f"data set {name}", page, HUB_TOKEN, endpoints.hub, {"Authorization": f"Bearer {token}"} if token else {}
+    )
+    api = HfApi(endpoint=endpoints.hub, token=token or False, library_name="fuselip-rocov2")
+
+    def ask() -> Listing:
+        with _hub_errors(access, revision):
+            info = api.dataset_info(name, revision=revision, timeout=endpoints.timeout)
+            tree = api.list_repo_tree(name, repo_type="dataset", revision=info.sha, recursive=True)
+            files = [entry for entry in tree if isinstance(entry, RepoFile)]
+        return Listing(
+            source=f"hub:{name}",
+            revision=info.sha,
+            licence=_card_licence(info),
+            access=access,
+            files=tuple(
+                RemoteFile(
+                    entry.path,
+                    hf_hub_url(name, entry.path, repo_type="dataset", revision=info.sha, endpoint=endpoints.hub),
+                    entry.size,
+                    f"sha256:{entry.lfs.sha256}" if entry.lfs else f"gitsha1:{entry.blob_id}",
+                )
+                for entry in files
+            ),
+        )
+
+    return persist(ask, patience, access.what)
+
+
+def _card_licence(info: Any) -> str | None:
+    card = info.card_data.to_dict() if info.card_data else {}
+    licence = card.get("license")
+    return ", ".join(licence) if isinstance(licence, list) else licence
+
+
+@contextmanager
+def _hub_errors(access: Access, revision: str | None) -> Iterator[None]:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise DownloadError(no_access(access, error.response.status_code)) from None
+    except RepositoryNotFoundError:
+        raise DownloadError(
+            f"{access.what} does not exist at {access.origin}, or is private: check its name, "
+            f"or set {HUB_TOKEN} to a token that may read it"
+        ) from None
+    except RevisionNotFoundError:
+        raise DownloadError(f"{access.what} has no revision '{revision}'; see {access.page}/commits/main") from None
+    except OfflineModeIsEnabled:
+        raise DownloadError(f"{access.what} cannot be listed in offline mode; unset HF_HUB_OFFLINE") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in RETRY_STATUS:
+            raise TransientError(
+                f"the Hub answered {status}", retry_after=retry_after(error.response.headers)
+            ) from None
+        if status in (401, 403):
+            raise DownloadError(no_access(access, status)) from None
+        raise DownloadError(f"the Hub answered {status} for {access.what}; see {access.page}") from None
+    except Exception as error:
+        # huggingface_hub lets the errors of its HTTP library through: httpx in some releases, httpx2 in others.
+        if not type(error).__module__.startswith("httpx"):
+            raise
+        raise TransientError(f"connection to {access.origin} failed ({type(error).__name__})") from None
+
+
+# ---- Zenodo ----------------------------------------------------------------------------------------------------------
+
+
+def _list_zenodo(record: str, client: httpx.Client, endpoints: Endpoints, patience: Patience) -> Listing:
+    if not record.isdigit():
+        raise DownloadError(f"'{record}' is no Zenodo record; write zenodo:NUMBER, for example zenodo:10821435")
+    token = os.environ.get(ZENODO_TOKEN)
+    access = Access(
+        f"Zenodo record {record}",
+        f"{endpoints.zenodo}/records/{record}",
+        ZENODO_TOKEN,
+        endpoints.zenodo,
+        {"Authorization": f"Bearer {token}"} if token else {},
+    )
+    url = f"{endpoints.zenodo}/api/records/{record}"
+    content = persist(lambda: _ask_json(client, url, access), patience, access.what)
+    return _zenodo_listing(content, access)
+
+
+def _ask_json(client: httpx.Client, url: str, access: Access) -> Mapping[str, Any]:
+    with network_errors(urlsplit(url).hostname or url):
+        response = client.get(url, headers={"Accept": "application/json", **access.headers_for(url)})
+    refuse_status(response, access)
+    try:
+        content = response.json()
+    except ValueError:
+        raise TransientError(f"{response.url.host} answered something that is no JSON") from None
+    if not isinstance(content, dict):
+        raise DownloadError(f"{response.url.host} answered no record for {access.what}; see {access.page}")
+    return content
+
+
+def _zenodo_listing(content: Mapping[str, Any], access: Access) -> Listing:
+    metadata = content.get("metadata") or {}
+    files = content.get("files") or []
+    if not files:
+        raise DownloadError(
+            f"{access.what} shows no files (access: {metadata.get('access_right', 'unknown')}): "
+            f"ask for access on {access.page} and set {ZENODO_TOKEN} to a token of the account that got it"
+        )
+    try:
+        listed = tuple(
+            RemoteFile(entry["key"], entry["links"]["self"], int(entry["size"]), entry["checksum"]) for entry in files
+        )
+    except (KeyError, TypeError, ValueError):
+        raise DownloadError(f"the answer for {access.what} lists files in an unknown form; see {access.page}") from None
+    return Listing(
+        source=f"zenodo:{content.get('id', access.what.split()[-1])}",
+        revision=str(content.get("id", "")) or None,
+        licence=(metadata.get("license") or {}).get("id"),
+        access=access,
+        files=listed,
+    )
+
+
+# ---- one address -----------------------------------------------------------------------------------------------------
+
+
+def _list_address(source: str) -> Listing:
+    """``https://host/path/file#sha256=…`` (or md5): a listing of one file whose size is not known yet."""
+    parts = urlsplit(source)
+    name = unquote(PurePosixPath(parts.path).name)
+    if not parts.hostname or not name:
+        raise DownloadError(f"{public_url(source)} names no file; write the address of a file, ending in its name")
+    checksum = None
+    if parts.fragment:
+        kind, _, digest = parts.fragment.partition("=")
+        lengths = {"sha256": 64, "md5": 32}
+        if not re.fullmatch(r"[0-9a-fA-F]*", digest) or lengths.get(kind) != len(digest):
+            raise DownloadError(f"'#{parts.fragment}' is no checksum; write #sha256=… or #md5=… in hexadecimal")
+        checksum = f"{kind}:{digest.lower()}"
+    url = parts._replace(fragment="").geturl()
+    access = Access(name, public_url(source))
+    return Listing(public_url(source), None, None, access, (RemoteFile(name, url, None, checksum),))
+
+
+def safe_path(path: str) -> PurePosixPath:
+    """`path` as a host gave it, if it stays in the folder it is put into; raises DownloadError otherwise."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in path or "\0" in path:
+        raise DownloadError(f"the host lists a file named {quote(path)}, which would leave its folder; nothing is read")
+    return pure

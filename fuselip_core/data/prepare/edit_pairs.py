@@ -1,0 +1,71 @@
+"""Training pairs of an image, an instruction and the image that it asks for (transforms.py), a group for each image.
+
+"edits" are those that medicine allows: a mirrored patient has the heart on the wrong side, so nothing is flipped.
+"general-edits" are the published ones, with the published shares of the families and numbers of variants an image.
+
+No file holds what an instruction makes: the pairs name made images, which are tokenized straight from their originals
+and live in the token store like any other image. Only training images are edited: in a split that is measured an edited
+copy would be one more wrong answer to every caption. The pairs of one original are a group, each other's negatives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuselip_core.data.pair import ImageEntry, MadeImage, Pair, Place, Side
+from fuselip_core.data.places import edit_steps
+from fuselip_core.data.prepare.splits import Plan
+from fuselip_core.data.transforms import FAMILIES, GENERAL, MEDICAL, random_family
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Which families, by their share of pairs or (`grouped`) of images' groups; variants an image, or as published."""
+
+    weights: Mapping[str, float]
+    grouped: bool
+    variants: int | None = None
+
+
+KINDS = {"edits": Edits(MEDICAL, grouped=False, variants=3), "general-edits": Edits(GENERAL, grouped=True)}
+
+
+def add_edits(plan: Plan, kinds: Collection[str], share: float, seed: int) -> None:
+    """Adds edits of one family for `share` of the training images, for each kind of KINDS in `kinds`."""
+    for name in sorted(KINDS.keys() & set(kinds)):
+        edited = 0
+        for image in plan.images["train"]:
+            # Only pictures of their own: a part of a picture is no image to turn.
+            if type(image.place) is Place and _drawn(image.image_id, seed) < share:
+                _add_edits_of(image, KINDS[name], seed, plan)
+                edited += 1
+        made = len(plan.made["train"])
+        plan.notes.append(f"{edited:,} training images have edits ({name}); {made:,} images are made of them when read")
+
+
+def _drawn(image_id: str, seed: int) -> float:
+    """A number in 0..1 that is as good as random, the same each time."""
+    return int.from_bytes(hashlib.sha256(f"{seed} edited {image_id}".encode()).digest()[:8], "big") / 2**64
+
+
+def steps_of(image_id: str, kind: Edits, seed: int) -> list[tuple[str, str, str]]:
+    """Edits of one image (places.edit_steps); equal arguments give equal edits, each once."""
+    rng = np.random.default_rng([seed, *hashlib.sha256(image_id.encode()).digest()[:8]])
+    family = random_family(rng, kind.weights, grouped=kind.grouped)
+    return list(dict.fromkeys(edit_steps(family, rng, kind.variants or FAMILIES[family].training)))
+
+
+def _add_edits_of(image: ImageEntry, kind: Edits, seed: int, plan: Plan) -> None:
+    made: dict[str, str] = {"": image.image_id}
+    for number, (before, instruction, after) in enumerate(steps_of(image.image_id, kind, seed)):
+        for step in (before, after):
+            if step not in made:
+                made[step] = f"{image.image_id}/made-{len(made) - 1}"
+                plan.made["train"].append(MadeImage(made[step], image.image_id, step))
+        sides = Side(made[before], instruction), Side(made[after])
+        name = f"{image.image_id}/edit-{number}"
+        plan.pairs["train"].append(Pair(name, image.split, "edit", f"{image.image_id}/edits", image.case, *sides))

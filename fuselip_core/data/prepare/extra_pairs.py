@@ -1,0 +1,84 @@
+"""More pairs from the same captioned images, each kind by its name in `prepare.extra_pairs` (and in train.mixture):
+
+sentences   image → one sentence of its caption                            kind "sentence"
+concepts    image → the names of its concepts (concept_pairs.py)           kind "concepts"
+questions   image + question → answer, by rules (concept_questions.py)     kind "vqa"
+statements  image → a question about it with its answer                    kind "statement"
+edits       image + instruction → edited image (edit_pairs.py)             kind "edit"
+general-edits  the same, with flips and colours, as published              kind "edit"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from fuselip_core.data.concept_pairs import NAMES, add_concept_pairs, names_of_concepts
+from fuselip_core.data.pair import Listing, Pair, Side, fault_of_caption, question_pair
+from fuselip_core.data.prepare.rule_questions import questions_of
+from fuselip_core.data.sources.vqa_rad import CLOSED_ANSWERS
+from fuselip_core.data.spool import Spool
+
+FEWEST_WORDS = 3  # of a sentence worth a pair
+# A full stop before a new sentence, not behind an initial or one of these.
+_END = re.compile(r"[.!?]\)?\s+(?=[A-Z(])")
+_ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[A-Za-z]|figs?|vs|cf|no|al|dr|st|approx|e\.g|i\.e)\.$", re.IGNORECASE)
+
+
+def add_extra_pairs(root: Path, listing: Listing, kinds: Collection[str]) -> None:
+    """Adds the pairs of `kinds` to a listing (edits come when the splits stand); raises DataError (see concepts)."""
+    made: Spool[Pair] = Spool()
+    if "sentences" in kinds:
+        made.extend(_sentence_pairs(listing))
+    if "questions" in kinds:
+        made.extend(_question_pairs(root, listing))
+    if "statements" in kinds:
+        made.extend(_statement_pairs(listing))
+    if "concepts" in kinds:
+        add_concept_pairs(root, listing)
+    listing.pairs.extend(made)
+
+
+def sentences_of(caption: str) -> list[str]:
+    """The sentences of a caption that have some words, each with its own full stop."""
+    ends = (match for match in _END.finditer(caption) if not _ABBREVIATION.search(caption[: match.start() + 1]))
+    starts = [0, *(match.end() for match in ends), len(caption)]
+    parts = (caption[start:stop].strip() for start, stop in itertools.pairwise(starts))
+    return [part for part in parts if len(part.split()) >= FEWEST_WORDS]
+
+
+def _sentence_pairs(listing: Listing) -> Iterator[Pair]:
+    """One sentence of every caption that has several, the same one each time; which one is as good as random."""
+    for pair in listing.pairs:
+        caption = pair.target.text or ""
+        if pair.kind != "caption" or fault_of_caption(caption, FEWEST_WORDS):
+            continue
+        sentences = sentences_of(caption)
+        if len(sentences) > 1:
+            digest = hashlib.sha256(pair.pair_id.encode()).digest()
+            target = Side(text=sentences[int.from_bytes(digest[:4], "big") % len(sentences)])
+            yield Pair(f"{pair.group}/sentence", pair.split, "sentence", pair.group, pair.case, pair.query, target)
+
+
+def _statement_pairs(listing: Listing) -> Iterator[Pair]:
+    """What is asked about an image, and what is answered, tells what it shows: the head, a radiograph, a left side."""
+    for pair in listing.pairs:
+        if pair.kind == "vqa" and pair.query.text and pair.target.text:
+            sides = Side(image=pair.query.image), Side(text=f"{pair.query.text} {pair.target.text}")
+            yield Pair(f"{pair.pair_id}/statement", pair.split, "statement", pair.group, pair.case, *sides)
+
+
+def _question_pairs(root: Path, listing: Listing) -> Iterator[Pair]:
+    names = names_of_concepts(root) if (root / NAMES).is_file() else {}
+    captions = {
+        (pair.split, pair.query.image): pair.target.text or "" for pair in listing.pairs if pair.kind == "caption"
+    }
+    for image in listing.images:
+        concepts = sorted({names[code] for code in image.concepts if names.get(code)})
+        caption = captions.get((image.split, image.image_id), "")
+        for number, (question, answer) in enumerate(questions_of(image.image_id, caption, concepts, image.modality)):
+            kind = "closed" if answer in CLOSED_ANSWERS else "open"
+            yield question_pair(image, f"{image.image_id}/rule-{number}", question, answer, kind)

@@ -1,0 +1,240 @@
+"""One Parquet shard of checked images at a time, in any process: bytes stay as published, memory stays flat.
+
+A finished shard has a sidecar `<shard>.json` (and the hashes of its images beside it); one without it is written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fuselip_core.data.columns import table_of
+from fuselip_core.data.images import UnreadableImage, decode, quiet_decoders
+from fuselip_core.data.pair import ImageEntry, Pair, Place, SetAside
+from fuselip_core.data.places import Derived, ImageReader
+from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, HeldOutIndex, fingerprint
+from fuselip_core.data.shards.schemas import IMAGE_SCHEMA, PAIR_SCHEMA
+from fuselip_core.files import atomic_write, sha256_of, write_json
+from fuselip_core.progress import track
+
+# A row group is what a reader holds at once.
+GROUP_ROWS, GROUP_BYTES = 256, 32 << 20
+PAIR_GROUP_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """What one worker writes: `entries` into `path`.
+
+    licence, attribution: of the data set as a whole, for images that state none of their own.
+    held_out: folder of a HeldOutIndex, whose images are left out. near: their near duplicates too. fingerprints: leave
+    what such an index is built of beside the shard.
+    """
+
+    path: Path
+    source: str
+    entries: tuple[ImageEntry, ...]
+    max_megapixels: float
+    licence: str | None = None
+    attribution: str | None = None
+    held_out: Path | None = None
+    near: bool = False
+    fingerprints: bool = False
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a shard holds; ids and hashes of its images stay on disk, in the sidecar."""
+
+    path: str
+    sha256: str
+    rows: int
+    set_aside: tuple[SetAside, ...]
+
+
+@dataclass
+class _Work:
+    """What is known of a shard while it is written."""
+
+    task: ShardTask
+    index: HeldOutIndex | None
+    digests: list[str] = field(default_factory=list)
+    fingerprints: list[Fingerprint] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)
+    # Originals that were left out as copies: what is cut from them is no better.
+    copies: set[Place] = field(default_factory=set)
+
+
+def write_image_shard(task: ShardTask, show: bool = False) -> ShardResult:
+    """Checks and writes the images of a task, unless an earlier run finished it; `show` shows its progress."""
+    sidecar = sidecar_of(task.path)
+    if sidecar.exists() and task.path.exists():
+        return _read_result(sidecar)
+    work = _Work(task, HeldOutIndex(task.held_out) if task.held_out else None)
+    reader = ImageReader.within(task.max_megapixels)
+    with atomic_write(task.path) as partial, _group_writer(partial) as write, reader, quiet_decoders():
+        for entry in track(task.entries, task.path.stem) if show else task.entries:
+            try:
+                write(_checked_row(entry, reader.read(entry.place), work))
+            except UnreadableImage as error:
+                work.set_aside.append(SetAside(entry.image_id, entry.split, error.reason, error.detail))
+    result = ShardResult(task.path.name, sha256_of(task.path), len(work.digests), tuple(work.set_aside))
+    if task.fingerprints:
+        _save_fingerprints(task.path, work.fingerprints)
+    with sidecar_digests(task.path).open("wb") as stream:
+        stream.write(b"".join(bytes.fromhex(digest) for digest in work.digests))
+    write_json(sidecar, asdict(result))
+    return result
+
+
+def sidecar_of(path: Path) -> Path:
+    """The file that says that a shard is finished, and what was set aside."""
+    return path.with_name(f"{path.name}.json")
+
+
+def sidecar_digests(path: Path) -> Path:
+    """The file with the SHA-256 of each image of a shard, 32 bytes each."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def sidecar_fingerprints(path: Path) -> Path:
+    """The file with the fingerprints of a held-out shard."""
+    return path.with_name(f"{path.name}.npz")
+
+
+def _save_fingerprints(path: Path, prints: list[Fingerprint]) -> None:
+    bits = np.array([item.bits for item in prints], dtype=np.uint64)
+    thumbnails = np.array([item.thumbnail for item in prints], dtype=np.uint8).reshape(len(prints), THUMBNAIL**2)
+    with sidecar_fingerprints(path).open("wb") as stream:
+        np.savez(stream, bits=bits, thumbnails=thumbnails)
+
+
+def _read_result(sidecar: Path) -> ShardResult:
+    content = json.loads(sidecar.read_text(encoding="utf-8"))
+    set_aside = tuple(SetAside(**item) for item in content.pop("set_aside"))
+    return ShardResult(**content, set_aside=set_aside)
+
+
+def _checked_row(entry: ImageEntry, data: bytes, work: _Work) -> dict[str, Any]:
+    """The row of an image; raises UnreadableImage also for copies of what is held out."""
+    image = decode(data, work.task.max_megapixels)
+    digest = hashlib.sha256(data).hexdigest()
+    mark = fingerprint(image) if work.task.fingerprints or (work.index and work.task.near) else None
+    if work.index:
+        _refuse_copies(entry, digest, mark, work.index, work)
+    work.digests.append(digest)
+    if mark and work.task.fingerprints:
+        work.fingerprints.append(mark)
+    row = {
+        "image_id": entry.image_id,
+        "split": entry.split,
+        "sha256": digest,
+        "width": image.width,
+        "height": image.height,
+        "modality": entry.modality,
+        "concepts": list(entry.concepts),
+        "case": entry.case,
+        "source": work.task.source,
+        "licence": entry.licence or work.task.licence,
+        "attribution": entry.attribution or work.task.attribution,
+    }
+    return {**row, "row_hash": row_hash(row), "bytes": data}
+
+
+def _refuse_copies(entry: ImageEntry, digest: str, mark: Fingerprint | None, index: HeldOutIndex, work: _Work) -> None:
+    """Raises UnreadableImage for what looks like an image that is held out.
+
+    A crop or an edit is judged by its original: many a small crop of a sky looks like another.
+    """
+    place = entry.place
+    source = Place(place.file, place.member, place.row, place.span, place.column)
+    if isinstance(place, Derived):
+        if source in work.copies:
+            raise UnreadableImage("copy_in_held_out", "made from a copy")
+        return
+    same = index.has(digest)
+    if same or (mark and work.task.near and index.has_near(mark)):
+        work.copies.add(source)
+        raise UnreadableImage(*(("copy_in_held_out", "same bytes") if same else ("near_copy_in_held_out", "same look")))
+
+
+def row_hash(row: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a row: of its columns but the image bytes, for which their own hash stands."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _group_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields a function that takes one row; rows go to disk by row groups of bounded size."""
+    # Image bytes are compressed already: packing them again costs time and gains nothing.
+    packed = {name: "zstd" for name in IMAGE_SCHEMA.names if name != "bytes"} | {"bytes": "none"}
+    packed["concepts.list.element"] = packed.pop("concepts")
+    waiting: list[dict[str, Any]] = []
+    size = 0
+    with pq.ParquetWriter(
+        path, IMAGE_SCHEMA, compression=packed, use_dictionary=["split", "source", "licence"], write_statistics=False
+    ) as writer:
+
+        def flush() -> None:
+            nonlocal size
+            writer.write_table(table_of(waiting, IMAGE_SCHEMA), row_group_size=GROUP_ROWS)
+            waiting.clear()
+            size = 0
+
+        def write(row: dict[str, Any]) -> None:
+            nonlocal size
+            waiting.append(row)
+            size += len(row["bytes"])
+            if len(waiting) >= GROUP_ROWS or size >= GROUP_BYTES:
+                flush()
+
+        yield write
+        if waiting:
+            flush()
+
+
+def write_pair_shard(path: Path, pairs: Iterable[Pair]) -> int:
+    """Writes pairs in their order, atomically, holding one row group at a time; returns their number."""
+    return write_table(path, map(_pair_row, pairs), PAIR_SCHEMA)
+
+
+def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    """Writes rows as `write_pair_shard` does."""
+    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        total = 0
+        for part in _parts(rows, PAIR_GROUP_ROWS):
+            writer.write_table(table_of(part, schema))
+            total += len(part)
+    return total
+
+
+def _parts(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    remaining = iter(rows)
+    while part := list(islice(remaining, size)):
+        yield part
+
+
+def _pair_row(pair: Pair) -> dict[str, Any]:
+    row = {
+        "pair_id": pair.pair_id,
+        "split": pair.split,
+        "kind": pair.kind,
+        "group": pair.group,
+        "case": pair.case,
+        "query_image": pair.query.image,
+        "query_text": pair.query.text,
+        "target_image": pair.target.image,
+        "target_text": pair.target.text,
+        "answer_type": pair.answer_type,
+    }
+    return {**row, "row_hash": row_hash(row)}

@@ -1,0 +1,89 @@
+"""Where prepared data grows: what an earlier run left there, and what must never be replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fuselip_core.config import PrepareSettings
+from fuselip_core.data.pair import DataError, Place
+from fuselip_core.data.prepare.splits import Plan
+from fuselip_core.files import write_json
+from fuselip_core.lock import sole_process
+
+MANIFEST, KEY = "manifest.json", "key.json"
+
+
+@contextmanager
+def reserved(target: Path, root: Path) -> Iterator[None]:
+    """Holds `target` for one run; raises DataError if another has it, or if something else would be replaced."""
+    _refuse_to_replace(target, root)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{target.parent} cannot be made ({error.strerror}); name another folder") from None
+    busy = DataError(f"another process is preparing data into {target}; wait for it or end it")
+    with sole_process(target.with_name(f".{target.name}.lock"), busy):
+        yield
+
+
+def _refuse_to_replace(target: Path, root: Path) -> None:
+    """Prepared data replaces what stands in its place: that may be earlier prepared data and nothing else."""
+    if root.resolve().is_relative_to(target.resolve()):
+        raise DataError(f"{target} holds the raw data, which the prepared data would replace; name another folder")
+    if (target.exists() and not target.is_dir()) or _holds_something_else(target):
+        raise DataError(f"{target} exists and holds no prepared data, so it is not replaced; name another folder")
+
+
+def _holds_something_else(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in (MANIFEST, KEY))
+
+
+def open_work(work: Path, key: str) -> None:
+    """Keeps what an earlier run with the same `key` left in `work`, and nothing else; raises DataError."""
+    path, content = work / KEY, {"key": key}
+    with contextlib.suppress(OSError, ValueError):  # a damaged key is no key of ours
+        if json.loads(path.read_text(encoding="utf-8")) == content:
+            return
+    if _holds_something_else(work):
+        raise DataError(f"{work} is needed for unfinished shards but holds something else; move that away")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_json(path, content)
+
+
+def close_work(work: Path) -> None:
+    """Takes away what only a resumed run needs."""
+    for pattern in ("*.parquet.*", ".*.partial", "held_out-*"):
+        for path in work.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (work / KEY).unlink()
+
+
+def key_of(plan: Plan, settings: PrepareSettings, *more: object) -> str:
+    """Changes with the settings, the tables, the size or time of any file that holds images, and whatever is added."""
+    digest = hashlib.sha256(f"{more!r} {settings.model_dump_json(exclude={'workers'})}".encode())
+    last: Path | None = None
+    for split in plan.splits:
+        for image in plan.images[split]:
+            digest.update(repr(image).encode())
+            if image.place.file != last:
+                last = image.place.file
+                digest.update(_state_of(image.place).encode())
+        for table in (plan.pairs, plan.candidates):
+            for item in table.get(split, ()):
+                digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def _state_of(place: Place) -> str:
+    try:
+        state = place.file.stat()
+    except OSError:
+        return "missing"
+    return f"{state.st_size} {state.st_mtime_ns}"

@@ -1,0 +1,96 @@
+"""Pictures of a prepared split by row, in any order, without a copy of their files.
+
+Parquet is read by row groups; training asks for single images at random. Prepared shards store image bytes neither
+compressed nor in a dictionary (shards.py), so each file lies whole somewhere in its shard: one pass over the shards
+finds where. The index is 16 bytes an image, kept beside other scratch files and memory-mapped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from fuselip_core.data.images import decode
+from fuselip_core.data.pair import DataError
+from fuselip_core.data.places import made_picture
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.files import atomic_write
+from fuselip_core.progress import track
+
+# shard, length in bytes, offset in the shard
+ENTRY = np.dtype([("shard", np.uint32), ("size", np.uint32), ("offset", np.uint64)])
+ROWS_AT_ONCE = 64
+
+
+class ImageIndex:
+    """Random access to the pictures of `split`; `path` keeps where they are, and is written on first use."""
+
+    def __init__(self, path: Path, prepared: PreparedData, split: str) -> None:
+        """Raises DataError where the shards are not as prepare writes them."""
+        self._shards = [
+            prepared.folder / str(shard["path"])
+            for shard in prepared.manifest["shards"]
+            if str(shard["path"]).startswith(f"images-{split}-")
+        ]
+        version = prepared.data_version[:16]
+        path = path.with_name(f"{path.stem}-{version}.npy")
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as partial, partial.open("wb") as stream:
+                np.save(stream, _find_all(self._shards, prepared.image_count(split)))
+        self._entries: NDArray[np.void] = np.load(path, mmap_mode="r")
+        self._sources = prepared.sources_of_made(split)
+        self._instructions = prepared.made(split).column("instruction").combine_chunks()
+        self._maps: dict[int, mmap.mmap] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Images, and those that are made of them."""
+        return len(self._entries) + len(self._sources)
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture of a row, read or made; may be called from several threads."""
+        number = row - len(self._entries)
+        # Prepared images were checked against the limit of the prepare stage; no second limit here.
+        image = decode(self.file(row if number < 0 else int(self._sources[number])), max_megapixels=float("inf"))
+        return image if number < 0 else made_picture(image, self._instructions[number].as_py())
+
+    def file(self, row: int) -> bytes:
+        """The image file of a row."""
+        entry = self._entries[row]
+        start = int(entry["offset"])
+        return self._mapped(int(entry["shard"]))[start : start + int(entry["size"])]
+
+    def _mapped(self, shard: int) -> mmap.mmap:
+        with self._lock:
+            if shard not in self._maps:
+                with self._shards[shard].open("rb") as stream:
+                    self._maps[shard] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            return self._maps[shard]
+
+
+def _find_all(shards: list[Path], count: int) -> NDArray[np.void]:
+    entries = np.zeros(count, ENTRY)
+    row = 0
+    for number, path in enumerate(track(shards, "finding images in their shards")):
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            end = 0
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(ROWS_AT_ONCE, columns=["bytes"]):
+                    for blob in batch.column("bytes").to_pylist():
+                        # Each value follows its length, in four bytes; the next one is never before the last.
+                        start = mapped.find(len(blob).to_bytes(4, "little") + blob, end)
+                        if start < 0:
+                            raise DataError(f"{path} holds its images packed; run `fuselip prepare` again")
+                        end = start + 4 + len(blob)
+                        entries[row] = number, len(blob), start + 4
+                        row += 1
+    if row != count:
+        raise DataError(f"{shards[0].parent} holds {row} images but its manifest says {count}; run `fuselip prepare`")
+    return entries

@@ -1,0 +1,145 @@
+"""Images of a prepared data set as batches of pixels, decoded by threads while the model works on the batch before.
+
+Pillow decodes and resizes without holding Python's lock, so threads do; no worker process, no shared memory.
+Legend: N images, V views, S pixels a side.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fuselip_core.data.images import decode, to_pixels
+from fuselip_core.data.places import made_picture
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import take_space
+from fuselip_core.progress import track
+
+Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
+MOST_THREADS = 32
+Encoded = tuple[bytes, str | None]  # an image file, and the instruction by which a made image comes of it
+
+
+def decoders() -> ThreadPoolExecutor:
+    """Threads that decode: one a core, so that a machine with a GPU and many cores does not wait for two of them."""
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+
+
+def evaluation_view(size: int) -> Draw:
+    """The published evaluation preprocessing as the only view."""
+    return lambda image, row: to_pixels(image, size)[None]
+
+
+def decoded_batches(
+    prepared: PreparedData,
+    split: str,
+    draw: Draw,
+    batch_rows: int,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (first row, uint8 (N, V, S, S, 3)) for the rows from `start` to before `stop`, in the shards' order.
+
+    Rows behind the images are those that are made of them. While the caller works on a batch the next one is decoded.
+    """
+
+    def decode_and_draw(encoded: Encoded, row: int) -> np.ndarray:
+        blob, instruction = encoded
+        try:
+            # Prepared images were checked against the limit of the prepare stage; no second limit here.
+            image = decode(blob, max_megapixels=float("inf"))
+            return draw(image if instruction is None else made_picture(image, instruction), row)
+        except FuselipError as error:
+            raise FuselipError(
+                f"image {row} of split '{split}' in {prepared.folder} is no longer what was prepared ({error}); "
+                "run `fuselip prepare` again"
+            ) from error
+
+    with decoders() as pool:
+        waiting: tuple[int, list[Future[np.ndarray]]] | None = None
+        for first, blobs in _encoded_batches(prepared, split, batch_rows, start, stop):
+            jobs = [pool.submit(decode_and_draw, blob, first + place) for place, blob in enumerate(blobs)]
+            if waiting:
+                yield waiting[0], np.stack([job.result() for job in waiting[1]])
+            waiting = (first, jobs)
+        if waiting:
+            yield waiting[0], np.stack([job.result() for job in waiting[1]])
+
+
+def _encoded_batches(
+    prepared: PreparedData, split: str, batch_rows: int, start: int, stop: int | None
+) -> Iterator[tuple[int, list[Encoded]]]:
+    """(first row, image files with what is to be made of them) of the rows from `start` to before `stop`."""
+    images, end = prepared.image_count(split), prepared.picture_count(split) if stop is None else stop
+    row = start
+    for batch in prepared.iter_images(split, ["bytes"], batch_rows, first=start) if row < min(images, end) else ():
+        blobs = batch.column("bytes")[: end - row].to_pylist()
+        yield row, [(blob, None) for blob in blobs]
+        row += len(blobs)
+        if row >= end:
+            return
+    if row < end:
+        yield from _made_batches(prepared, split, batch_rows, row, end)
+
+
+def _made_batches(
+    prepared: PreparedData, split: str, batch_rows: int, start: int, stop: int
+) -> Iterator[tuple[int, list[Encoded]]]:
+    """The same for rows of made images. Their originals stand in the same order, so one pass over those will do."""
+    images = prepared.image_count(split)
+    sources = prepared.sources_of_made(split)[start - images : stop - images]
+    instructions = prepared.made(split).column("instruction")[start - images : stop - images].to_pylist()
+    blobs = _blobs_from(prepared, split, int(sources[0]))
+    at, blob = next(blobs)
+    waiting: list[Encoded] = []
+    first = start
+    for source, instruction in zip(sources.tolist(), instructions, strict=True):
+        while at < source:
+            at, blob = next(blobs)
+        waiting.append((blob, instruction))
+        if len(waiting) == batch_rows:
+            yield first, waiting
+            first, waiting = first + batch_rows, []
+    if waiting:
+        yield first, waiting
+
+
+def _blobs_from(prepared: PreparedData, split: str, first: int) -> Iterator[tuple[int, bytes]]:
+    row = first
+    for batch in prepared.iter_images(split, ["bytes"], batch_rows=64, first=first):
+        for blob in batch.column("bytes").to_pylist():
+            yield row, blob
+            row += 1
+
+
+def as_pixels(batch: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (N, S, S, 3) → float32 (N, 3, S, S) in 0..1 on `device`."""
+    return torch.from_numpy(np.ascontiguousarray(batch)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+
+
+class PixelCache:
+    """Up to `limit` images of a split, squashed to one size, as a memory-mapped file for random access."""
+
+    def __init__(self, path: Path, prepared: PreparedData, split: str, size: int, limit: int) -> None:
+        count = min(prepared.image_count(split), limit)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
+        take_space(path)
+        batches = decoded_batches(prepared, split, evaluation_view(size), batch_rows=256, stop=count)
+        for first, batch in track(batches, f"decoding {split} images", total=-(-count // 256)):
+            self.pixels[first : first + len(batch)] = batch[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def rows(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """Rows (B) → float32 (B, 3, S, S) in 0..1, in ascending order, in which a disk reads best."""
+        return as_pixels(self.pixels[np.sort(rows)], device)

@@ -1,0 +1,164 @@
+"""Reads a prepared data set: images in the order of their shards, pairs as one table a split."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from fuselip_core.data.pair import SPLITS, DataError, Side
+from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, MADE_SCHEMA, PAIR_SCHEMA
+from fuselip_core.files import read_json_object
+
+MANIFEST = "manifest.json"
+AGAIN = "run `fuselip prepare` again"
+
+
+class PreparedData:
+    """The folder that `prepare_data` wrote. Row i of a split's images is row i of its token store."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError if the folder has no manifest or a shard of it is missing."""
+        self.folder = Path(folder)
+        self._sources: dict[str, NDArray[np.int64]] = {}
+        if not (self.folder / MANIFEST).is_file():
+            raise DataError(
+                f"no prepared data in {folder}; run `fuselip prepare`, or `fuselip data prepare --out {folder}`, first"
+            )
+        self.manifest = read_json_object(self.folder / MANIFEST, AGAIN)
+        if not {"counts", "shards", "data_version"} <= self.manifest.keys():
+            raise DataError(f"{self.folder / MANIFEST} is damaged (it lacks counts, shards or data_version); {AGAIN}")
+        missing = [shard["path"] for shard in self.manifest["shards"] if not (self.folder / shard["path"]).is_file()]
+        if missing:
+            raise DataError(f"{folder} lacks {missing[0]}, which its manifest names; {AGAIN}")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Splits that have images, in the order train, dev, valid, test."""
+        return tuple(split for split in SPLITS if split in self.manifest["counts"])
+
+    @property
+    def data_version(self) -> str:
+        """Hash over the content of all shards."""
+        return str(self.manifest["data_version"])
+
+    def image_count(self, split: str) -> int:
+        """Images of a split."""
+        self._require(split)
+        return int(self.manifest["counts"][split]["images"])
+
+    def pair_count(self, split: str, kind: str | None = None) -> int:
+        """Pairs of a split, of one kind or of all."""
+        self._require(split)
+        pairs = self.manifest["counts"][split]["pairs"]
+        return int(sum(pairs.values()) if kind is None else pairs.get(kind, 0))
+
+    def iter_images(
+        self, split: str, columns: Sequence[str] | None = None, batch_rows: int = 256, first: int = 0
+    ) -> Iterator[pa.RecordBatch]:
+        """Batches of at most `batch_rows` images in their order (see schemas.IMAGE_SCHEMA), holding one row group.
+
+        They begin with row `first`; nothing before its row group is read.
+        """
+        for path in self._shards("images", split):
+            with _reading(path), pq.ParquetFile(path) as file:
+                if first >= file.metadata.num_rows:
+                    first -= file.metadata.num_rows
+                    continue
+                yield from _rows_from(file, first, batch_rows, None if columns is None else list(columns))
+                first = 0
+
+    def made(self, split: str) -> pa.Table:
+        """Images that are made of others when they are read (see schemas.MADE_SCHEMA), in the order of those."""
+        return self._table("made", split, MADE_SCHEMA)
+
+    def picture_count(self, split: str) -> int:
+        """Images of a split and those that are made of them: the rows of its token store."""
+        return self.image_count(split) + int(self.manifest["counts"][split].get("made_images", 0))
+
+    def picture_ids(self, split: str) -> pa.ChunkedArray:
+        """Ids of the images, then of those that are made of them."""
+        own = [batch.column("image_id") for batch in self.iter_images(split, ["image_id"], batch_rows=1 << 16)]
+        return pa.chunked_array([*own, *self.made(split).column("image_id").chunks], pa.string())
+
+    def sources_of_made(self, split: str) -> NDArray[np.int64]:
+        """Row of the original of each made image, never falling; raises DataError where one is missing."""
+        if split in self._sources:
+            return self._sources[split]
+        made = self.made(split).column("source")
+        own = self.picture_ids(split).slice(0, self.image_count(split))
+        rows = pc.index_in(made, value_set=own.combine_chunks() if own.num_chunks > 1 else own.chunk(0))
+        if rows.null_count:
+            raise DataError(f"{self.folder} lacks originals of made images; run `fuselip prepare` again")
+        self._sources[split] = np.asarray(rows, dtype=np.int64)
+        return self._sources[split]
+
+    def pairs(self, split: str) -> pa.Table:
+        """All pairs of a split, in their order (see schemas.PAIR_SCHEMA)."""
+        return self._table("pairs", split, PAIR_SCHEMA)
+
+    def candidates(self, split: str, task: str | None = None) -> pa.Table:
+        """Evaluation questions of a split, of one task or of all (see schemas.CANDIDATES_SCHEMA)."""
+        table = self._table("candidates", split, CANDIDATES_SCHEMA)
+        return table if task is None else table.filter(pc.equal(table["task"], task))
+
+    def options(self, split: str, names: Collection[str] | None = None) -> dict[str, list[Side]]:
+        """Lists of options by their ids (the column `options` of the questions): those in `names`, or all."""
+        found: dict[str, list[Side]] = {}
+        for path in self._shards("options", split):
+            with _reading(path), pq.ParquetFile(path) as file:
+                for row in (row for batch in file.iter_batches(64) for row in batch.to_pylist()):
+                    if names is None or row["options_id"] in names:
+                        sides = zip(row["images"], row["texts"], strict=True)
+                        found[row["options_id"]] = [Side(image, text) for image, text in sides]
+        return found
+
+    def _table(self, name: str, split: str, schema: pa.Schema) -> pa.Table:
+        tables = []
+        for path in self._shards(name, split):
+            with _reading(path):
+                tables.append(pq.read_table(path, schema=schema))
+        return pa.concat_tables(tables) if tables else schema.empty_table()
+
+    def _shards(self, table: str, split: str) -> list[Path]:
+        self._require(split)
+        names = (shard["path"] for shard in self.manifest["shards"])
+        return [self.folder / name for name in names if name.startswith(f"{table}-{split}-")]
+
+    def _require(self, split: str) -> None:
+        if split not in self.manifest["counts"]:
+            raise DataError(f"{self.folder} has no split '{split}'; there are: {', '.join(self.splits)}")
+
+
+def _rows_from(
+    file: pq.ParquetFile, first: int, batch_rows: int, columns: list[str] | None
+) -> Iterator[pa.RecordBatch]:
+    """Batches of a shard from its row `first` on; row groups before that are not read."""
+    groups = list(range(file.num_row_groups))
+    while groups and first >= file.metadata.row_group(groups[0]).num_rows:
+        first -= file.metadata.row_group(groups.pop(0)).num_rows
+    for batch in file.iter_batches(batch_rows, row_groups=groups, columns=columns):
+        rest, first = batch.slice(first), max(0, first - batch.num_rows)
+        if rest.num_rows:
+            yield rest
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what Arrow raises on a damaged shard, each its own, into a sentence; what the caller raises passes."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged ({reason}); {AGAIN}") from error
+    except OSError as error:
+        if error.errno is not None:  # of the disk, and told as such
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is damaged ({reason}); {AGAIN}") from error

@@ -1,0 +1,86 @@
+"""Name → adapter: the only place that lists data sets. An adapter takes the data set's folder and returns a Listing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from fuselip_core.config import PrepareSettings
+from fuselip_core.data.pair import DataError, Listing
+from fuselip_core.data.prepare.extra_pairs import add_extra_pairs
+from fuselip_core.data.sources.conceptual_captions import list_web_captions, list_web_questions
+from fuselip_core.data.sources.evaluation_sets import list_imagenet, list_open_images, list_sugarcrepe, list_tgit
+from fuselip_core.data.sources.hq_edit import list_hq_edit
+from fuselip_core.data.sources.mmeb import list_mmeb
+from fuselip_core.data.sources.rocov2 import list_rocov2
+from fuselip_core.data.sources.slake import list_slake
+from fuselip_core.data.sources.visual_genome import list_visual_genome
+from fuselip_core.data.sources.vqa_rad import add_questions, list_vqa_rad
+
+
+def list_phantom(root: Path) -> Listing:
+    """The embedded sample: ROCOv2's layout, and questions."""
+    if not root.is_dir() or not any(root.iterdir()):
+        raise DataError(f"no sample in {root}; draw it with `fuselip sample --out {root}`, or run `make demo`")
+    listing = list_rocov2(root)
+    add_questions(root, listing)
+    return listing
+
+
+def list_dicom_folder(root: Path, settings: PrepareSettings) -> Listing:
+    """A tree of DICOM files; its libraries come with the extra `download`."""
+    from fuselip_core.data.dicom.listing import list_dicom, settings_for
+
+    return list_dicom(root, settings_for(root, settings))
+
+
+SOURCES: Mapping[str, Callable[[Path], Listing]] = {
+    "phantom": list_phantom,
+    "rocov2": list_rocov2,
+    "vqa-rad": list_vqa_rad,
+    "slake": list_slake,
+    "cc3m": list_web_captions,
+    "cc12m": list_web_captions,
+    "cc3m-vqa": list_web_questions,
+    "cc12m-vqa": list_web_questions,
+    "hq-edit": list_hq_edit,
+    "visual-genome": list_visual_genome,
+    "open-images": list_open_images,
+    "sugarcrepe": list_sugarcrepe,
+    "imagenet": list_imagenet,
+    "mmeb-eval": list_mmeb,
+    "tgit": list_tgit,
+}
+# Adapters with settings of their own.
+SOURCES_WITH_SETTINGS: Mapping[str, Callable[[Path, PrepareSettings], Listing]] = {"dicom": list_dicom_folder}
+
+
+def source_names() -> tuple[str, ...]:
+    """All that `list_source` knows."""
+    return (*SOURCES, *SOURCES_WITH_SETTINGS)
+
+
+def list_source(name: str, root: Path, settings: PrepareSettings | None = None) -> Listing:
+    """All of a data set but its pixels; raises DataError for an unknown name or a folder that is not that data set."""
+    if name not in source_names():
+        raise DataError(f"unknown source '{name}'; there are: {', '.join(source_names())}")
+    if name in SOURCES_WITH_SETTINGS:
+        listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
+    else:
+        listing = _list_tables(name, root, extra_pairs=settings.extra_pairs if settings else ())
+    if not listing.images:
+        raise DataError(f"{root} holds no image with a text that could be read as {name}; see the published layout")
+    return listing
+
+
+def _list_tables(name: str, root: Path, extra_pairs: Collection[str]) -> Listing:
+    try:
+        listing = SOURCES[name](root)
+        add_extra_pairs(root, listing, extra_pairs)
+        return listing
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        # Tables of another form than published surface where a value is looked for; --debug shows where.
+        raise DataError(
+            f"{root} holds tables that are not in the published form of {name} ({type(error).__name__}); "
+            "compare them with the published files"
+        ) from error

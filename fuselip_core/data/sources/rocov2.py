@@ -1,0 +1,294 @@
+"""Images with captions: ROCOv2 in each of the layouts in which it is found.
+
+- Zenodo's: `{train,valid,test}_captions.csv`, `_concepts.csv`, `_concepts_manual.csv`, `license_information.csv`, and
+  images in `<split>_images.zip` or in folders `<split>/` or `<split>_images/`;
+- older tools': `{train,validation,test}/ID.jpg` with the caption in `ID.jpg.txt`;
+- Hugging Face's: Parquet files `train-*.parquet` with image {bytes, path}, image_id, caption, cui.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fuselip_core.data.pair import (
+    DataError,
+    ImageEntry,
+    Listing,
+    Place,
+    SetAside,
+    caption_pair,
+    one_line,
+    require_columns,
+    require_folder,
+)
+from fuselip_core.data.sources.archives import open_archive, safe_members
+
+PUBLISHED_SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
+# Rückert et al. 2024, doi:10.1038/s41597-024-03496-6. The Hub's train split has four more.
+PUBLISHED_COUNTS = {"train": 59_958, "valid": 9_904, "test": 9_927}
+MOST_DIFFERENCE = 0.1  # what differs more is a part of ROCOv2, or another data set in its layout
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+LICENCES = "license_information.csv"
+HUB_COLUMNS = ("image", "image_id", "caption")
+
+
+def list_rocov2(root: Path) -> Listing:
+    """ROCOv2 in whichever layout `root` has; raises DataError if it has none of them."""
+    require_folder(root, "ROCOv2")
+    listing = _list_layout(root)
+    _compare_counts(listing)
+    return listing
+
+
+def _list_layout(root: Path) -> Listing:
+    if list(root.glob("*_captions.csv")):
+        return list_zenodo(root)
+    if parquet := _parquet_files(root):
+        return _list_parquet(root, parquet)
+    if any(next((root / folder).glob("*.txt"), None) for folder in PUBLISHED_SPLITS if (root / folder).is_dir()):
+        return _list_sidecars(root)
+    raise DataError(
+        f"{root} has no known layout of ROCOv2: neither *_captions.csv (Zenodo), nor train-*.parquet (Hugging Face), "
+        "nor train/ID.jpg with ID.jpg.txt; compare it with the published file list"
+    )
+
+
+def _compare_counts(listing: Listing) -> None:
+    """Notes how many images each split has beside the published number, if this is about as many."""
+    counts = Counter(image.split for image in listing.images)
+    counts.update(item.split for item in listing.set_aside if item.reason == "repeated_id")
+    for split, published in PUBLISHED_COUNTS.items():
+        if abs(counts[split] - published) <= published * MOST_DIFFERENCE:
+            difference = counts[split] - published
+            said = "as published" if not difference else f"{difference:+,} against the {published:,} that are published"
+            listing.notes.append(f"{split} lists {counts[split]:,} images, {said}")
+
+
+def list_zenodo(root: Path) -> Listing:
+    """The published layout; images may be zipped or extracted, and any split may be missing."""
+    listing = Listing()
+    licences = _read_licences(root / LICENCES)
+    for name, split in PUBLISHED_SPLITS.items():
+        if (root / f"{name}_captions.csv").exists():
+            _list_zenodo_split(root, name, split, licences, listing)
+    return listing
+
+
+def _list_zenodo_split(
+    root: Path, name: str, split: str, licences: Mapping[str, Mapping[str, str]], listing: Listing
+) -> None:
+    places, refused = _places(root, name)
+    listing.set_aside.extend(SetAside(item, split, *reason) for item, *reason in refused)
+    concepts = _read_concepts(root / f"{name}_concepts.csv")
+    manual = _read_concepts(root / f"{name}_concepts_manual.csv")
+    seen: set[str] = set()
+    for row in read_table(root / f"{name}_captions.csv", ("ID", "Caption")):
+        identifier = row["ID"].strip()
+        if identifier in seen:
+            listing.set_aside.append(SetAside(identifier, split, "repeated_id", f"again in {name}_captions.csv"))
+            continue
+        seen.add(identifier)
+        place = places.get(identifier)
+        if place is None:
+            listing.set_aside.append(SetAside(identifier, split, "missing_image", f"in no {name} archive or folder"))
+            continue
+        licence = licences.get(identifier, {})
+        codes = concepts.get(identifier, ())
+        image = ImageEntry(
+            identifier,
+            split,
+            case=licence.get("PMCID") or identifier,
+            place=place,
+            modality=modality_of(manual.get(identifier, ()) or codes),
+            concepts=codes or manual.get(identifier, ()),
+            licence=licence.get("Link"),
+            attribution=licence.get("Attribution"),
+        )
+        listing.images.append(image)
+        listing.pairs.append(caption_pair(image, one_line(row["Caption"])))
+    for identifier in sorted(set(places) - seen):
+        listing.set_aside.append(SetAside(identifier, split, "missing_caption", f"not in {name}_captions.csv"))
+
+
+def _places(root: Path, name: str) -> tuple[dict[str, Place], list[tuple[str, str, str]]]:
+    """Image id → place (an extracted folder is preferred to its archive); and (name, reason, detail) of the refused."""
+    refused: list[tuple[str, str, str]] = []
+    for folder in (root / name, root / f"{name}_images"):
+        if folder.is_dir():
+            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+            return _by_id([(path, Place(path)) for path in files], refused), refused
+    archive = root / f"{name}_images.zip"
+    if not archive.exists():
+        raise DataError(
+            f"{root} has {name}_captions.csv but neither {name}_images.zip nor a folder {name}; download it"
+        )
+    with open_archive(archive) as opened:
+        members = safe_members(opened)
+    # Members are read by name and never extracted, so that no path of an archive touches the disk.
+    paths = [PurePosixPath(info.filename) for info in members.safe]
+    pictures = [path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+    refused += [(member, "unsafe_member", reason) for member, reason in members.refused]
+    return _by_id([(path, Place(archive, member=str(path))) for path in pictures], refused), refused
+
+
+def _by_id(places: Sequence[tuple[PurePath, Place]], refused: list[tuple[str, str, str]]) -> dict[str, Place]:
+    """The first picture of each id; `refused` takes the others."""
+    first: dict[str, Place] = {}
+    for path, place in places:
+        if path.stem in first:
+            refused.append((path.stem, "repeated_id", f"{path.name} is named like another picture"))
+        else:
+            first[path.stem] = place
+    return first
+
+
+def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file that has at least `columns`; absent values are empty strings. Raises DataError."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, restval="")
+            require_columns(reader.fieldnames, columns, path)
+            yield from reader
+    except FileNotFoundError as error:
+        raise DataError(f"no file {path}; download the data set again") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise DataError(f"{path} is no valid CSV ({error}); download it again") from error
+
+
+def _read_concepts(path: Path) -> dict[str, tuple[str, ...]]:
+    """Image id → concept codes; nothing if the file is missing."""
+    if not path.exists():
+        return {}
+    return {
+        row["ID"]: tuple(code.strip() for code in row["CUIs"].split(";") if code.strip())
+        for row in read_table(path, ("ID", "CUIs"))
+    }
+
+
+def _read_licences(path: Path) -> dict[str, dict[str, str]]:
+    """Image id → its row; nothing if the file is missing (then every image is a case of its own)."""
+    if not path.exists():
+        return {}
+    return {row["ID"]: row for row in read_table(path, ("ID", "PMCID", "Attribution", "Link"))}
+
+
+def modality_of(codes: Sequence[str]) -> str | None:
+    """The name of the first concept that is a modality."""
+    names = _modalities()
+    return next((names[code] for code in codes if code in names), None)
+
+
+@functools.cache
+def _modalities() -> dict[str, str]:
+    path = Path(__file__).with_name("modalities.json")
+    return cast(dict[str, str], json.loads(path.read_text(encoding="utf-8")))
+
+
+def _list_sidecars(root: Path) -> Listing:
+    """Folders of images with the caption of `ID.jpg` in `ID.jpg.txt`; they name no case."""
+    listing = Listing()
+    for name, split in PUBLISHED_SPLITS.items():
+        seen: set[str] = set()
+        for path in sorted((root / name).glob("*")):
+            if path.suffix.lower() in SUFFIXES:
+                _list_sidecar(path, split, seen, listing)
+            elif path.suffix == ".txt" and not path.with_suffix("").exists():
+                listing.set_aside.append(SetAside(path.stem, split, "missing_image", f"no picture beside {path.name}"))
+    return listing
+
+
+def _list_sidecar(path: Path, split: str, seen: set[str], listing: Listing) -> None:
+    text = path.with_name(f"{path.name}.txt")
+    fault = None if text.exists() else ("missing_caption", f"no {text.name}")
+    # The same name may come in two splits; whether that is the same picture shows later.
+    if path.stem in seen:
+        fault = "repeated_id", f"{path.name} is named like another picture"
+    if fault:
+        listing.set_aside.append(SetAside(path.stem, split, *fault))
+        return
+    seen.add(path.stem)
+    image = ImageEntry(path.stem, split, case=path.stem, place=Place(path))
+    listing.images.append(image)
+    # One bad byte in one text of 80,000 is no reason to stop.
+    caption = text.read_bytes().decode("utf-8", errors="replace")
+    listing.pairs.append(caption_pair(image, one_line(caption)))
+
+
+def _parquet_files(root: Path) -> dict[str, list[Path]]:
+    """Published split name → its Parquet files, wherever below `root` they are."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(root.rglob("*.parquet")):
+        name = path.name.split("-")[0].split(".")[0]
+        if name in PUBLISHED_SPLITS:
+            files.setdefault(name, []).append(path)
+    return files
+
+
+def _list_parquet(root: Path, files: Mapping[str, Sequence[Path]]) -> Listing:
+    """The Hub's files. They name no article; LICENCES beside them adds it."""
+    listing = Listing()
+    licences = _read_licences(root / LICENCES)
+    if not licences:
+        listing.notes.append(
+            f"these files name no article; with {LICENCES} of the Zenodo record beside them, images of one article "
+            "count as one case"
+        )
+    for name, paths in files.items():
+        seen: set[str] = set()
+        for path in paths:
+            for row, values in enumerate(_parquet_rows(path)):
+                _list_parquet_row(path, row, PUBLISHED_SPLITS[name], values, licences, seen, listing)
+    return listing
+
+
+def _list_parquet_row(
+    path: Path,
+    row: int,
+    split: str,
+    values: Mapping[str, Any],
+    licences: Mapping[str, Mapping[str, str]],
+    seen: set[str],
+    listing: Listing,
+) -> None:
+    identifier = str(values["image_id"])
+    if identifier in seen:
+        listing.set_aside.append(SetAside(identifier, split, "repeated_id", f"again in {path.name}, row {row}"))
+        return
+    seen.add(identifier)
+    licence = licences.get(identifier, {})
+    codes = tuple(values.get("cui") or ())
+    image = ImageEntry(
+        identifier,
+        split,
+        case=licence.get("PMCID") or identifier,
+        place=Place(path, row=row),
+        modality=modality_of(codes),
+        concepts=codes,
+        licence=licence.get("Link"),
+        attribution=licence.get("Attribution"),
+    )
+    listing.images.append(image)
+    listing.pairs.append(caption_pair(image, one_line(values["caption"] or "")))
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file without their images."""
+    try:
+        with pq.ParquetFile(path) as file:
+            require_columns(file.schema_arrow.names, HUB_COLUMNS, path)
+            columns = [name for name in ("image_id", "caption", "cui") if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=4096, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no readable Parquet file ({error}); download it again") from error

@@ -1,0 +1,138 @@
+"""Questions about images: VQA-RAD as published, and tables of ID, Question, Answer beside an image data set."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fuselip_core.data.pair import (
+    DataError,
+    ImageEntry,
+    Listing,
+    Place,
+    SetAside,
+    one_line,
+    question_pair,
+    require_columns,
+    require_folder,
+)
+from fuselip_core.data.sources.rocov2 import read_table
+
+VQA_RAD_FIELDS = ("qid", "phrase_type", "image_name", "image_case_url", "question", "answer", "answer_type")
+CLOSED_ANSWERS = frozenset({"yes", "no"})
+# What `image_organ` says, as UMLS concepts with their names.
+ORGANS = {"HEAD": "C0018670", "CHEST": "C0817096", "ABD": "C0000726"}
+ORGAN_NAMES = {"C0018670": "head", "C0817096": "chest", "C0000726": "abdomen"}
+
+
+def list_vqa_rad(root: Path) -> Listing:
+    """VQA-RAD (Lau et al. 2018, doi:10.1038/sdata.2018.251): one JSON file and a folder of radiographs.
+
+    Questions whose phrase_type begins with "test" are the published test split, all others train; an image has one
+    entry in each split that asks about it. A case is a MedPix case, or several where an image is given under several.
+    """
+    require_folder(root, "VQA-RAD")
+    rows = _read_rows(root)
+    places = {path.name: Place(path) for path in sorted(root.rglob("*")) if path.suffix.lower() in (".jpg", ".png")}
+    cases = _cases(rows)
+    listing = Listing(concept_names=dict(ORGAN_NAMES))
+    images: dict[tuple[str, str], ImageEntry] = {}
+    seen: set[str] = set()
+    for row in rows:
+        name, qid = str(row["image_name"]), str(row["qid"])
+        split = "test" if str(row["phrase_type"]).startswith("test") else "train"
+        question, answer = one_line(str(row["question"])), normalise_answer(row["answer"])
+        fault = fault_of_question(question, answer) or ("repeated_id" if qid in seen else None)
+        fault = fault or (None if name in places else "missing_image")
+        seen.add(qid)
+        if fault:
+            listing.set_aside.append(SetAside(qid, split, fault, f"question {qid} about {name}"))
+            continue
+        organ = ORGANS.get(str(row.get("image_organ")))
+        entry = ImageEntry(
+            Path(name).stem,
+            split,
+            cases[name],
+            places[name],
+            concepts=(organ,) if organ else (),
+            licence="CC0-1.0",
+            attribution="VQA-RAD, Lau et al. 2018",
+        )
+        image = images.setdefault((split, name), entry)
+        kind = str(row["answer_type"]).strip().lower()
+        listing.pairs.append(question_pair(image, f"vqa-rad/{qid}", question, answer, kind))
+    listing.images.extend(sorted(images.values(), key=lambda image: (image.split, image.image_id)))
+    unused = len(set(places) - {str(row["image_name"]) for row in rows})
+    if unused:
+        listing.notes.append(f"{unused} of {len(places)} image files are not asked about and were not read")
+    return listing
+
+
+def add_questions(root: Path, listing: Listing) -> None:
+    """Adds the pairs of `<split>_questions.csv` (ID, Question, Answer) to a listing of their images."""
+    images = {(image.split, image.image_id): image for image in listing.images}
+    counts: Counter[tuple[str, str]] = Counter()
+    for split in sorted({image.split for image in listing.images}):
+        path = root / f"{split}_questions.csv"
+        if not path.exists():
+            continue
+        for row in read_table(path, ("ID", "Question", "Answer")):
+            key = (split, row["ID"].strip())
+            counts[key] += 1
+            name = f"{key[1]}/question-{counts[key]}"
+            question, answer = one_line(row["Question"]), normalise_answer(row["Answer"])
+            fault = fault_of_question(question, answer) or (None if key in images else "missing_image")
+            if fault:
+                listing.set_aside.append(SetAside(name, split, fault, f"in {path.name}"))
+                continue
+            kind = "closed" if answer in CLOSED_ANSWERS else "open"
+            listing.pairs.append(question_pair(images[key], name, question, answer, kind))
+
+
+def normalise_answer(answer: object) -> str:
+    """Lower case on one line, so that equal answers are equal strings; numbers become their digits."""
+    return one_line("" if answer is None else str(answer)).lower()
+
+
+def fault_of_question(question: str, answer: str) -> str | None:
+    return "empty_question" if not question else "empty_answer" if not answer else None
+
+
+def _read_rows(root: Path) -> list[dict[str, Any]]:
+    files = sorted(root.glob("*.json"))
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files) or "none"
+        raise DataError(f"{root} needs exactly one JSON file with VQA-RAD's questions (found: {found}); put it there")
+    return read_questions(files[0], VQA_RAD_FIELDS)
+
+
+def read_questions(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects in a JSON file of questions that all have `fields`; raises DataError."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no valid JSON ({error}); download it again") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} must hold a list of questions; download the published file")
+    for row in rows:
+        require_columns(list(row), fields, path)
+    return rows
+
+
+def _cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Image name → case. Cases that share an image are one case."""
+    parent: dict[str, str] = {}
+
+    def root_of(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for row in rows:
+        image, case = f"image {row['image_name']}", str(row["image_case_url"]).strip()
+        roots = sorted((root_of(image), root_of(case)), reverse=True)
+        parent[roots[0]] = roots[1]
+    return {str(row["image_name"]): root_of(f"image {row['image_name']}") for row in rows}

@@ -1,0 +1,160 @@
+"""Where stored tokens meet the joint encoder: sides of pairs become packed sequences, sequences become embeddings.
+
+Legend: B pairs, K codes an image, L tokens, T tokens of all sequences, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuselip_core.data.tokens.joined import JoinedStore
+from fuselip_core.data.tokens.store import SideTokens, gather
+from fuselip_core.model.fuselip import FuseLIPModel
+from fuselip_core.model.packed import Layout, pack
+from fuselip_core.model.vocabulary import IGNORED, join, text_sequence
+from fuselip_core.training.losses import mask_tokens
+from fuselip_core.training.plan import Store
+
+
+class PairEncoder(Protocol):
+    """What the training loop needs of a model family: inputs of a batch, and what the model makes of them.
+
+    Everything random is drawn while the inputs are made, so that the same inputs can be encoded twice.
+    """
+
+    model: Any
+
+    def inputs(self, rows: np.ndarray, view_rng: np.random.Generator) -> Any:
+        """What the model reads of the pairs `rows` (B); has `hidden`, the number of tokens it is to predict."""
+
+    def encode(self, inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit-norm embeddings of queries and of targets (B, W), and the mean loss of hidden tokens, 0 without."""
+
+
+@dataclass(frozen=True)
+class PackedSides:
+    """Sides of pairs as packed ids (T) with their layout, labels (T) where tokens are hidden, and each row's place."""
+
+    ids: Tensor
+    layout: Layout
+    places: Tensor
+    sizes: tuple[int, ...]
+    labels: Tensor | None = None
+
+    @property
+    def hidden(self) -> int:
+        """Tokens to predict."""
+        return 0 if self.labels is None else int((self.labels != IGNORED).sum())
+
+
+class TokenPairs:
+    """The joint encoder on stored codes and texts: all sides of a batch in one pass."""
+
+    def __init__(self, model: FuseLIPModel, store: Store, mask_probability: float) -> None:
+        self.model, self.store, self.mask_probability = model, store, mask_probability
+        self.device = next(model.parameters()).device
+
+    def inputs(self, rows: np.ndarray, view_rng: np.random.Generator) -> PackedSides:
+        """Pair rows (B) → packed ids, some of them hidden."""
+        return prepare_sides(self.model, gather_sides(self.store, rows, view_rng), self.mask_probability)
+
+    def encode(self, inputs: PackedSides) -> tuple[Tensor, Tensor, Tensor]:
+        """See PairEncoder."""
+        (query, target), masked = encode_packed(self.model, inputs, self.device)
+        return query, target, masked
+
+
+class TokenEncoder:
+    """Embeds stored sides without gradient; what evaluation and validation see of the model."""
+
+    def __init__(self, model: FuseLIPModel, device: torch.device) -> None:
+        self.model, self.device = model, device
+
+    @torch.no_grad()
+    def encode(self, side: SideTokens) -> np.ndarray:
+        """One side of B pairs → unit-norm embeddings (B, W) float32."""
+        training = self.model.training
+        self.model.eval()
+        embeddings, _ = encode_sides(self.model, [side], 0.0, self.device)
+        self.model.train(training)
+        return embeddings[0].float().cpu().numpy()
+
+
+def gather_sides(store: Store, rows: np.ndarray, view_rng: np.random.Generator) -> list[SideTokens]:
+    """Queries and targets of the pairs `rows` (B), each image in a view drawn from all."""
+    if isinstance(store, JoinedStore):
+        return [store.gather(rows, "query", view_rng), store.gather(rows, "target", view_rng)]
+    return [gather(store, rows, "query", view_rng), gather(store, rows, "target", view_rng)]
+
+
+def pair_keys(store: Store, rows: np.ndarray, alike: bool) -> np.ndarray:
+    """What says which pairs (B) are no negatives of each other, (B, 3) int64; see losses.akin.
+
+    Without `alike` only equal targets count.
+    """
+    pairs = store.pairs
+    sets = pairs.alike[rows] if alike else np.full(len(rows), -1)
+    return np.stack([pairs.target_text[rows], pairs.target_image[rows], sets], axis=1).astype(np.int64)
+
+
+def encode_sides(
+    model: FuseLIPModel, sides: Sequence[SideTokens], mask_probability: float, device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Embeds sides of pairs → unit-norm embeddings (B, W) a side, and the masked-token loss.
+
+    With a `mask_probability` the same pass also predicts the tokens it hides; the loss is their mean, else 0.
+    """
+    return encode_packed(model, prepare_sides(model, sides, mask_probability), device)
+
+
+def prepare_sides(model: FuseLIPModel, sides: Sequence[SideTokens], mask_probability: float) -> PackedSides:
+    """Sides of pairs → what the model reads of them, on the CPU, with tokens hidden where a probability is given."""
+    ids, layout, places = pack_sides(sides, model)
+    labels = None
+    if mask_probability:
+        ids, labels = mask_tokens(ids, model.vocabulary.mask_id, mask_probability)
+    return PackedSides(ids, layout, places, tuple(map(len, sides)), labels)
+
+
+def encode_packed(model: FuseLIPModel, inputs: PackedSides, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Packed sides → unit-norm embeddings (B, W) a side, and the mean loss of the hidden tokens, 0 without."""
+    labels = None if inputs.labels is None else inputs.labels.to(device, non_blocking=True)
+    output = model(inputs.ids.to(device, non_blocking=True), labels=labels, layout=inputs.layout.to(device))
+    embeddings = output.embeddings[inputs.places.to(device)].split(list(inputs.sizes))
+    loss = torch.zeros((), device=device) if labels is None else output.loss
+    return list(embeddings), loss
+
+
+def pack_sides(sides: Sequence[SideTokens], model: FuseLIPModel) -> tuple[Tensor, Layout, Tensor]:
+    """Sides of pairs → packed ids (T) int64 and their layout, on the CPU, and the place in it of each row of all sides.
+
+    All sides go through the encoder at once: one look-up, one product a layer, one gradient of the embedding table.
+    """
+    groups, places, before = [], [], 0
+    for side in sides:
+        has_image = np.asarray(side.has_image)
+        for images in (True, False):
+            rows = np.flatnonzero(has_image == images)
+            if len(rows):
+                groups.append(_sequences(side.part(rows), images, model))
+                places.append(rows + before)
+        before += len(side)
+    ids, layout, order = pack(groups)
+    return ids, layout, order[torch.from_numpy(np.argsort(np.concatenate(places)))]
+
+
+def _sequences(side: SideTokens, has_images: bool, model: FuseLIPModel) -> Tensor:
+    """Rows that all have an image, or none, as padded joint ids (N, L) int64."""
+    text = text_sequence(_to_tensor(side.text_ids), _to_tensor(side.text_lengths))
+    images = model.vocabulary.joint_ids(_to_tensor(side.codes)) if has_images else None
+    return join(images, text, model.config.context_length)
+
+
+def _to_tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))

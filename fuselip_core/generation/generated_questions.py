@@ -1,0 +1,290 @@
+"""Questions and answers that something wrote from captions: read, checked, kept part by part, put together at the end.
+
+A generator takes captions and returns one text each, which should be a JSON list of objects with question and answer.
+Whatever it returns goes through `judged`: good pairs are kept, everything else is set aside with its reason. Parts
+appear whole (`parts/000012.jsonl`), so that a killed run goes on with the first part that is missing, and any number of
+processes can share the work: process r of w takes parts r, r + w, and so on.
+
+    <split>.csv                       path,question,answer, as the sources cc3m-vqa and cc12m-vqa read them
+    pairs-<split>-00000-of-00001.parquet   the same as prepared pairs (schemas.PAIR_SCHEMA)
+    quarantine.jsonl, manifest.json   what was set aside, and counts
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+from fuselip_core.data.pair import DataError, Pair, Side, one_line
+from fuselip_core.data.prepare.image_shards import write_pair_shard
+from fuselip_core.data.prepare.rule_questions import known_values
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.sources.conceptual_captions import split_of_name
+from fuselip_core.data.sources.rocov2 import read_table
+from fuselip_core.data.sources.vqa_rad import CLOSED_ANSWERS, fault_of_question, normalise_answer
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import atomic_write, sha256_of, write_json
+from fuselip_core.progress import track
+
+JOB, PARTS, QUARANTINE, MANIFEST = "job.json", "parts", "quarantine.jsonl", "manifest.json"
+MOST_ANSWER_WORDS = 12
+DETAIL_LENGTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionRow:
+    """One captioned image; concepts are names, and only there where a generator asks for them."""
+
+    image_id: str
+    split: str
+    case: str
+    caption: str
+    modality: str | None = None
+    concepts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What became of the text written for a row: pairs (question, answer), and (reason, detail) of the rest."""
+
+    row: CaptionRow
+    pairs: tuple[tuple[str, str], ...]
+    set_aside: tuple[tuple[str, str], ...]
+
+
+Write = Callable[[Sequence[CaptionRow]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the work is cut: parts of `part_rows` captions, `batch_size` of them at once; this is process `rank`."""
+
+    part_rows: int = 256
+    batch_size: int = 16
+    rank: int = 0
+    world: int = 1
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+def caption_rows(source: Path, names: Mapping[str, str] | None = None) -> Iterator[CaptionRow]:
+    """Captions of a prepared folder, or of a table with the columns path,caption, in their order.
+
+    With `names` (concept code → name) the rows of a prepared folder carry modality and concepts. Raises DataError.
+    """
+    if source.is_file():
+        split = split_of_name(source.stem)
+        for row in read_table(source, ("path", "caption")):
+            yield CaptionRow(row["path"].strip(), split, row["path"].strip(), one_line(row["caption"]))
+        return
+    data = PreparedData(source)
+    for split in data.splits:
+        known = _concepts(data, split, names) if names is not None else {}
+        for batch in data.pairs(split).to_batches(max_chunksize=4096):
+            for row in batch.select(["kind", "case", "query_image", "target_text"]).to_pylist():
+                if row["kind"] == "caption":
+                    image = row["query_image"]
+                    yield CaptionRow(image, split, row["case"], row["target_text"], *known.get(image, (None, ())))
+
+
+def version_of(source: Path) -> str:
+    """What changes when the captions change: the version of prepared data, or the hash of a table."""
+    return sha256_of(source) if source.is_file() else PreparedData(source).data_version
+
+
+def _concepts(
+    data: PreparedData, split: str, names: Mapping[str, str]
+) -> dict[str, tuple[str | None, tuple[str, ...]]]:
+    return {
+        row["image_id"]: (row["modality"], tuple(names[code] for code in row["concepts"] or () if code in names))
+        for batch in data.iter_images(split, ["image_id", "modality", "concepts"])
+        for row in batch.to_pylist()
+    }
+
+
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+
+def judged(row: CaptionRow, text: str) -> Judged:
+    """Checks what was written for one caption."""
+    found = _parsed(text)
+    if isinstance(found, str):
+        return Judged(row, (), ((found, _shown(text)),))
+    pairs: dict[str, str] = {}
+    set_aside = []
+    for item in found:
+        question, answer = one_line(str(item.get("question") or "")), normalise_answer(item.get("answer"))
+        fault = _fault(question, answer, row, pairs)
+        if fault:
+            set_aside.append((fault, _shown(f"{question} | {answer}")))
+        else:
+            pairs[question] = answer
+    if not found:
+        set_aside.append(("no_question", _shown(text)))
+    return Judged(row, tuple(pairs.items()), tuple(set_aside))
+
+
+def _parsed(text: str) -> list[dict[str, Any]] | str:
+    """The objects of the first JSON list in a text, which models like to wrap in words; else the reason."""
+    start, end = text.find("["), text.rfind("]")
+    if start < 0:
+        return "empty_output" if not text.strip() else "no_list"
+    if end < start:
+        return "cut_off"  # the list was begun and never closed
+    try:
+        found = json.loads(text[start : end + 1])
+    except (json.JSONDecodeError, RecursionError):
+        return "not_json"
+    return found if all(isinstance(item, dict) for item in found) else "no_objects"
+
+
+def _fault(question: str, answer: str, row: CaptionRow, before: Mapping[str, str]) -> str | None:
+    if fault := fault_of_question(question, answer):
+        return fault
+    if not question.endswith("?"):
+        return "no_question_mark"
+    if re.search(r"\bcaption\b", question, re.IGNORECASE):
+        return "asks_about_caption"
+    if len(answer.split()) > MOST_ANSWER_WORDS:
+        return "long_answer"
+    if question in before:
+        return "repeated_question"
+    return None if answer in CLOSED_ANSWERS or _is_supported(answer, row) else "unsupported_answer"
+
+
+def _is_supported(answer: str, row: CaptionRow) -> bool:
+    """Whether a word of the answer is a word of what is known of the image: a check against pure invention."""
+    values = known_values(row.caption, row.concepts, row.modality).values()  # "ct" where it is spelt out
+    known = " ".join((row.caption, row.modality or "", *row.concepts, *values)).lower()
+    words = set(re.findall(r"\w+", known))
+    return any(word in words or (len(word) > 3 and word in known) for word in re.findall(r"\w+", answer))
+
+
+def _shown(text: str) -> str:
+    return one_line(text)[:DETAIL_LENGTH]
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def generate(source: Callable[[], Iterator[CaptionRow]], write: Write, out: Path, work: Work) -> bool:
+    """Writes this process's parts below `out` and, if none is missing then, the result; True if it stands.
+
+    Raises FuselipError if `out` holds parts of another job.
+    """
+    _begin(out, work)
+    total = sum(1 for _ in source())
+    if not total:
+        raise DataError("there is no caption to write questions from; give prepared data or a table with captions")
+    count = -(-total // work.part_rows)
+    parts = enumerate(_chunks(source(), work.part_rows))
+    for number, rows in track(parts, f"writing questions, parts of {work.part_rows} captions", total=count):
+        path = _part(out, number)
+        if number % work.world == work.rank and not path.exists():
+            _write_part(path, rows, write, work.batch_size)
+    if not all(_part(out, number).exists() for number in range(count)):
+        return False
+    _put_together(out, count, work)
+    return True
+
+
+def _begin(out: Path, work: Work) -> None:
+    """Parts of another model, prompt or table must not be mixed with these."""
+    path = out / JOB
+    described = json.loads(json.dumps({**work.identity, "part_rows": work.part_rows}, default=str))
+    if not path.exists():
+        (out / PARTS).mkdir(parents=True, exist_ok=True)
+        write_json(path, described)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    wrong = [
+        f"{key} was {before.get(key)!r} and is {value!r}"
+        for key, value in described.items()
+        if before.get(key) != value
+    ]
+    if wrong:
+        raise FuselipError(f"{out} holds questions of another job ({'; '.join(wrong)}); name another folder with --out")
+
+
+def _part(out: Path, number: int) -> Path:
+    return out / PARTS / f"{number:06d}.jsonl"
+
+
+def _write_part(path: Path, rows: Sequence[CaptionRow], write: Write, batch_size: int) -> None:
+    results = []
+    for batch in _chunks(iter(rows), batch_size):
+        texts = write(batch)
+        results += [judged(row, text) for row, text in zip(batch, texts, strict=True)]
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as stream:
+        for result in results:
+            stream.write(json.dumps(asdict(result), ensure_ascii=False) + "\n")
+
+
+def _chunks(rows: Iterator[CaptionRow], size: int) -> Iterator[list[CaptionRow]]:
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+# ---- result ----------------------------------------------------------------------------------------------------------
+
+
+def _put_together(out: Path, count: int, work: Work) -> None:
+    """One table and one shard of pairs a split, in the order of the captions."""
+    counts: dict[str, Counter[str]] = {}
+    reasons: Counter[str] = Counter()
+    with ExitStack() as files:
+
+        def opened(path: Path) -> TextIO:
+            partial = files.enter_context(atomic_write(path))
+            return files.enter_context(partial.open("w", encoding="utf-8", newline=""))
+
+        quarantine, tables = opened(out / QUARANTINE), dict[str, Any]()
+        for result in _results(out, count):
+            row = result.row
+            if row.split not in tables:
+                counts[row.split] = Counter()
+                tables[row.split] = csv.writer(opened(out / f"{row.split}.csv"), lineterminator="\n")
+                tables[row.split].writerow(["path", "question", "answer"])
+            tables[row.split].writerows((row.image_id, *pair) for pair in result.pairs)
+            counts[row.split].update(captions=1, pairs=len(result.pairs))
+            for reason, detail in result.set_aside:
+                reasons[reason] += 1
+                aside = {"id": row.image_id, "split": row.split, "reason": reason, "detail": detail}
+                quarantine.write(json.dumps(aside, ensure_ascii=False) + "\n")
+    for split in counts:
+        of_split = (result for result in _results(out, count) if result.row.split == split)
+        write_pair_shard(out / f"pairs-{split}-00000-of-00001.parquet", _pairs(of_split))
+    content = {**work.identity, "counts": counts, "quarantine": dict(sorted(reasons.items()))}
+    write_json(out / MANIFEST, json.loads(json.dumps(content, default=str)))
+
+
+def _results(out: Path, count: int) -> Iterator[Judged]:
+    for number in range(count):
+        with _part(out, number).open(encoding="utf-8") as stream:
+            for line in stream:
+                content = json.loads(line)
+                row = CaptionRow(**(content["row"] | {"concepts": tuple(content["row"]["concepts"])}))
+                pairs = tuple((question, answer) for question, answer in content["pairs"])
+                yield Judged(row, pairs, tuple((reason, detail) for reason, detail in content["set_aside"]))
+
+
+def _pairs(results: Iterable[Judged]) -> Iterator[Pair]:
+    for result in results:
+        row = result.row
+        for number, (question, answer) in enumerate(result.pairs):
+            yield Pair(
+                f"{row.image_id}/generated-{number}",
+                row.split,
+                "vqa",
+                row.image_id,
+                row.case,
+                Side(row.image_id, question),
+                Side(text=answer),
+                "closed" if answer in CLOSED_ANSWERS else "open",
+            )

@@ -1,0 +1,274 @@
+"""MLflow's model registry: every trained encoder becomes a version; the alias moves only if its gates pass.
+
+Names and policy stand in mlflow/README.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fuselip_core.config import Gate, Settings
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import sha256_of
+from fuselip_core.registry.state import STATE_FOLDER, write_state
+from fuselip_core.tracking.run import experiment_id, mlflow_client, run_of, tracking_uri
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import ModelSignature
+
+PACKAGE = Path(__file__).parent
+# What serving.py and the modules behind it import; stated, since letting MLflow infer it takes long and misses some.
+REQUIREMENTS = (
+    "numpy",
+    "open-clip-torch",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "safetensors",
+    "torch",
+    "torchvision",
+    "transformers",
+)
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+# Always the newest version, whether it passed or not; MLflow keeps the word "latest" for itself.
+NEWEST_ALIAS = "candidate"
+
+logger = logging.getLogger("fuselip")
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """How one gate went; `value` is None if the metric is missing."""
+
+    metric: str
+    at_least: float
+    value: float | None
+    passed: bool
+
+
+def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> list[GateResult]:
+    """One result a gate, in order; a missing or undefined metric does not pass."""
+    results = []
+    for gate in gates:
+        value = metrics.get(gate.metric)
+        passed = value is not None and not math.isnan(value) and value >= gate.at_least
+        results.append(GateResult(gate.metric, gate.at_least, value, passed))
+    return results
+
+
+def register_model(settings: Settings, model: Path, metrics: Mapping[str, float], width: int) -> dict[str, Any]:
+    """Makes a version of the encoder saved in folder `model` and moves the alias if all gates pass.
+
+    `width` is the embedding's D. Returns what registered.json holds: name, version, alias (None if it stays where it
+    was), gates, run_id, model_uri, tracking_uri. The same model with the same metrics is no second version.
+    """
+    if not model.is_dir():
+        raise FuselipError(f"no trained model in {model}; run the train stage first")
+    if settings.register_.alias == NEWEST_ALIAS:
+        raise FuselipError(
+            f"register.alias {NEWEST_ALIAS} always names the newest version, gates passed or not; choose another alias"
+        )
+    try:
+        return _register(settings, model, metrics, width)
+    except FuselipError:
+        raise
+    # The registry's store may fail in any way it likes: MLflow passes on what its database or its disk raises.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise FuselipError(
+            f"the registry {tracking_uri()} did not take the model ({reason}); see that it answers and run the same "
+            "command again, which only registers"
+        ) from error
+
+
+def _register(settings: Settings, model: Path, metrics: Mapping[str, float], width: int) -> dict[str, Any]:
+    name, uri = settings.register_.name, tracking_uri()
+    client = mlflow_client(uri)
+    fingerprint = _fingerprint(model, metrics)
+    found = _version_of(client, name, fingerprint)
+    if found is None:
+        found = _log_version(client, settings, model, metrics, width, fingerprint)
+        client.set_model_version_tag(name, found.version, "fingerprint", fingerprint)
+    gates = check_gates(settings.register_.gates, metrics)
+    passed = all(gate.passed for gate in gates)
+    client.set_registered_model_alias(name, NEWEST_ALIAS, found.version)
+    client.set_model_version_tag(name, found.version, "gates", "passed" if passed else "failed")
+    if passed:
+        client.set_registered_model_alias(name, settings.register_.alias, found.version)
+    else:
+        missed = ", ".join(
+            f"{gate.metric} {'missing' if gate.value is None else f'{gate.value:.4g}'} < {gate.at_least:g}"
+            for gate in gates
+            if not gate.passed
+        )
+        logger.warning("the alias %s stays where it is: %s", settings.register_.alias, missed)
+    return {
+        "name": name,
+        "version": int(found.version),
+        "alias": settings.register_.alias if passed else None,
+        "gates": [asdict(gate) for gate in gates],
+        "run_id": found.run_id,
+        "model_uri": f"models:/{name}/{found.version}",
+        "tracking_uri": uri,
+    }
+
+
+def promote(name: str, version: int | None, alias: str, despite_gates: bool = False) -> dict[str, Any]:
+    """Moves `alias` of the registered model `name` to `version`, or to the newest one if it is None.
+
+    Returns name, version, alias and, as `before`, the version that had the alias. Raises FuselipError if there is no
+    such version, or if a gate of it was missed and `despite_gates` is not set.
+    """
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_client(tracking_uri())
+    try:
+        if version is None:
+            found = client.get_model_version_by_alias(name, NEWEST_ALIAS)
+        else:
+            found = client.get_model_version(name, str(version))
+    except MlflowException as error:
+        wanted = f"version {version} of {name}" if version else f"model {name}"
+        raise FuselipError(f"there is no {wanted} on {tracking_uri()}; its Models page lists what there is") from error
+    if found.tags.get("gates") == "failed" and not despite_gates:
+        raise FuselipError(
+            f"{name} version {found.version} missed a gate; set despite_gates to move {alias} to it anyway"
+        )
+    before = client.get_registered_model(name).aliases.get(alias)
+    client.set_registered_model_alias(name, alias, found.version)
+    return {"name": name, "version": int(found.version), "alias": alias, "before": int(before) if before else None}
+
+
+def is_registered(registered: Mapping[str, Any]) -> bool:
+    """Whether the version that a registered.json names is still in the registry it names."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = mlflow_client(tracking_uri())
+        client.get_model_version(str(registered["name"]), str(registered["version"]))
+    except (MlflowException, KeyError):
+        return False
+    return True
+
+
+def fetch_state(uri: str, folder: Path) -> tuple[str, str, Path]:
+    """Name and version of the model that `uri` (models:/NAME@ALIAS or /VERSION) means, and where in `folder` its state
+    now lies; raises FuselipError where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    asked = MODEL_URI.fullmatch(uri)
+    if not asked:
+        raise FuselipError(f"'{uri}' names no registered model; write models:/NAME@champion or models:/NAME/3")
+    client = mlflow_client(tracking_uri())
+    try:
+        if asked["alias"]:
+            found = client.get_model_version_by_alias(asked["name"], asked["alias"])
+        else:
+            found = client.get_model_version(asked["name"], asked["version"])
+        if "state" not in found.tags:
+            raise FuselipError(f"{uri} was registered before models kept their state; register it again")
+        with _without_advice():
+            place = client.download_artifacts(str(found.run_id), found.tags["state"], str(folder))
+    except MlflowException as error:
+        reason = " ".join(str(error).split())
+        raise FuselipError(f"{tracking_uri()} has no {uri} ({reason}); see MLFLOW_TRACKING_URI") from error
+    return found.name, str(found.version), Path(place)
+
+
+def _log_version(
+    client: MlflowClient, settings: Settings, model: Path, metrics: Mapping[str, float], width: int, fingerprint: str
+) -> ModelVersion:
+    import mlflow
+
+    run_id = _run_for(client, settings)
+    state = f"{STATE_FOLDER}/{fingerprint[:12]}"
+    with tempfile.TemporaryDirectory() as folder, _without_advice():
+        made_from = write_state(Path(folder), settings, metrics)
+        client.log_artifacts(run_id, folder, state)
+    mlflow.set_tracking_uri(tracking_uri())
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False), _without_advice():
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(PACKAGE / "serving.py"),
+            artifacts={"model": str(model)},
+            code_paths=[str(PACKAGE)],
+            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+            signature=_signature(width),
+            registered_model_name=settings.register_.name,
+            metadata={"recipe": settings.recipe, "family": settings.model.family, "size": settings.model.size},
+        )
+    found = client.get_model_version(settings.register_.name, str(logged.registered_model_version))
+    commit = {"state": state, "git_commit": made_from["commit"], "git_dirty": str(made_from["changed"]).lower()}
+    for key, value in {**run_of(settings.artifacts).get("tags", {}), **_short(metrics), **commit}.items():
+        client.set_model_version_tag(found.name, found.version, key, str(value))
+    return found
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Silences what MLflow recommends while it logs a model; its warnings about anything else stay."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("mlflow.models.signature", "mlflow.utils.environment"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s).*(type hints|input example)", category=UserWarning)
+        yield
+
+
+def _run_for(client: MlflowClient, settings: Settings) -> str:
+    """The run that trained the model, or a new one where it was trained out of this server's sight."""
+    from mlflow.exceptions import MlflowException
+
+    known = run_of(settings.artifacts)
+    if known.get("mlflow_uri") == tracking_uri():
+        try:
+            return str(client.get_run(known["mlflow_run_id"]).info.run_id)
+        except MlflowException:
+            logger.info("the run that trained this model is not on %s; a new one is made", tracking_uri())
+    experiment = experiment_id(client, f"fuselip-{settings.recipe}", tracking_uri())
+    return str(client.create_run(experiment, run_name=f"register-{settings.model.size}").info.run_id)
+
+
+def _signature(width: int) -> ModelSignature:
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, name, required=False) for name in ("image", "text")]
+    # No name: a single unnamed tensor is what an array is checked against.
+    embedding = TensorSpec(np.dtype(np.float32), (-1, width))
+    return ModelSignature(inputs=Schema(columns), outputs=Schema([embedding]))
+
+
+def _fingerprint(model: Path, metrics: Mapping[str, float]) -> str:
+    """Hash of the model's files and its metrics."""
+    digest = hashlib.sha256(repr(sorted(metrics.items())).encode())
+    for file in sorted(path for path in model.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(model)}:{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _version_of(client: MlflowClient, name: str, fingerprint: str) -> ModelVersion | None:
+    found = client.search_model_versions(f"name = '{name}' and tags.fingerprint = '{fingerprint}'")
+    return found[0] if found else None
+
+
+def _short(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {name: f"{value:.4g}" for name, value in metrics.items() if name.endswith(("recall_at_1", "fused/accuracy"))}

@@ -1,0 +1,157 @@
+"""The tokenize stage: every view of every image becomes codes once, and every text ids, so that training reads both.
+
+Shard by shard and resumable; decoding runs in threads ahead of the model.
+Legend: N images of a shard, V views, K codes an image, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from fuselip_core.config import Settings, TokenizeSettings
+from fuselip_core.data.images import random_crop, to_pixels
+from fuselip_core.data.shards.in_order import Draw, as_pixels, decoded_batches
+from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
+from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
+from fuselip_core.distributed import local_device
+from fuselip_core.files import sha256_of
+from fuselip_core.model.processing import TextTokenizer
+from fuselip_core.model.titok import TiTok
+from fuselip_core.progress import track
+
+EncodeText = Callable[[str], Sequence[int]]
+PREPROCESSING = "RGB, squashed to {size} x {size}, bicubic with antialiasing, 0..1"
+
+
+def store_identity(
+    prepared: PreparedData, codebook_id: str, tokenizer: TiTok, settings: TokenizeSettings
+) -> dict[str, Any]:
+    """What the codes depend on; stored in the manifest, where training and evaluation see what they are given."""
+    config = tokenizer.config
+    return {
+        "codebook": codebook_id,
+        "data_version": prepared.manifest["data_version"],
+        "preprocessing": PREPROCESSING.format(size=config.image_size),
+        "codes_per_image": config.latent_tokens,
+        "codebook_size": config.codebook_size,
+        "views": settings.views,
+        "crop_scale": list(settings.crop_scale),
+        "view_seed": settings.seed,
+    }
+
+
+def views_of(size: int, settings: TokenizeSettings) -> Draw:
+    """View 0 is the evaluation view; view v > 0 a random crop drawn from (seed, row, v) alone."""
+
+    def draw(image: Image.Image, row: int) -> np.ndarray:
+        views = [to_pixels(image, size)]
+        for view in range(1, settings.views):
+            rng = np.random.default_rng([settings.seed, row, view])
+            views.append(random_crop(image, size, settings.crop_scale, rng))
+        return np.stack(views)
+
+    return draw
+
+
+def codebook_id(folder: Path) -> str:
+    """What names the image tokenizer in `folder`: the beginning of its weights' hash."""
+    return sha256_of(folder / "model.safetensors")[:16]
+
+
+def open_tokenizing(settings: Settings) -> Tokenizing:
+    """The work that is to do, or to go on with, in artifacts/work/tokens/; raises FuselipError where input is missing.
+
+    Not in the stage's own folder: DVC empties that before the stage starts, and what a killed run left must survive.
+    """
+    prepared, source = PreparedData(settings.artifacts / "prepared"), settings.artifacts / "codebook"
+    tokenizer = TiTok.load(source).to(local_device())
+    identity = store_identity(prepared, codebook_id(source), tokenizer, settings.tokenize)
+    encode_text = TextTokenizer(context_length=77).encode  # which cuts nothing
+    return Tokenizing(
+        prepared, tokenizer, encode_text, settings.tokenize, identity, settings.artifacts / "work" / "tokens"
+    )
+
+
+class Tokenizing:
+    """Writes the token store of `prepared` into `target`, resuming a run of the same identity."""
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        tokenizer: TiTok,
+        encode_text: EncodeText,
+        settings: TokenizeSettings,
+        identity: dict[str, Any],
+        target: Path,
+    ) -> None:
+        self.prepared, self.tokenizer, self.encode_text = prepared, tokenizer.eval(), encode_text
+        self.settings, self.identity, self.target = settings, identity, target
+        self.device = next(tokenizer.parameters()).device
+
+    def run(self) -> dict[str, Any]:
+        """All splits, then the manifest; returns the number of images and pairs of each split."""
+        kinds = sorted({kind for split in self.prepared.splits for kind in self._kinds(split)})
+        counts = {split: self._split(split, kinds) for split in self.prepared.splits}
+        write_manifest(self.target, self.identity, kinds)
+        return counts
+
+    def writer(self, split: str) -> TokenStoreWriter:
+        """Where the codes of a split grow."""
+        shape = (self.prepared.picture_count(split), self.settings.views, self.tokenizer.config.latent_tokens)
+        return TokenStoreWriter(self.target, split, *shape, self.identity)
+
+    def write_shard(self, writer: TokenStoreWriter, start: int, stop: int) -> None:
+        """Codes of the images from `start` to before `stop`, on disk on return."""
+        draw = views_of(self.tokenizer.config.image_size, self.settings)
+        writer.write_codes(start, self._codes(writer.split, draw, start, stop))
+
+    def _kinds(self, split: str) -> list[str]:
+        return [str(kind) for kind in self.prepared.pairs(split).column("kind").unique().to_pylist()]
+
+    def _split(self, split: str, kinds: list[str]) -> dict[str, int]:
+        writer, pairs = self.writer(split), self.prepared.pairs(split)
+        counts = {"images": self.prepared.picture_count(split), "pairs": pairs.num_rows}
+        if writer.finished:
+            return counts
+        shards = writer.pending(self.settings.rows_per_shard)
+        for start, stop in track(shards, f"tokenizing {split} images, shards"):
+            self.write_shard(writer, start, stop)
+        columns, texts = index_pairs(pairs, self.prepared.picture_ids(split), kinds, self._concepts(split))
+        ids = [self.encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        flat = np.fromiter((token for text in ids for token in text), np.uint16, count=int(offsets[-1]))
+        writer.finish(columns, flat, offsets, texts, self._blank())
+        return counts
+
+    def _codes(self, split: str, draw: Draw, start: int, stop: int) -> np.ndarray:
+        """Codes (stop - start, V, K) uint16 of the images from `start` on."""
+        settings = self.settings
+        codes = np.zeros((stop - start, settings.views, self.tokenizer.config.latent_tokens), np.uint16)
+        for first, batch in decoded_batches(self.prepared, split, draw, settings.batch_size, start, stop):
+            codes[first - start : first - start + len(batch)] = self._encode(batch)
+        return codes
+
+    @torch.inference_mode()
+    def _encode(self, batch: np.ndarray) -> np.ndarray:
+        """uint8 (N, V, S, S, 3) → codes (N, V, K), a view of all images at a time."""
+        views = [self.tokenizer.codes(as_pixels(batch[:, view], self.device)) for view in range(batch.shape[1])]
+        return torch.stack(views, dim=1).cpu().numpy()
+
+    def _blank(self) -> np.ndarray:
+        size = self.tokenizer.config.image_size
+        return self._encode(np.zeros((1, 1, size, size, 3), np.uint8))[0, 0]
+
+    def _concepts(self, split: str) -> pa.ChunkedArray:
+        """Concepts of each image; a made one has none."""
+        batches = self.prepared.iter_images(split, columns=["concepts"], batch_rows=65536)
+        kind = IMAGE_SCHEMA.field("concepts").type
+        made = self.prepared.picture_count(split) - self.prepared.image_count(split)
+        return pa.chunked_array([*(batch.column("concepts") for batch in batches), pa.nulls(made, kind)], kind)
