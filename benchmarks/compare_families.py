@@ -180,8 +180,9 @@ class Comparison:
         import torch
 
         from fuselip_core.distributed import World
+        from fuselip_core.encoding.open import open_measuring, open_training
         from fuselip_core.model.titok import TiTok
-        from fuselip_core.training.build import build_model, open_measuring, open_training
+        from fuselip_core.training.build import build_model
         from fuselip_core.training.checkpoint import Checkpoints
         from fuselip_core.training.loop import Trainer
 

@@ -70,7 +70,7 @@ def write_hub_files(folder: Path, split: str, rows: Iterator[dict[str, Any]]) ->
 
 def real_rows(root: Path, split: str, copies: int) -> Iterator[dict[str, Any]]:
     """Every picture of a split that has a caption, `copies` times under ids of their own."""
-    from fuselip_core.data.places import ImageReader
+    from fuselip_core.data.prepare.image_reader import ImageReader
     from fuselip_core.data.sources.rocov2 import list_rocov2
 
     listing = list_rocov2(root)

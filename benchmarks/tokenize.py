@@ -28,10 +28,10 @@ from workload import captions, pictures
 
 from fuselip_core.config import PrepareSettings, TokenizeSettings
 from fuselip_core.data.prepare.prepare import prepare_data
-from fuselip_core.data.shards.in_order import as_pixels, decoded_batches, evaluation_view
+from fuselip_core.data.shards.in_order import decoded_batches, evaluation_view
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.model.presets import tokenizer_config
-from fuselip_core.model.processing import TextTokenizer
+from fuselip_core.model.processing import TextTokenizer, as_pixels
 from fuselip_core.model.titok import TiTok
 from fuselip_core.tokenizer.tokenize import Tokenizing, store_identity
 

@@ -56,17 +56,16 @@ from workload import captions, pictures, write_caption_store
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.images import random_crop
-from fuselip_core.data.shards.in_order import as_pixels
 from fuselip_core.data.tokens.store import TokenStore, gather
-from fuselip_core.encoding.from_codes import TokenPairs, pack_sides
+from fuselip_core.encoding.from_codes import TokenPairs, mask_tokens, pack_sides
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.presets import tokenizer_config
-from fuselip_core.model.processing import TextTokenizer
+from fuselip_core.model.processing import TextTokenizer, as_pixels
 from fuselip_core.model.titok import TiTok
 from fuselip_core.model.vocabulary import PAD, join
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.loop import Trainer
-from fuselip_core.training.losses import mask_tokens, sigmoid_contrastive
+from fuselip_core.training.losses import sigmoid_contrastive
 from fuselip_core.training.mixture import Mixture
 from fuselip_core.training.optimizer import build_adamw
 

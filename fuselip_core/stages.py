@@ -40,12 +40,8 @@ def codebook(settings: Settings) -> dict[str, Any]:
     from fuselip_core.data.shards.in_order import PixelCache
     from fuselip_core.data.shards.reader import PreparedData
     from fuselip_core.model.titok import TiTok
-    from fuselip_core.tokenizer.codebook import (
-        CodebookTrainer,
-        codebook_run_folder,
-        measure_codebook,
-        save_reconstructions,
-    )
+    from fuselip_core.tokenizer.codebook import CodebookTrainer, codebook_run_folder
+    from fuselip_core.tokenizer.measure import measure_codebook, save_reconstructions
     from fuselip_core.tracking.run import open_run
     from fuselip_core.training.checkpoint import Checkpoints
     from fuselip_core.training.perception import open_perception
@@ -98,10 +94,11 @@ def train(settings: Settings) -> dict[str, Any]:
     """Stored tokens → a trained encoder in model/ and its curves in history.jsonl; resumes from checkpoints/."""
     from fuselip_core.data.tokens.store import TokenStore
     from fuselip_core.distributed import join_world
+    from fuselip_core.encoding.open import open_training
     from fuselip_core.model.titok import TiTok
     from fuselip_core.tracking.run import open_run
     from fuselip_core.training.adaptation import interpolate, trained_weights
-    from fuselip_core.training.build import build_model, open_training
+    from fuselip_core.training.build import build_model
     from fuselip_core.training.checkpoint import Checkpoints, seed_everything
     from fuselip_core.training.history import History
     from fuselip_core.training.loop import Trainer, run_folder
@@ -145,6 +142,7 @@ def train(settings: Settings) -> dict[str, Any]:
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Trained encoder → measures beside chance and controls in metrics.json, and a page to read in report/."""
     from fuselip_core.data.shards.reader import PreparedData
+    from fuselip_core.encoding.open import open_measuring
     from fuselip_core.evaluation.before_after import measure_adaptation
     from fuselip_core.evaluation.candidates import measure_candidates
     from fuselip_core.evaluation.report.page import write_report
@@ -153,7 +151,6 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     from fuselip_core.model.embedder import Embedder
     from fuselip_core.model.hub import load_pretrained
     from fuselip_core.tracking.run import open_run
-    from fuselip_core.training.build import open_measuring
 
     artifacts = settings.artifacts
     made = _read_numbers(_trained_model(settings) / "training.json")
@@ -226,8 +223,7 @@ def _modalities(prepared: PreparedData, count: int) -> list[str | None]:
 def _save_trained(settings: Settings, model: Model, tokenizer: Any, summary: dict[str, float]) -> None:
     """The model with its image tokenizer, its training's numbers, and the checkpoint that it went on from."""
     from fuselip_core.model.fuselip import FuseLIPModel
-    from fuselip_core.model.hub import save_model
-    from fuselip_core.training.adaptation import STARTED_FROM
+    from fuselip_core.model.hub import STARTED_FROM, save_model
 
     folder = settings.artifacts / "model"
     if isinstance(model, FuseLIPModel):
@@ -248,8 +244,8 @@ def _validation_split(splits: Any) -> str:
 
 def _validation(settings: Settings, model: Model) -> Validate:
     from fuselip_core.data.tokens.store import read_manifest
+    from fuselip_core.encoding.open import open_measuring
     from fuselip_core.evaluation.tasks import quick_look
-    from fuselip_core.training.build import open_measuring
 
     split = _validation_split(read_manifest(settings.artifacts / "tokens")["splits"])
     store, encoder = open_measuring(model, settings.artifacts, split, _device())

@@ -124,7 +124,9 @@ def code_of_stage(stage: str) -> list[str]:
     left_out = frozenset(WITHOUT_EFFECT | WITHOUT_EFFECT_ON_STAGE.get(stage, set()))
     files = {modules[name] for name in reachable(imports_of_stage(stage, modules), modules, left_out)}
     if stage == "register":
-        files.add(modules["fuselip_core.registry.served_model"])  # a file that MLflow runs, not a module that anything imports
+        files.add(
+            modules["fuselip_core.registry.served_model"]
+        )  # a file that MLflow runs, not a module that anything imports
     files |= {path for source in files for path in data_files_of(source)}
     return sorted(str(path.relative_to(REPOSITORY)) for path in files)
 

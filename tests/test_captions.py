@@ -12,7 +12,7 @@ import pytest
 
 from fuselip_core.data.pair import Listing, fault_of_caption
 from fuselip_core.data.phantom.data_set import draw_data_set
-from fuselip_core.data.places import ImageReader
+from fuselip_core.data.prepare.image_reader import ImageReader
 from fuselip_core.data.sources.rocov2 import list_rocov2
 from fuselip_core.errors import FuselipError
 

@@ -14,15 +14,11 @@ import torch.nn.functional as F
 from training_data import SHAPES, draw
 
 from fuselip_core.config import CodebookSettings
-from fuselip_core.data.shards.in_order import as_pixels
 from fuselip_core.errors import FuselipError
+from fuselip_core.model.processing import as_pixels
 from fuselip_core.model.titok import TiTok, TiTokConfig
-from fuselip_core.tokenizer.codebook import (
-    CodebookTrainer,
-    codebook_run_folder,
-    measure_codebook,
-    save_reconstructions,
-)
+from fuselip_core.tokenizer.codebook import CodebookTrainer, codebook_run_folder
+from fuselip_core.tokenizer.measure import measure_codebook, save_reconstructions
 from fuselip_core.tokenizer.patch_start import start_from_patches
 from fuselip_core.training.checkpoint import Checkpoints
 

@@ -26,8 +26,9 @@ import pytest
 from fake_hub import COMMIT, SIGNATURE, FakeHub, Fault
 
 from fuselip_core.data.download import download as download_module
-from fuselip_core.data.download.download import DownloadSettings, download, read_manifest
+from fuselip_core.data.download.download import DownloadSettings, download
 from fuselip_core.data.download.hosts import folder_name_of, origins
+from fuselip_core.data.download.manifest import read_manifest
 from fuselip_core.data.download.partial_file import partial_path
 from fuselip_core.data.download.retries import DownloadError
 from fuselip_core.data.shards.reader import PreparedData

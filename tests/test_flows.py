@@ -22,7 +22,7 @@ from prefect_stack import Served
 from repository_copy import copy_of, dvc
 
 from flows import tasks as steps
-from flows.page.summary import comparison_rows, next_commands, registered_line
+from flows.page.summary import next_commands, registered_line
 from flows.pipeline import pipeline
 from flows.run.child import stream
 from flows.run.dvc_stage import UNCHANGED, _exit_code
@@ -32,6 +32,7 @@ from flows.run.runner import Ending, LastLines, ProcessRunner, stage_environment
 from flows.run.sample_data import ensure_sample
 from fuselip_core.config import SettingsError, load_settings
 from fuselip_core.errors import FuselipError
+from fuselip_core.evaluation.comparisons import comparison_rows
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from flows.evaluate import EvaluateRequest
 from flows.page import artifacts
 from flows.page.flow_run import run_name
 from flows.page.progress import ProgressArtifact
-from flows.page.summary import comparison_rows, print_summary
+from flows.page.summary import print_summary
 from flows.presence import LABEL
 from flows.promote import PromoteRequest
 from flows.quiet_ui import silence
@@ -39,8 +39,9 @@ from flows.run.processes import Process, children_of, is_starting_here, parent_o
 from flows.run.runner import Ending, Outcome, _status
 from flows.server import recover, serve
 from fuselip_core.errors import FuselipError
+from fuselip_core.evaluation.comparisons import comparison_rows
 from fuselip_core.registry.register import promote
-from fuselip_core.tracking.run import mlflow_client
+from fuselip_core.tracking.services import mlflow_client
 
 
 @pytest.fixture

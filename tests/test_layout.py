@@ -83,7 +83,11 @@ def test_trackers_are_imported_in_three_places_and_lazily() -> None:
     for module, path in MODULES.items():
         roots = {name.split(".")[0] for name in imported_names(tree_of(path))}
         if roots & {"mlflow", "wandb"}:
-            assert module in {"fuselip_core.tracking.run", "fuselip_core.registry.register", "fuselip_core.registry.served_model"}
+            assert module in {
+                "fuselip_core.tracking.run",
+                "fuselip_core.registry.register",
+                "fuselip_core.registry.served_model",
+            }
     for module in ("fuselip_core.tracking.run", "fuselip_core.registry.register"):
         at_import = [node for node in tree_of(MODULES[module]).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [name for node in at_import for name in imported_names(ast.Module([node], []))]

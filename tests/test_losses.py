@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fuselip_core.encoding.from_codes import mask_tokens
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD
-from fuselip_core.training.losses import SigmoidLoss, akin, mask_tokens, sigmoid_contrastive
+from fuselip_core.training.losses import SigmoidLoss, akin, sigmoid_contrastive
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:

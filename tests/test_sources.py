@@ -28,7 +28,7 @@ from fuselip_core.data.prepare.prepare import prepare_data
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.sources.catalogue import list_source, source_names
 from fuselip_core.data.sources.rocov2 import PUBLISHED_COUNTS, list_rocov2
-from fuselip_core.data.sources.visual_genome import json_array
+from fuselip_core.data.sources.tables import json_array
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> np.ndarray:
@@ -217,7 +217,7 @@ def test_json_lists_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "list.json"
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
     for size in (1, 3, 7, 1 << 20):
-        monkeypatch.setattr("fuselip_core.data.sources.visual_genome.READ_BYTES", size)
+        monkeypatch.setattr("fuselip_core.data.sources.tables.READ_BYTES", size)
         assert list(json_array(path)) == values
     path.write_text(json.dumps(values)[:-5])
     with pytest.raises(DataError, match=r"list\.json"):

@@ -15,13 +15,14 @@ from fuselip_core import stages
 from fuselip_core.config import Settings, check_settings
 from fuselip_core.data.tokens.store import TokenStore, gather
 from fuselip_core.encoding.from_codes import TokenEncoder, encode_sides, prepare_sides
+from fuselip_core.encoding.open import open_measuring
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.embedder import Embedder
 from fuselip_core.model.hub import load_pretrained
 from fuselip_core.model.titok import TiTok
 from fuselip_core.model.vocabulary import PAD, join
 from fuselip_core.tracking.events import read_events
-from fuselip_core.training.build import build_model, open_measuring
+from fuselip_core.training.build import build_model
 from fuselip_core.training.history import History
 
 

@@ -10,9 +10,9 @@ from PIL import Image
 from training_data import write_raw
 
 from fuselip_core.config import EvaluateSettings, PrepareSettings
-from fuselip_core.data.places import apply_instruction
 from fuselip_core.data.prepare.prepare import prepare_data
 from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.transforms import apply_instruction
 from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.evaluation.transformations import measure_transformations
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.pair import DataError
+from fuselip_core.data.pair import DataError, normalise_answer
 from fuselip_core.data.phantom.data_set import draw_data_set
 from fuselip_core.data.sources.catalogue import list_source
-from fuselip_core.data.sources.vqa_rad import list_vqa_rad, normalise_answer
+from fuselip_core.data.sources.vqa_rad import list_vqa_rad
 
 
 def test_vqa_rad_has_its_published_counts(shared: Path) -> None:

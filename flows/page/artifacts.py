@@ -16,9 +16,12 @@ from prefect.artifacts import (
 )
 
 from flows.environment import MLFLOW_TRAININGS
-from flows.page.summary import Row, comparison_rows, read_json, registered_line
+from flows.page.summary import registered_line
 from flows.run.folder import Run
-from fuselip_core.tracking.run import run_of, tracking_uri
+from fuselip_core.evaluation.comparisons import Row, comparison_rows
+from fuselip_core.files import read_json
+from fuselip_core.tracking.run import run_of
+from fuselip_core.tracking.services import tracking_uri
 
 # Pictures are kept in the server's database, so they are small.
 PICTURE_SIDE = 900

@@ -8,8 +8,8 @@ from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
-from flows.page.summary import read_json
 from flows.run.folder import Run
+from fuselip_core.files import read_json
 
 
 def run_name(run: Run, with_data: bool) -> str:

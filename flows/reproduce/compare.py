@@ -19,15 +19,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flows.page.summary import read_json
 from flows.reproduce.restore import Recorded, read_recorded, restore
 from flows.run.child import stream
 from flows.run.runner import LastLines, stage_environment
 from fuselip_core.config import load_settings
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import write_json
+from fuselip_core.files import read_json, write_json
 from fuselip_core.registry.state import results_of
-from fuselip_core.tracking.run import repository_root
+from fuselip_core.tracking.services import repository_root
 
 # What no two runs have in common.
 TIMES = ("train/seconds", "train/pairs_per_second")

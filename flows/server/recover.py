@@ -136,7 +136,9 @@ def _is_orphan(process: Process) -> bool:
 
 def main() -> int:
     """Recovers once, or again and again with --every."""
-    parser = argparse.ArgumentParser(prog="python -m flows.server.recover", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.server.recover", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--every", type=float, metavar="SECONDS", help="go on until ended, with this pause")
     parser.add_argument("--gone", action="append", default=[], metavar="HOST", help="machine that will not come back")
     options = parser.parse_args()

@@ -11,121 +11,26 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-import httpx
 import yaml
 from rich.console import Console
 
 from flows.environment import MLFLOW_TRAININGS, REPOSITORY
 from flows.quiet_ui import silence
 from flows.run.lock import try_lock
-from flows.run.processes import children_of
+from flows.server.stack import HOST, Stack
 from fuselip_core.errors import FuselipError
-from fuselip_core.tracking.run import tracking_uri
+from fuselip_core.tracking.services import tracking_uri
 
-HOST = "127.0.0.1"
 POOL = "process"
-START_SECONDS = 900.0
-# Longer than a stage may take to save its state (flows/run/child.py).
-STOP_SECONDS = 90.0
 CHECK_EVERY_SECONDS = 5.0
 RUNS_AT_ONCE = 4
 RECOVER_EVERY = 30
-
-
-@dataclass
-class Part:
-    """One process of the whole, named in messages."""
-
-    name: str
-    command: tuple[str, ...]
-    process: subprocess.Popen[bytes]
-    # Another one takes its place if it ends: a worker holds nothing that its successor would miss.
-    replaceable: bool = False
-
-
-class Stack:
-    """Processes that live and end together, the last started first."""
-
-    def __init__(self, environment: Mapping[str, str], log_folder: Path) -> None:
-        self._environment = dict(environment)
-        self.log_folder = log_folder
-        self._parts: list[Part] = []
-        log_folder.mkdir(parents=True, exist_ok=True)
-
-    def start(self, name: str, *command: str, replaceable: bool = False) -> None:
-        """Starts ``python -m <command>``; what it says goes to ``<name>.log``."""
-        self._parts.append(Part(name, command, self._open(name, command), replaceable))
-
-    def _open(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        with (self.log_folder / f"{name}.log").open("ab") as log:
-            # A session of its own: Ctrl-C comes to this process alone, which ends the others in order.
-            return subprocess.Popen(
-                [sys.executable, "-m", *command],
-                cwd=REPOSITORY,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def run(self, name: str, *command: str) -> None:
-        """Runs ``python -m <command>`` to its end; raises FuselipError with its last line if it fails."""
-        done = subprocess.run(
-            [sys.executable, "-m", *command],
-            cwd=REPOSITORY,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        (self.log_folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-        if done.returncode:
-            raise FuselipError(f"{name} failed; see {self.log_folder / name}.log")
-
-    def wait_for(self, url: str) -> None:
-        """Waits until `url` answers; raises FuselipError if a process ends meanwhile, or after some minutes."""
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            self.check()
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(url, timeout=5.0).is_success:
-                    return
-            time.sleep(0.5)
-        raise FuselipError(f"{url} does not answer; see the logs in {self.log_folder}")
-
-    def check(self) -> list[str]:
-        """Replaces what has ended and may be, and says what; raises FuselipError if something else has ended."""
-        replaced = []
-        for part in self._parts:
-            if part.process.poll() is None:
-                continue
-            if not part.replaceable:
-                raise FuselipError(f"the {part.name} has ended; see {self.log_folder / part.name}.log")
-            part.process = self._open(part.name, part.command)
-            replaced.append(part.name)
-        return replaced
-
-    def stop(self) -> None:
-        """Ends all, the last started first, and waits for each."""
-        while self._parts:
-            part = self._parts.pop()
-            for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 10.0)):
-                # A worker lets its flows run on: they get the signal too, save their state and are recovered later.
-                for pid in (part.process.pid, *children_of(part.process.pid)):
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.killpg(pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    part.process.wait(patience)
-                    break
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from fuselip_core.data.sources.rocov2 import SUFFIXES
+from fuselip_core.data.images import SUFFIXES
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_write
 from fuselip_core.progress import track

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fuselip_core.data.pair import DataError, ImageEntry, Listing, Pair, Side, one_line
-from fuselip_core.data.sources.rocov2 import read_table
+from fuselip_core.data.sources.tables import read_table
 
 NAMES = "cui_mapping.csv"
 

@@ -16,6 +16,8 @@ from PIL import Image
 
 from fuselip_core.errors import FuselipError
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+
 # Raster formats of radiology collections. Formats that run other programs (PostScript) or fetch files stay out.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
 # What Pillow's decoders raise on damaged input.

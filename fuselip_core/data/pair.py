@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fuselip_core.data.places import Place
 from fuselip_core.data.spool import Spool
 from fuselip_core.errors import FuselipError
+
+CLOSED_ANSWERS = frozenset({"yes", "no"})
 
 REMEDY = "download it there, or name its folder (--root of `fuselip data prepare`, else prepare.root)"
 SPLITS = ("train", "dev", "valid", "test")  # dev: held out of train for model selection, where a data set has no third
@@ -30,20 +33,6 @@ _PLACEHOLDER = re.compile(
 
 class DataError(FuselipError):
     """A data set cannot be read as a whole; the message says where it was looked for and what was expected."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the bytes of an image are: a file, a part of it (a tar member), a zip member, or a row of a Parquet file.
-
-    span: offset and length in bytes. column: the Parquet column, a struct with the field `bytes`.
-    """
-
-    file: Path
-    member: str | None = None
-    row: int | None = None
-    span: tuple[int, int] | None = None
-    column: str = "image"
 
 
 class _Storable:
@@ -199,3 +188,12 @@ def require_columns(columns: Sequence[str] | None, needed: Sequence[str], path: 
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)} (it has "
             f"{', '.join(columns or ()) or 'none'}); compare it with the published file"
         )
+
+
+def normalise_answer(answer: object) -> str:
+    """Lower case on one line, so that equal answers are equal strings; numbers become their digits."""
+    return one_line("" if answer is None else str(answer)).lower()
+
+
+def fault_of_question(question: str, answer: str) -> str | None:
+    return "empty_question" if not question else "empty_answer" if not answer else None

@@ -10,14 +10,16 @@ Colorize is grayscale turned round: its query is the grey picture and its target
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
+from fuselip_core.data import transforms
 from fuselip_core.errors import FuselipError
 
 Pixels = NDArray[np.uint8]
@@ -231,3 +233,49 @@ def _picture(image: Pixels) -> Image.Image:
 
 def _pixels(picture: Image.Image) -> Pixels:
     return np.array(picture, dtype=np.uint8)
+
+
+def made_picture(image: Image.Image, instruction: str) -> Image.Image:
+    """What `instruction` makes of an image of any mode, as RGB; one of a single pixel's width is widened first."""
+    size = max(2, image.width), max(2, image.height)
+    picture = image.convert("RGB")
+    return Image.fromarray(
+        apply_instruction(np.array(picture if size == image.size else picture.resize(size)), instruction)
+    )
+
+
+def apply_instruction(image: transforms.Pixels, instruction: str) -> transforms.Pixels:
+    """What `instruction`, in the words of transforms.edits, makes of `image` (uint8 (H, W, 3)); raises TransformError.
+
+    "colorize" asks for the image itself: there the query is the grey picture.
+    """
+    if match := re.fullmatch(r"crop to (.+)", instruction):
+        return transforms.crop(image, match[1])
+    if match := re.fullmatch(r"rotate (\d+) degrees (clockwise|counter-clockwise)", instruction):
+        return transforms.rotate(image, int(match[1]), cast(transforms.Direction, match[2]))
+    if match := re.fullmatch(r"(horizontal|vertical) flip", instruction):
+        return transforms.flip(image, cast(transforms.Axis, match[1]))
+    if instruction in ("grayscale", "colorize"):
+        return transforms.grayscale(image) if instruction == "grayscale" else image
+    changes = re.findall(r"(?:increase|decrease) (\w+) by factor ([\d.]+)", instruction)
+    if not changes:
+        raise transforms.TransformError(f"no transformation '{instruction}'")
+    for what, factor in changes:
+        image = transforms.adjust(image, what, float(factor))
+    return image
+
+
+def edit_steps(family: str, rng: np.random.Generator, count: int) -> Iterator[tuple[str, str, str]]:
+    """`count` edits of one image: what makes the query (nothing, if it is the image), the instruction, the target.
+
+    The draws do not depend on the pixels, so that no image has to be opened for them.
+    """
+    blank = np.zeros((2, 2, 3), dtype=np.uint8)
+    blank[0, 0] = 255, 0, 0
+    for edit in transforms.edits(blank, rng, family, count):
+        if edit.instruction == "colorize":
+            yield "grayscale", edit.instruction, ""
+        elif edit.instruction.endswith(" flip") and not np.array_equal(edit.query, blank):
+            yield edit.instruction, edit.instruction, ""
+        else:
+            yield "", edit.instruction, edit.instruction

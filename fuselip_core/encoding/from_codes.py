@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fuselip_core.data.tokens.joined import JoinedStore
+from fuselip_core.data.tokens.joined import JoinedStore, Store
 from fuselip_core.data.tokens.store import SideTokens, gather
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.packed import Layout, pack
-from fuselip_core.model.vocabulary import IGNORED, join, text_sequence
-from fuselip_core.training.losses import mask_tokens
-from fuselip_core.training.plan import Store
+from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD, join, text_sequence
 
 
 class PairEncoder(Protocol):
@@ -158,3 +156,13 @@ def _sequences(side: SideTokens, has_images: bool, model: FuseLIPModel) -> Tenso
 
 def _to_tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
+
+
+def mask_tokens(ids: Tensor, mask_id: int, probability: float) -> tuple[Tensor, Tensor]:
+    """Hides a share of the tokens of `ids` (B, L): → ids with `mask_id` in place, labels with IGNORED elsewhere.
+
+    Begin, end and padding are never hidden. FuseLIP (arXiv 2506.03096), section 3.2.
+    """
+    special = (ids == PAD) | (ids == BEGIN_OF_TEXT) | (ids == END_OF_TEXT)
+    hidden = (torch.rand(ids.shape, device=ids.device) < probability) & ~special
+    return ids.masked_fill(hidden, mask_id), ids.masked_fill(~hidden, IGNORED)

@@ -21,17 +21,17 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize
 
 from fuselip_core.data.images import random_crop
-from fuselip_core.data.shards.in_order import Draw, as_pixels, decoded_batches
+from fuselip_core.data.shards.in_order import Draw, decoded_batches
 from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.tokens.joined import Store
 from fuselip_core.data.tokens.store import SideTokens, TokenStore
 from fuselip_core.encoding.from_codes import gather_sides
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space, write_json
 from fuselip_core.model.late_fusion import LateFusionModel
-from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD
+from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD, as_pixels
 from fuselip_core.model.vocabulary import join, text_sequence
 from fuselip_core.progress import track
-from fuselip_core.training.plan import Store
 
 BLACK = -1  # row of the cache that stands for a black image
 

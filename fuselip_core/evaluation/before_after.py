@@ -15,11 +15,13 @@ import torch
 from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.store import read_manifest
+from fuselip_core.encoding.open import open_measuring
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.tasks import evaluate
-from fuselip_core.model.hub import Model, load_pretrained
-from fuselip_core.training.adaptation import STARTED_FROM, compare
-from fuselip_core.training.build import open_measuring
+from fuselip_core.model.hub import STARTED_FROM, Model, load_pretrained
+
+# Metrics that a before and an after are compared by.
+COMPARED = ("recall_at_1", "recall_at_5", "recall_at_10", "answers/fused/accuracy")
 
 HELD_OUT = ("test", "valid", "dev")
 
@@ -62,4 +64,27 @@ def _held_out(artifacts: Path, wanted: str) -> str:
     found = next((split for split in (wanted, *HELD_OUT) if split in splits), None)
     if found is None:
         raise FuselipError(f"evaluate.retention {artifacts} has no held-out split; prepare it with prepare.dev_share")
+    return found
+
+
+def compare(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """``adaptation/<name>/<metric>/{before,after,gain,kept}``, of the metrics in COMPARED that both have.
+
+    `kept` is after over before; a gate on it (at_least 0.9, say) stops a model that has forgotten.
+    """
+    found: dict[str, float] = {}
+    for metric, value in after.items():
+        if (
+            metric in before
+            and metric.endswith(COMPARED)
+            and not metric.startswith(("retrieval_shuffled", "candidates"))
+        ):
+            place = f"adaptation/{name}/{metric}"
+            found |= {
+                f"{place}/before": before[metric],
+                f"{place}/after": value,
+                f"{place}/gain": value - before[metric],
+            }
+            if before[metric] > 0:
+                found[f"{place}/kept"] = value / before[metric]
     return found

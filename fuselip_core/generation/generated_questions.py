@@ -23,13 +23,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from fuselip_core.data.pair import DataError, Pair, Side, one_line
-from fuselip_core.data.prepare.image_shards import write_pair_shard
+from fuselip_core.data.pair import CLOSED_ANSWERS, DataError, Pair, Side, fault_of_question, normalise_answer, one_line
 from fuselip_core.data.prepare.rule_questions import known_values
+from fuselip_core.data.prepare.tables import write_pair_shard
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.sources.conceptual_captions import split_of_name
-from fuselip_core.data.sources.rocov2 import read_table
-from fuselip_core.data.sources.vqa_rad import CLOSED_ANSWERS, fault_of_question, normalise_answer
+from fuselip_core.data.sources.tables import read_table, split_of_name
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_write, sha256_of, write_json
 from fuselip_core.progress import track

@@ -11,7 +11,7 @@ from typing import Any
 
 from fuselip_core.data.pair import one_line
 from fuselip_core.data.prepare.rule_questions import questions_of
-from fuselip_core.data.sources.rocov2 import read_table
+from fuselip_core.data.sources.tables import read_table
 from fuselip_core.errors import FuselipError
 from fuselip_core.generation.generated_questions import CaptionRow, Work, Write, caption_rows, generate, version_of
 

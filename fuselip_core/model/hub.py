@@ -20,6 +20,8 @@ from fuselip_core.model.processing import FuseLIPProcessor, ImageProcessor, Text
 from fuselip_core.model.titok import TiTok, TiTokConfig
 from fuselip_core.model.weights import CheckpointError, load_strictly, read_weights, refuse_misfits, shapes
 
+STARTED_FROM = "started_from.json"  # beside a trained model: the checkpoint that it went on from
+
 Model = FuseLIPModel | LateFusionModel
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WANTED_FILES = ["*.json", "*.safetensors", "*.bin"]

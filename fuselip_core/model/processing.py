@@ -131,3 +131,8 @@ def _byte_pair_encoding() -> Any:
 
 AutoProcessor.register(FuseLIPConfig, FuseLIPProcessor)
 AutoProcessor.register(LateFusionConfig, FuseLIPProcessor)
+
+
+def as_pixels(batch: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (N, S, S, 3) → float32 (N, 3, S, S) in 0..1 on `device`."""
+    return torch.from_numpy(np.ascontiguousarray(batch)).to(device).permute(0, 3, 1, 2).float().div_(255.0)

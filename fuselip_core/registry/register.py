@@ -23,7 +23,8 @@ from fuselip_core.config import Gate, Settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import sha256_of
 from fuselip_core.registry.state import STATE_FOLDER, write_state
-from fuselip_core.tracking.run import experiment_id, mlflow_client, run_of, tracking_uri
+from fuselip_core.tracking.run import run_of
+from fuselip_core.tracking.services import experiment_id, mlflow_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -10,10 +10,6 @@ from torch import Tensor, nn
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.fuselip import FuseLIPModel
 
-STARTED_FROM = "started_from.json"  # beside a trained model: the checkpoint that it went on from
-# Metrics that a before and an after are compared by.
-COMPARED = ("recall_at_1", "recall_at_5", "recall_at_10", "answers/fused/accuracy")
-
 
 @torch.no_grad()
 def extend_context(model: FuseLIPModel, context_length: int) -> None:
@@ -47,26 +43,3 @@ def interpolate(model: nn.Module, before: Mapping[str, Tensor], share: float) ->
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter that trains."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def compare(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """``adaptation/<name>/<metric>/{before,after,gain,kept}``, of the metrics in COMPARED that both have.
-
-    `kept` is after over before; a gate on it (at_least 0.9, say) stops a model that has forgotten.
-    """
-    found: dict[str, float] = {}
-    for metric, value in after.items():
-        if (
-            metric in before
-            and metric.endswith(COMPARED)
-            and not metric.startswith(("retrieval_shuffled", "candidates"))
-        ):
-            place = f"adaptation/{name}/{metric}"
-            found |= {
-                f"{place}/before": before[metric],
-                f"{place}/after": value,
-                f"{place}/gain": value - before[metric],
-            }
-            if before[metric] > 0:
-                found[f"{place}/kept"] = value / before[metric]
-    return found

@@ -7,42 +7,14 @@ work/pixels/.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
 
 from fuselip_core.config import ModelSettings, TrainSettings
-from fuselip_core.data.shards.by_row import ImageIndex
-from fuselip_core.data.shards.in_order import as_pixels, decoded_batches, evaluation_view
-from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.tokens.joined import JoinedStore
-from fuselip_core.data.tokens.store import TokenStore, read_manifest
-from fuselip_core.distributed import World
-from fuselip_core.encoding.from_codes import PairEncoder, TokenEncoder, TokenPairs
-from fuselip_core.encoding.from_pixels import (
-    PictureEncoder,
-    PicturePairs,
-    Pictures,
-    PictureSource,
-    PictureStore,
-    baseline_view,
-    cache_pictures,
-    require_tokenized,
-)
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.hub import Model, load_pretrained
 from fuselip_core.model.late_fusion import FUSIONS, LateFusionConfig, LateFusionModel
 from fuselip_core.model.titok import TiTok
 from fuselip_core.training.adaptation import extend_context
-from fuselip_core.training.decoding import DecodedPictures
-from fuselip_core.training.plan import Store
-
-PIXELS = Path("work") / "pixels"
-MOST_CACHED = 4 << 30  # bytes of pixels on disk; what would be more is decoded when it is asked for
 
 
 def build_model(options: ModelSettings, settings: TrainSettings, tokenizer: TiTok) -> Model:
@@ -104,97 +76,3 @@ def _from_checkpoint(options: ModelSettings, settings: TrainSettings, tokenizer:
 
 def _family_of(fusion: str) -> str:
     return next(name for name, published in FUSIONS.items() if published == fusion)
-
-
-def open_training(
-    model: Model, artifacts: Path, settings: TrainSettings, device: torch.device, world: World
-) -> tuple[Store, PairEncoder]:
-    """The training pairs of this run and of the stores that `train.tokens` names, and the encoder that reads them."""
-    folders = {"": artifacts / "tokens"} | {name: Path(folder) for name, folder in settings.tokens.items()}
-    if isinstance(model, FuseLIPModel):
-        store = _joined({name: TokenStore(folder, "train") for name, folder in folders.items()})
-        return store, TokenPairs(model, store, settings.mask_probability if settings.mask_weight else 0.0)
-    stores: dict[str, TokenStore] = {}
-    first = 0
-    for name, folder in folders.items():
-        stores[name] = PictureStore(folder, "train", first=first)
-        first += stores[name].codes.size
-    store = _joined(stores)
-    return store, PicturePairs(model, store, _pictures(artifacts, folders, "train", None, model, device, world))
-
-
-def _pictures(
-    artifacts: Path,
-    folders: Mapping[str, Path],
-    split: str,
-    views: int | None,
-    model: LateFusionModel,
-    device: torch.device,
-    world: World,
-) -> PictureSource:
-    """The pictures of a split of the token stores `folders`: from a cache of pixels if it is of a bearable size."""
-    size, scratch = model.config.image_size, artifacts / PIXELS
-    parts = []
-    for name, folder in folders.items():
-        prepared, manifest = PreparedData(folder.parent / "prepared"), read_manifest(folder)
-        require_tokenized(prepared, manifest)
-        parts.append((scratch / f"{name or 'own'}-{split}.npy", prepared, manifest, views or int(manifest["views"])))
-    pixels = sum(prepared.picture_count(split) * views * 3 * size**2 for _, prepared, _, views in parts)
-    made: PictureSource | None = None
-    for rank in range(world.size):  # one after the other: the first makes the files, the others find them
-        if rank == world.rank and pixels <= MOST_CACHED:
-            made = Pictures([cache_pictures(*part[:3], split, size, part[3]) for part in parts], device)
-        elif rank == world.rank:
-            sources = [
-                (ImageIndex(path.with_suffix(".index"), prepared, split), views, baseline_view(size, manifest))
-                for path, prepared, manifest, views in parts
-            ]
-            made = DecodedPictures(sources, size, device)
-        world.wait()
-    assert made is not None
-    return made
-
-
-def _joined(stores: Mapping[str, TokenStore]) -> Store:
-    further = {name: store for name, store in stores.items() if name}
-    return JoinedStore(stores[""], further) if further else stores[""]
-
-
-def open_measuring(
-    model: Model, artifacts: Path, split: str, device: torch.device
-) -> tuple[TokenStore, TokenEncoder | PictureEncoder]:
-    """A split of the run in `artifacts` and an encoder that reads its sides, whatever the model's family.
-
-    Where a joint encoder has another image tokenizer than that run, the split's images are tokenized anew, in memory.
-    Raises FuselipError where the prepared data are not those that were tokenized.
-    """
-    folder, prepared = artifacts / "tokens", PreparedData(artifacts / "prepared")
-    if read_manifest(folder).get("data_version") != prepared.data_version:
-        raise FuselipError(f"{prepared.folder} is not what was tokenized; run the tokenize stage again")
-    if isinstance(model, FuseLIPModel):
-        store = TokenStore(folder, split)
-        if model.image_tokenizer is not None and not _is_codebook(model.image_tokenizer.model, artifacts / "codebook"):
-            _tokenize_anew(store, prepared, model.image_tokenizer.model, device)
-        return store, TokenEncoder(model, device)
-    pictures = _pictures(artifacts, {"": folder}, split, 1, model, device, World())
-    return PictureStore(folder, split, views=1), PictureEncoder(model, pictures)
-
-
-def _is_codebook(tokenizer: TiTok, folder: Path) -> bool:
-    """Whether `tokenizer` has the encoder and codes of the codebook in `folder`."""
-    codebook = TiTok.load(folder)
-    if codebook.config != tokenizer.config:
-        return False
-    own: dict[str, Any] = codebook.state_dict()
-    return all(torch.equal(own[name], value.cpu()) for name, value in tokenizer.state_dict().items())
-
-
-@torch.inference_mode()
-def _tokenize_anew(store: TokenStore, prepared: PreparedData, tokenizer: TiTok, device: torch.device) -> None:
-    """Replaces the codes that `store` shows by those of `tokenizer`, of the evaluation view only."""
-    size = tokenizer.config.image_size
-    batches = decoded_batches(prepared, store.split, evaluation_view(size), batch_rows=64)
-    codes = [tokenizer.codes(as_pixels(batch[:, 0], device)).cpu().numpy() for _, batch in batches]
-    store.codes = np.concatenate(codes)[:, None].astype(np.uint16)
-    black = torch.zeros(1, 3, size, size, device=device)
-    store.blank = tokenizer.codes(black)[0].cpu().numpy().astype(np.uint16)

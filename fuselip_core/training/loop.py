@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fuselip_core.config import TrainSettings
+from fuselip_core.data.tokens.joined import Store
 from fuselip_core.distributed import World
 from fuselip_core.encoding.from_codes import PairEncoder, pair_keys
 from fuselip_core.errors import FuselipError, Interrupted
@@ -36,7 +37,7 @@ from fuselip_core.training.gradients import Losses, backward
 from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
 from fuselip_core.training.mixture import Mixture
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
-from fuselip_core.training.plan import Store, kind_shares, plan_schedule, refuse_empty_parts, sample_ids
+from fuselip_core.training.plan import kind_shares, plan_schedule, refuse_empty_parts, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
 from fuselip_core.training.stop_signal import StopSignal
 from fuselip_core.training.system_metrics import machine_metrics

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fuselip_core.distributed import World
-from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD
 
 
 def sigmoid_contrastive(
@@ -108,13 +107,3 @@ def akin(keys: Tensor, others: Tensor) -> Tensor:
     same_target = (keys[:, None, :2] == others[None, :, :2]).all(dim=-1)
     same_set = (keys[:, None, 2] == others[None, :, 2]) & (keys[:, None, 2] >= 0)
     return same_target | same_set
-
-
-def mask_tokens(ids: Tensor, mask_id: int, probability: float) -> tuple[Tensor, Tensor]:
-    """Hides a share of the tokens of `ids` (B, L): → ids with `mask_id` in place, labels with IGNORED elsewhere.
-
-    Begin, end and padding are never hidden. FuseLIP (arXiv 2506.03096), section 3.2.
-    """
-    special = (ids == PAD) | (ids == BEGIN_OF_TEXT) | (ids == END_OF_TEXT)
-    hidden = (torch.rand(ids.shape, device=ids.device) < probability) & ~special
-    return ids.masked_fill(hidden, mask_id), ids.masked_fill(~hidden, IGNORED)

@@ -6,12 +6,9 @@ import numpy as np
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.tokens.joined import JoinedStore
-from fuselip_core.data.tokens.store import TokenStore
+from fuselip_core.data.tokens.joined import JoinedStore, Store
 from fuselip_core.errors import FuselipError
 from fuselip_core.training.optimizer import Schedule
-
-Store = TokenStore | JoinedStore
 
 
 def sample_ids(store: Store, rows: np.ndarray) -> list[str]:

@@ -89,8 +89,7 @@ def helper() -> Helper:
 def _serve(pipe: Connection) -> None:
     from pydicom.pixels import pixel_array
 
-    from fuselip_core.data.dicom.file import discreet, read_dataset
-    from fuselip_core.data.dicom.pixels import complete_syntax
+    from fuselip_core.data.dicom.file import complete_syntax, discreet, read_dataset
 
     # The parent's end closes with the parent, however that ends.
     with contextlib.suppress(EOFError, OSError):

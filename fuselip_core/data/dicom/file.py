@@ -13,7 +13,12 @@ import pydicom
 from pydicom import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 from fuselip_core.data.images import UnreadableImage
 
@@ -83,3 +88,11 @@ def discreet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def complete_syntax(dataset: Dataset) -> None:
+    """Old files lack the header that says how they are written; reading has found it out."""
+    if dataset.file_meta.get("TransferSyntaxUID") is None:
+        implicit, little = dataset.original_encoding
+        plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else plain

@@ -32,16 +32,8 @@ from fuselip_core.data.dicom.header_text import compose, identities
 from fuselip_core.data.dicom.pixels import Window, render
 from fuselip_core.data.dicom.text_table import KEY_COLUMNS, TextTable
 from fuselip_core.data.images import UnreadableImage
-from fuselip_core.data.pair import (
-    DataError,
-    ImageEntry,
-    Listing,
-    Place,
-    SetAside,
-    caption_pair,
-    one_line,
-    require_folder,
-)
+from fuselip_core.data.pair import DataError, ImageEntry, Listing, SetAside, caption_pair, one_line, require_folder
+from fuselip_core.data.places import Place
 from fuselip_core.progress import track
 
 SETTINGS_FILE, TEXT_FILE = "dicom.yaml", "text.csv"

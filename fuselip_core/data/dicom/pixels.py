@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, get_decoder, pixel_array
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from fuselip_core.data.coded_size import coded_size
 from fuselip_core.data.dicom.codec import helper
+from fuselip_core.data.dicom.file import complete_syntax
 from fuselip_core.data.images import UnreadableImage
 
 Pixels = NDArray[np.uint8]
@@ -76,14 +76,6 @@ def _check(dataset: Dataset, max_megapixels: float) -> None:
         known = interpretation if interpretation in ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "XYB") else "unknown"
         raise UnreadableImage("unsupported_pixels", f"photometric interpretation: {known}")
     complete_syntax(dataset)
-
-
-def complete_syntax(dataset: Dataset) -> None:
-    """Old files lack the header that says how they are written; reading has found it out."""
-    if dataset.file_meta.get("TransferSyntaxUID") is None:
-        implicit, little = dataset.original_encoding
-        plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else plain
 
 
 def _decode(dataset: Dataset, frame: int) -> NDArray[Any]:

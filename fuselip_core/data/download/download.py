@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import fnmatch
-import json
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +26,12 @@ from pydantic import Field
 from fuselip_core.config import Section
 from fuselip_core.data.byte_meter import ByteMeter
 from fuselip_core.data.download.hosts import Endpoints, Listing, Origin, list_files, origin_of, safe_path
+from fuselip_core.data.download.manifest import MANIFEST, DownloadedFile, DownloadManifest, read_manifest
 from fuselip_core.data.download.partial_file import Digests, RemoteFile, digests_of, partial_path, require_space
 from fuselip_core.data.download.retries import DownloadError, Patience, public_url
 from fuselip_core.data.download.transfer import Fetch
 from fuselip_core.files import sha256_of, write_json
 
-MANIFEST = "download.json"
 # Notes are written beside, then renamed (files.atomic_write): ``..<file>.partial.json.<process>.partial``.
 DRAFT = re.compile(r"\.(\..+\.partial\.json|download\.json)\.\d+\.partial")
 # Libraries that log whole addresses, which carry signatures of temporary access.
@@ -64,33 +63,6 @@ class DownloadSettings(Section):
     zenodo_endpoint: str | None = Field(default=None, description="Base address of Zenodo; ZENODO_ENDPOINT's if empty.")
 
 
-@dataclass(frozen=True)
-class DownloadedFile:
-    """A file below the target folder. `checksum` is what its host stated, `sha256` what was read here."""
-
-    path: str
-    size: int
-    sha256: str
-    checksum: str | None
-
-
-@dataclass(frozen=True)
-class DownloadManifest:
-    """What ``download.json`` holds; no times and no machine names, so equal downloads have equal manifests."""
-
-    source: str
-    revision: str | None
-    licence: str | None
-    page: str
-    requested: dict[str, Any]
-    files: tuple[DownloadedFile, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
-
-
 def download(source: str, target: Path, settings: DownloadSettings | None = None) -> DownloadManifest:
     """Brings the files of `source` into `target` and returns the manifest, also written to ``target/download.json``.
 
@@ -111,16 +83,6 @@ def _sweep(target: Path) -> None:
     for path in target.rglob(".*.partial"):
         if DRAFT.fullmatch(path.name):
             path.unlink()
-
-
-def read_manifest(target: Path) -> DownloadManifest | None:
-    """The manifest of a finished download in `target`; None if there is none that can be read."""
-    try:
-        content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
-        files = tuple(DownloadedFile(**file) for file in content.pop("files"))
-        return DownloadManifest(files=files, **content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
 
 
 def _complete(target: Path, origin: Origin, settings: DownloadSettings) -> DownloadManifest | None:

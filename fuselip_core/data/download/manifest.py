@@ -6,8 +6,11 @@ import json
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from fuselip_core.data.pair import DataError
+
+MANIFEST = "download.json"
 
 DOWNLOAD_MANIFEST = "download.json"
 
@@ -34,3 +37,40 @@ def provenance_of(root: Path) -> Provenance:
     except (OSError, ValueError, AttributeError):
         return Provenance()
     return Provenance(**{name: value if isinstance(value, str) else None for name, value in stated.items()})
+
+
+@dataclass(frozen=True)
+class DownloadedFile:
+    """A file below the target folder. `checksum` is what its host stated, `sha256` what was read here."""
+
+    path: str
+    size: int
+    sha256: str
+    checksum: str | None
+
+
+@dataclass(frozen=True)
+class DownloadManifest:
+    """What ``download.json`` holds; no times and no machine names, so equal downloads have equal manifests."""
+
+    source: str
+    revision: str | None
+    licence: str | None
+    page: str
+    requested: dict[str, Any]
+    files: tuple[DownloadedFile, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def read_manifest(target: Path) -> DownloadManifest | None:
+    """The manifest of a finished download in `target`; None if there is none that can be read."""
+    try:
+        content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        files = tuple(DownloadedFile(**file) for file in content.pop("files"))
+        return DownloadManifest(files=files, **content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None

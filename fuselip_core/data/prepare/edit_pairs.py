@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fuselip_core.data.pair import ImageEntry, MadeImage, Pair, Place, Side
-from fuselip_core.data.places import edit_steps
+from fuselip_core.data.pair import ImageEntry, MadeImage, Pair, Side
+from fuselip_core.data.places import Place
 from fuselip_core.data.prepare.splits import Plan
-from fuselip_core.data.transforms import FAMILIES, GENERAL, MEDICAL, random_family
+from fuselip_core.data.transforms import FAMILIES, GENERAL, MEDICAL, edit_steps, random_family
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from fuselip_core.data.concept_pairs import NAMES, add_concept_pairs, names_of_concepts
-from fuselip_core.data.pair import Listing, Pair, Side, fault_of_caption, question_pair
+from fuselip_core.data.pair import CLOSED_ANSWERS, Listing, Pair, Side, fault_of_caption, question_pair
 from fuselip_core.data.prepare.rule_questions import questions_of
-from fuselip_core.data.sources.vqa_rad import CLOSED_ANSWERS
 from fuselip_core.data.spool import Spool
 
 FEWEST_WORDS = 3  # of a sentence worth a pair

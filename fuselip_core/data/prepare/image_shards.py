@@ -8,28 +8,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuselip_core.data.columns import table_of
 from fuselip_core.data.images import UnreadableImage, decode, quiet_decoders
-from fuselip_core.data.pair import ImageEntry, Pair, Place, SetAside
-from fuselip_core.data.places import Derived, ImageReader
+from fuselip_core.data.pair import ImageEntry, SetAside
+from fuselip_core.data.places import Derived, Place
+from fuselip_core.data.prepare.image_reader import ImageReader
 from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, HeldOutIndex, fingerprint
-from fuselip_core.data.shards.schemas import IMAGE_SCHEMA, PAIR_SCHEMA
+from fuselip_core.data.prepare.tables import row_hash
+from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.files import atomic_write, sha256_of, write_json
 from fuselip_core.progress import track
 
 # A row group is what a reader holds at once.
 GROUP_ROWS, GROUP_BYTES = 256, 32 << 20
-PAIR_GROUP_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,6 @@ def _refuse_copies(entry: ImageEntry, digest: str, mark: Fingerprint | None, ind
         raise UnreadableImage(*(("copy_in_held_out", "same bytes") if same else ("near_copy_in_held_out", "same look")))
 
 
-def row_hash(row: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a row: of its columns but the image bytes, for which their own hash stands."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
 @contextlib.contextmanager
 def _group_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yields a function that takes one row; rows go to disk by row groups of bounded size."""
@@ -201,40 +195,3 @@ def _group_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield write
         if waiting:
             flush()
-
-
-def write_pair_shard(path: Path, pairs: Iterable[Pair]) -> int:
-    """Writes pairs in their order, atomically, holding one row group at a time; returns their number."""
-    return write_table(path, map(_pair_row, pairs), PAIR_SCHEMA)
-
-
-def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
-    """Writes rows as `write_pair_shard` does."""
-    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-        total = 0
-        for part in _parts(rows, PAIR_GROUP_ROWS):
-            writer.write_table(table_of(part, schema))
-            total += len(part)
-    return total
-
-
-def _parts(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    remaining = iter(rows)
-    while part := list(islice(remaining, size)):
-        yield part
-
-
-def _pair_row(pair: Pair) -> dict[str, Any]:
-    row = {
-        "pair_id": pair.pair_id,
-        "split": pair.split,
-        "kind": pair.kind,
-        "group": pair.group,
-        "case": pair.case,
-        "query_image": pair.query.image,
-        "query_text": pair.query.text,
-        "target_image": pair.target.image,
-        "target_text": pair.target.text,
-        "answer_type": pair.answer_type,
-    }
-    return {**row, "row_hash": row_hash(row)}

@@ -38,12 +38,10 @@ from fuselip_core.data.prepare.image_shards import (
     sidecar_digests,
     sidecar_fingerprints,
     write_image_shard,
-    write_pair_shard,
-    write_table,
 )
 from fuselip_core.data.prepare.near_duplicates import HeldOutIndex
 from fuselip_core.data.prepare.splits import Plan, plan_splits
-from fuselip_core.data.prepare.tables import write_candidates
+from fuselip_core.data.prepare.tables import write_candidates, write_pair_shard, write_table
 from fuselip_core.data.prepare.work_folder import MANIFEST, close_work, key_of, open_work, reserved
 from fuselip_core.data.shards.schemas import MADE_SCHEMA
 from fuselip_core.data.sources.catalogue import list_source

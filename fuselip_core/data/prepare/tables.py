@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuselip_core.data.columns import table_of
-from fuselip_core.data.pair import Candidates, SetAside, Side
-from fuselip_core.data.prepare.image_shards import row_hash
-from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, OPTIONS_SCHEMA
+from fuselip_core.data.pair import Candidates, Pair, SetAside, Side
+from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, OPTIONS_SCHEMA, PAIR_SCHEMA
 from fuselip_core.files import atomic_write
+
+PAIR_GROUP_ROWS = 1 << 14
 
 # Options, not lists, bound what is held at once: a list has 2 to 1,000 of them.
 OPTIONS_A_GROUP, ROWS_A_GROUP = 1 << 17, 1 << 13
@@ -99,3 +101,45 @@ def _table(path: Path, schema: pa.Schema, size: int = OPTIONS_A_GROUP) -> Iterat
         yield add
         if waiting:
             writer.write_table(table_of(waiting, schema))
+
+
+def row_hash(row: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a row: of its columns but the image bytes, for which their own hash stands."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_pair_shard(path: Path, pairs: Iterable[Pair]) -> int:
+    """Writes pairs in their order, atomically, holding one row group at a time; returns their number."""
+    return write_table(path, map(_pair_row, pairs), PAIR_SCHEMA)
+
+
+def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    """Writes rows as `write_pair_shard` does."""
+    with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+        total = 0
+        for part in _parts(rows, PAIR_GROUP_ROWS):
+            writer.write_table(table_of(part, schema))
+            total += len(part)
+    return total
+
+
+def _parts(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    remaining = iter(rows)
+    while part := list(islice(remaining, size)):
+        yield part
+
+
+def _pair_row(pair: Pair) -> dict[str, Any]:
+    row = {
+        "pair_id": pair.pair_id,
+        "split": pair.split,
+        "kind": pair.kind,
+        "group": pair.group,
+        "case": pair.case,
+        "query_image": pair.query.image,
+        "query_text": pair.query.text,
+        "target_image": pair.target.image,
+        "target_text": pair.target.text,
+        "answer_type": pair.answer_type,
+    }
+    return {**row, "row_hash": row_hash(row)}

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.pair import DataError, Place
+from fuselip_core.data.pair import DataError
+from fuselip_core.data.places import Place
 from fuselip_core.data.prepare.splits import Plan
 from fuselip_core.files import write_json
 from fuselip_core.lock import sole_process

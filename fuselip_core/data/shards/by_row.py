@@ -18,8 +18,8 @@ from PIL import Image
 
 from fuselip_core.data.images import decode
 from fuselip_core.data.pair import DataError
-from fuselip_core.data.places import made_picture
 from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.transforms import made_picture
 from fuselip_core.files import atomic_write
 from fuselip_core.progress import track
 

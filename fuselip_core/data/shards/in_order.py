@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from fuselip_core.data.images import decode, to_pixels
-from fuselip_core.data.places import made_picture
 from fuselip_core.data.shards.reader import PreparedData
+from fuselip_core.data.transforms import made_picture
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space
+from fuselip_core.model.processing import as_pixels
 from fuselip_core.progress import track
 
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
@@ -118,11 +119,6 @@ def _blobs_from(prepared: PreparedData, split: str, first: int) -> Iterator[tupl
         for blob in batch.column("bytes").to_pylist():
             yield row, blob
             row += 1
-
-
-def as_pixels(batch: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (N, S, S, 3) → float32 (N, 3, S, S) in 0..1 on `device`."""
-    return torch.from_numpy(np.ascontiguousarray(batch)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
 
 
 class PixelCache:

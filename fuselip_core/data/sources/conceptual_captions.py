@@ -14,22 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fuselip_core.data.images import SUFFIXES
 from fuselip_core.data.pair import (
+    CLOSED_ANSWERS,
     DataError,
     ImageEntry,
     Listing,
-    Place,
     SetAside,
     caption_pair,
+    fault_of_question,
+    normalise_answer,
     one_line,
     question_pair,
     require_folder,
 )
+from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import leaves_folder
-from fuselip_core.data.sources.rocov2 import SUFFIXES, read_table
-from fuselip_core.data.sources.vqa_rad import CLOSED_ANSWERS, fault_of_question, normalise_answer
+from fuselip_core.data.sources.tables import read_table, split_of_name
 
-SPLIT_OF = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid", "test": "test"}
 IMAGE_SUFFIXES = frozenset(SUFFIXES)
 TEXT_SUFFIXES = frozenset({".txt", ".json"})
 MOST_TEXT_BYTES = 1 << 20  # a caption or its metadata; what is longer is no caption
@@ -59,12 +61,6 @@ def list_web_questions(root: Path) -> Listing:
     for table, split in tables_of(root, ("path", "question", "answer")):
         _list_questions(table, split, listing)
     return listing
-
-
-def split_of_name(name: str) -> str:
-    """The split that a file name tells: a word such as train or validation in it, else train."""
-    words = name.lower().replace(".", "-").replace("_", "-").split("-")
-    return next((SPLIT_OF[word] for word in words if word in SPLIT_OF), "train")
 
 
 # ---- WebDataset ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ Each lists its pictures once and its questions as Candidates; all of it is the s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
@@ -19,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from fuselip_core.data import transforms
-from fuselip_core.data.pair import Candidates, DataError, ImageEntry, Listing, Place, SetAside, Side, require_folder
-from fuselip_core.data.places import Crop, Derived, Edited, edit_steps
+from fuselip_core.data.pair import Candidates, DataError, ImageEntry, Listing, SetAside, Side, require_folder
+from fuselip_core.data.places import Crop, Derived, Edited, Place
 from fuselip_core.data.sources.conceptual_captions import list_web_captions
+from fuselip_core.data.sources.tables import _read_json
+from fuselip_core.data.transforms import edit_steps
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png"})
 OI_LISTS = {"oi-crop": "oi-crop.json", "oi-pos": "oi-crop-positional-v3.json"}
@@ -47,13 +48,6 @@ class _Pictures:
 def _pictures_below(root: Path) -> dict[str, Path]:
     """File name → path of every picture below `root`."""
     return {path.name: path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no valid JSON ({error}); download it again") from error
 
 
 # ---- Open Images -----------------------------------------------------------------------------------------------------

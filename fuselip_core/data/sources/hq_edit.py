@@ -9,26 +9,22 @@ three pairs of the kind "edit", as in the published training (FuseLIP, arXiv 250
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
     Listing,
     Pair,
-    Place,
     SetAside,
     Side,
     one_line,
-    require_columns,
     require_folder,
 )
-from fuselip_core.data.sources.conceptual_captions import split_of_name
+from fuselip_core.data.places import Place
+from fuselip_core.data.sources.tables import rows_of, split_of_name
 
 TEXTS = ("edit", "inverse_edit", "output")
 IMAGES = ("input_image", "output_image")
@@ -45,17 +41,6 @@ def list_hq_edit(root: Path) -> Listing:
         for row, values in enumerate(rows_of(path, TEXTS, IMAGES)):
             _list_row(path, row, values, listing)
     return listing
-
-
-def rows_of(path: Path, columns: tuple[str, ...], needed: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, `columns` only; raises DataError if it lacks one of these or of `needed`."""
-    try:
-        with pq.ParquetFile(path) as file:
-            require_columns(file.schema_arrow.names, (*columns, *needed), path)
-            for batch in file.iter_batches(batch_size=256, columns=list(columns)):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no readable Parquet file ({error}); download it again") from error
 
 
 def _list_row(path: Path, row: int, values: Mapping[str, Any], listing: Listing) -> None:

@@ -11,19 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fuselip_core.data.pair import (
-    Candidates,
-    DataError,
-    ImageEntry,
-    Listing,
-    Place,
-    SetAside,
-    Side,
-    one_line,
-    require_folder,
-)
+from fuselip_core.data.pair import Candidates, DataError, ImageEntry, Listing, SetAside, Side, one_line, require_folder
+from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import leaves_folder, open_archive, safe_members
-from fuselip_core.data.sources.hq_edit import rows_of
+from fuselip_core.data.sources.tables import rows_of
 
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 MARKER = "<|image_1|>"

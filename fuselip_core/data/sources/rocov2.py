@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 from collections import Counter
@@ -19,24 +18,25 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fuselip_core.data.images import SUFFIXES
 from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
     Listing,
-    Place,
     SetAside,
     caption_pair,
     one_line,
     require_columns,
     require_folder,
 )
+from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import open_archive, safe_members
+from fuselip_core.data.sources.tables import read_table
 
 PUBLISHED_SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 # Rückert et al. 2024, doi:10.1038/s41597-024-03496-6. The Hub's train split has four more.
 PUBLISHED_COUNTS = {"train": 59_958, "valid": 9_904, "test": 9_927}
 MOST_DIFFERENCE = 0.1  # what differs more is a part of ROCOv2, or another data set in its layout
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 LICENCES = "license_information.csv"
 HUB_COLUMNS = ("image", "image_id", "caption")
 
@@ -149,21 +149,6 @@ def _by_id(places: Sequence[tuple[PurePath, Place]], refused: list[tuple[str, st
         else:
             first[path.stem] = place
     return first
-
-
-def read_table(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file that has at least `columns`; absent values are empty strings. Raises DataError."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, restval="")
-            require_columns(reader.fieldnames, columns, path)
-            yield from reader
-    except FileNotFoundError as error:
-        raise DataError(f"no file {path}; download the data set again") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise DataError(f"{path} is no valid CSV ({error}); download it again") from error
 
 
 def _read_concepts(path: Path) -> dict[str, tuple[str, ...]]:

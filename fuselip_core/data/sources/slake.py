@@ -16,14 +16,16 @@ from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
     Listing,
-    Place,
     SetAside,
+    fault_of_question,
+    normalise_answer,
     one_line,
     question_pair,
     require_folder,
 )
+from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import leaves_folder, open_archive, safe_members
-from fuselip_core.data.sources.vqa_rad import fault_of_question, normalise_answer, read_questions
+from fuselip_core.data.sources.tables import read_questions
 
 SPLITS = {"train": "train", "validate": "valid", "validation": "valid", "test": "test"}
 ARCHIVE = "imgs.zip"

@@ -12,30 +12,29 @@ MOST_REGIONS regions that are large enough are taken: all 5.4 million crops woul
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fuselip_core.data.pair import (
+    CLOSED_ANSWERS,
     DataError,
     ImageEntry,
     Listing,
     Pair,
-    Place,
     SetAside,
     Side,
+    fault_of_question,
+    normalise_answer,
     one_line,
     require_folder,
 )
-from fuselip_core.data.places import Crop
-from fuselip_core.data.sources.vqa_rad import CLOSED_ANSWERS, fault_of_question, normalise_answer
+from fuselip_core.data.places import Crop, Place
+from fuselip_core.data.sources.tables import json_array
 
 GROUP = 4
 LEAST_PIXELS = 32  # a smaller side shows nothing; published as an option
 MOST_REGIONS = 16
-READ_BYTES = 1 << 20
 LISTS = (("test", "region_descriptions_test.json"), ("train", "region_descriptions_train.json"))
 ALL_REGIONS, QUESTIONS = "region_descriptions.json", "question_answers.json"
 
@@ -66,45 +65,9 @@ def list_visual_genome(root: Path) -> Listing:
     return listing
 
 
-def json_array(path: Path) -> Iterator[Any]:
-    """The elements of a JSON file that holds one list, without holding the list; raises DataError."""
-    decoder = json.JSONDecoder()
-    try:
-        with path.open(encoding="utf-8-sig") as stream:
-            text, at = stream.read(READ_BYTES).lstrip(), 1
-            if not text.startswith("["):
-                raise DataError(f"{path} must hold a list; download it again")
-            while True:
-                at = _skip(text, at)
-                if text[at : at + 1] == "]":
-                    return
-                try:
-                    value, end = decoder.raw_decode(text, at)
-                    # A number at the end of what was read may go on.
-                    if end == len(text):
-                        raise json.JSONDecodeError("more may follow", text, end)
-                except json.JSONDecodeError:
-                    more = stream.read(max(READ_BYTES, len(text)))
-                    if not more:
-                        raise
-                    text, at = text[at:] + more, 0
-                    continue
-                yield value
-                at = end
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no valid JSON ({error}); download it again") from error
-
-
 def _groups(items: list[Any]) -> list[list[Any]]:
     """Groups of four in their order; the last may be smaller."""
     return [items[start : start + GROUP] for start in range(0, len(items), GROUP)]
-
-
-def _skip(text: str, at: int) -> int:
-    """The next place that is neither white space nor a comma."""
-    while text[at : at + 1] in (" ", ",", "\n", "\t", "\r"):
-        at += 1
-    return at
 
 
 def _picture(name: str, split: str, places: dict[str, Path], splits: dict[str, str], listing: Listing) -> str | None:

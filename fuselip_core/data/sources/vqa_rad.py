@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fuselip_core.data.pair import (
+    CLOSED_ANSWERS,
     DataError,
     ImageEntry,
     Listing,
-    Place,
     SetAside,
+    fault_of_question,
+    normalise_answer,
     one_line,
     question_pair,
-    require_columns,
     require_folder,
 )
-from fuselip_core.data.sources.rocov2 import read_table
+from fuselip_core.data.places import Place
+from fuselip_core.data.sources.tables import read_questions, read_table
 
 VQA_RAD_FIELDS = ("qid", "phrase_type", "image_name", "image_case_url", "question", "answer", "answer_type")
-CLOSED_ANSWERS = frozenset({"yes", "no"})
 # What `image_organ` says, as UMLS concepts with their names.
 ORGANS = {"HEAD": "C0018670", "CHEST": "C0817096", "ABD": "C0000726"}
 ORGAN_NAMES = {"C0018670": "head", "C0817096": "chest", "C0000726": "abdomen"}
@@ -92,34 +92,12 @@ def add_questions(root: Path, listing: Listing) -> None:
             listing.pairs.append(question_pair(images[key], name, question, answer, kind))
 
 
-def normalise_answer(answer: object) -> str:
-    """Lower case on one line, so that equal answers are equal strings; numbers become their digits."""
-    return one_line("" if answer is None else str(answer)).lower()
-
-
-def fault_of_question(question: str, answer: str) -> str | None:
-    return "empty_question" if not question else "empty_answer" if not answer else None
-
-
 def _read_rows(root: Path) -> list[dict[str, Any]]:
     files = sorted(root.glob("*.json"))
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
         raise DataError(f"{root} needs exactly one JSON file with VQA-RAD's questions (found: {found}); put it there")
     return read_questions(files[0], VQA_RAD_FIELDS)
-
-
-def read_questions(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects in a JSON file of questions that all have `fields`; raises DataError."""
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no valid JSON ({error}); download it again") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} must hold a list of questions; download the published file")
-    for row in rows:
-        require_columns(list(row), fields, path)
-    return rows
 
 
 def _cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -15,6 +15,8 @@ import numpy as np
 from fuselip_core.data.tokens.store import Array, SideName, SideTokens, TokenStore, gather
 from fuselip_core.errors import FuselipError
 
+Store = TokenStore | JoinedStore
+
 OWN = ""  # name of the run's own store
 
 
