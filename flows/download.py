@@ -18,9 +18,8 @@ from pydantic import Field, WithJsonSchema
 
 from flows.command_line import run_from_command_line
 from flows.environment import REPOSITORY
-from flows.page.flow_run import flow_url, rename_flow_run
+from flows.page.flow_run import flow_url, rename_flow_run, sign
 from flows.page.progress import ProgressArtifact
-from flows.presence import sign
 from flows.run.child import stream
 from flows.run.forms import Form, without_empty
 from flows.run.lock import dvc_lock
@@ -29,7 +28,7 @@ from flows.tasks import INTERRUPTED, RunnerName, error_of, may_pass, task_log
 from fuselip_core.errors import Interrupted
 
 # Read as it is: the worker's image has not all that fuselip_core/data/download/hosts.py needs.
-ORIGINS = json.loads((files("fuselip_core.data") / "origins.json").read_text(encoding="utf-8"))
+ORIGINS = json.loads((files("fuselip_core.data.download") / "origins.json").read_text(encoding="utf-8"))
 KNOWN = "; ".join(f"{name}: {origin['note']}" for name, origin in ORIGINS.items())
 Source = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "examples": list(ORIGINS)})]
 RETRY_AFTER: list[float] = [60, 600]

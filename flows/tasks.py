@@ -17,9 +17,8 @@ from prefect.states import Completed, Failed
 
 from flows.environment import REPOSITORY
 from flows.page.artifacts import publish
-from flows.page.flow_run import flow_url, name_flow_run
+from flows.page.flow_run import flow_url, name_flow_run, sign
 from flows.page.progress import ProgressArtifact
-from flows.presence import sign
 from flows.run.container import ContainerRunner
 from flows.run.folder import Plan, Run
 from flows.run.gpu import gpu_slot

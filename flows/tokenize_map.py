@@ -29,7 +29,7 @@ RETRIES = 2
 @task(name="shard", task_run_name="{split}-{start}", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=10)
 def tokenize_shard(settings: Settings, split: str, start: int, stop: int) -> int:
     """Codes of the images of one shard, written where they belong; returns their number."""
-    from fuselip_core.training.token_shards import write_shard
+    from fuselip_core.tokenizer.tokenize import write_shard
 
     return write_shard(settings, (split, start, stop))
 
@@ -37,7 +37,7 @@ def tokenize_shard(settings: Settings, split: str, start: int, stop: int) -> int
 @flow(name="tokenize-map")
 def tokenize_map(settings: Settings) -> int:
     """Every pending shard, in whatever order and place; returns the number of images."""
-    from fuselip_core.training.token_shards import pending_shards
+    from fuselip_core.tokenizer.tokenize import pending_shards
 
     futures = [tokenize_shard.submit(settings, *shard) for shard in pending_shards(settings)]
     wait(futures)

@@ -40,11 +40,10 @@ def codebook(settings: Settings) -> dict[str, Any]:
     from fuselip_core.data.shards.in_order import PixelCache
     from fuselip_core.data.shards.reader import PreparedData
     from fuselip_core.model.titok import TiTok
-    from fuselip_core.tokenizer.codebook import CodebookTrainer, codebook_run_folder
+    from fuselip_core.tokenizer.codebook import CodebookTrainer, codebook_run_folder, open_perception
     from fuselip_core.tokenizer.measure import measure_codebook, save_reconstructions
     from fuselip_core.tracking.run import open_run
     from fuselip_core.training.checkpoint import Checkpoints
-    from fuselip_core.training.perception import open_perception
 
     prepared = PreparedData(settings.artifacts / "prepared")
     scratch = settings.artifacts / "work" / "codebook"
@@ -97,10 +96,8 @@ def train(settings: Settings) -> dict[str, Any]:
     from fuselip_core.encoding.open import open_training
     from fuselip_core.model.titok import TiTok
     from fuselip_core.tracking.run import open_run
-    from fuselip_core.training.adaptation import interpolate, trained_weights
-    from fuselip_core.training.build import build_model
-    from fuselip_core.training.checkpoint import Checkpoints, seed_everything
-    from fuselip_core.training.history import History
+    from fuselip_core.training.build import build_model, interpolate, trained_weights
+    from fuselip_core.training.checkpoint import Checkpoints, History, seed_everything
     from fuselip_core.training.loop import Trainer, run_folder
 
     _same_codebook(TokenStore(settings.artifacts / "tokens", "train"), settings.artifacts / "codebook")

@@ -18,7 +18,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from flows.presence import sign
+from flows.page.flow_run import sign
 
 STEPS = ("prepare", "train", "register")
 # The step `train` ends when there is such a file, so that a test can kill a worker in the middle of it.

@@ -165,7 +165,7 @@ def test_perceptual_term_moves_the_tokenizer(tmp_path: Path) -> None:
     from fuselip_core.config import check_settings
     from fuselip_core.model.hub import save_model
     from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
-    from fuselip_core.training.perception import open_perception
+    from fuselip_core.tokenizer.codebook import open_perception
 
     torch.manual_seed(0)
     save_model(LateFusionModel(LateFusionConfig.of_size("tiny", "add")), tmp_path / "tower")

@@ -19,9 +19,8 @@ from fuselip_core.data.shards.by_row import ImageIndex
 from fuselip_core.data.shards.in_order import decoded_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.distributed import World
-from fuselip_core.encoding.from_pixels import BLACK, PicturePairs, Pictures
+from fuselip_core.encoding.from_pixels import BLACK, DecodedPictures, PicturePairs, Pictures
 from fuselip_core.training import build
-from fuselip_core.training.decoding import DecodedPictures
 
 CPU = torch.device("cpu")
 

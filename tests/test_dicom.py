@@ -30,11 +30,11 @@ from pydicom.uid import JPEG2000, DeflatedExplicitVRLittleEndian, JPEG2000Lossle
 
 from fuselip_core.config import check_settings
 from fuselip_core.data import burned_in
-from fuselip_core.data.coded_size import coded_size
 from fuselip_core.data.dicom import codec as codec_helper
 from fuselip_core.data.dicom import deidentify
 from fuselip_core.data.dicom import file as dicom_file
 from fuselip_core.data.dicom.cases import split_cases
+from fuselip_core.data.dicom.codec import coded_size
 from fuselip_core.data.dicom.deidentify import PseudonymError, Pseudonyms, load_key, scrub
 from fuselip_core.data.dicom.listing import (
     DicomPlace,

@@ -655,7 +655,7 @@ def test_progress_is_logged_and_ends_at_the_whole(
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from fuselip_core.data.byte_meter import ByteMeter
+    from fuselip_core.progress import ByteMeter
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with ByteMeter("download a", 1000) as meter:

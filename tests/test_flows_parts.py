@@ -26,18 +26,17 @@ from rich.console import Console
 from flows.download import DownloadRequest, _misplaced
 from flows.evaluate import EvaluateRequest
 from flows.page import artifacts
-from flows.page.flow_run import run_name
+from flows.page.flow_run import LABEL, run_name
 from flows.page.progress import ProgressArtifact
 from flows.page.summary import print_summary
-from flows.presence import LABEL
 from flows.promote import PromoteRequest
-from flows.quiet_ui import silence
 from flows.run.folder import RunRequest, open_run_folder, plan_run
 from flows.run.forms import TrainCorrections
 from flows.run.lock import run_lock
 from flows.run.processes import Process, children_of, is_starting_here, parent_of
 from flows.run.runner import Ending, Outcome, _status
 from flows.server import recover, serve
+from flows.server.serve import silence
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.comparisons import comparison_rows
 from fuselip_core.registry.register import promote

@@ -23,7 +23,7 @@ from fuselip_core.model.titok import TiTok
 from fuselip_core.model.vocabulary import PAD, join
 from fuselip_core.tracking.events import read_events
 from fuselip_core.training.build import build_model
-from fuselip_core.training.history import History
+from fuselip_core.training.checkpoint import History
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from fuselip_core import stages
 from fuselip_core.config import Settings, load_settings
 from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.titok import TiTok
-from fuselip_core.training.token_shards import pending_shards, write_shard
+from fuselip_core.tokenizer.tokenize import pending_shards, write_shard
 
 SMALL_SHARDS = (
     "prepare.dev_share=0.0",

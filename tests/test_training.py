@@ -27,7 +27,7 @@ from fuselip_core.distributed import World, join_world
 from fuselip_core.encoding.from_codes import TokenEncoder, TokenPairs
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.before_after import compare
-from fuselip_core.training.adaptation import extend_context, interpolate, trained_weights
+from fuselip_core.training.build import extend_context, interpolate, trained_weights
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.loop import Trainer, run_folder

@@ -9,7 +9,10 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from flows.run.folder import Run
+from flows.run.processes import Process
 from fuselip_core.files import read_json
+
+LABEL = "fuselip.process"
 
 
 def run_name(run: Run, with_data: bool) -> str:
@@ -36,3 +39,10 @@ def flow_url() -> str | None:
     """Address of the current flow run's page; None without a server that outlives it."""
     base, run_id = PREFECT_UI_URL.value(), flow_run.get_id()
     return f"{base}/runs/flow-run/{run_id}" if base and run_id and PREFECT_API_URL.value() else None
+
+
+def sign() -> None:
+    """Notes on the current flow run which process runs it."""
+    if run_id := flow_run.get_id():
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(UUID(run_id), {LABEL: str(Process.current())})

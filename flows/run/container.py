@@ -31,7 +31,7 @@ LABEL = "fuselip"
 IMAGES = {"download": "bacor_fuselip_download", "train": "bacor_fuselip_train"}
 # A stage saves its state in this time; less than flows/run/child.py waits for this process.
 GRACE_SECONDS = 45
-ENTRYPOINT = ("/usr/local/bin/entrypoint", "python", "-m", "fuselip_core.container.__main__", "fuselip")
+ENTRYPOINT = ("/usr/local/bin/entrypoint", "python", "-m", "fuselip_core.container", "fuselip")
 # Beside what a stage is told: what decides how numbers are summed, so that a container makes the same bytes.
 PASSED_ON = (
     "FUSELIP_",

@@ -29,7 +29,7 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.types._datetime import now
 
 from flows.environment import DEFAULTS
-from flows.presence import LABEL
+from flows.page.flow_run import LABEL
 from flows.run.child import OnLine
 from flows.run.lock import only_one
 from flows.run.processes import Process, is_starting_here, parent_of

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import Any
 
 from fuselip_core.config import Settings
-from fuselip_core.data.concept_pairs import NAMES
+from fuselip_core.data.prepare.extra_pairs import NAMES
 
 logger = logging.getLogger("fuselip")
 

@@ -26,6 +26,20 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of an image are: a file, a part of it (a tar member), a zip member, or a row of a Parquet file.
+
+    span: offset and length in bytes. column: the Parquet column, a struct with the field `bytes`.
+    """
+
+    file: Path
+    member: str | None = None
+    row: int | None = None
+    span: tuple[int, int] | None = None
+    column: str = "image"
+
+
+@dataclass(frozen=True, slots=True)
 class Derived(Place):
     """An image that is made from the one at the place."""
 
@@ -59,17 +73,3 @@ class Edited(Derived):
             return Image.fromarray(apply_instruction(np.array(image.convert("RGB")), self.instruction))
         except transforms.TransformError as error:
             raise UnreadableImage("no_edit", str(error)) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the bytes of an image are: a file, a part of it (a tar member), a zip member, or a row of a Parquet file.
-
-    span: offset and length in bytes. column: the Parquet column, a struct with the field `bytes`.
-    """
-
-    file: Path
-    member: str | None = None
-    row: int | None = None
-    span: tuple[int, int] | None = None
-    column: str = "image"

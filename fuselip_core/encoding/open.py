@@ -18,6 +18,7 @@ from fuselip_core.data.tokens.store import TokenStore, read_manifest
 from fuselip_core.distributed import World
 from fuselip_core.encoding.from_codes import PairEncoder, TokenEncoder, TokenPairs
 from fuselip_core.encoding.from_pixels import (
+    DecodedPictures,
     PictureEncoder,
     PicturePairs,
     Pictures,
@@ -33,7 +34,6 @@ from fuselip_core.model.hub import Model
 from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import as_pixels
 from fuselip_core.model.titok import TiTok
-from fuselip_core.training.decoding import DecodedPictures
 
 PIXELS = Path("work") / "pixels"
 MOST_CACHED = 4 << 30  # bytes of pixels on disk; what would be more is decoded when it is asked for

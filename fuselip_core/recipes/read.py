@@ -11,7 +11,7 @@ import yaml
 
 from fuselip_core.errors import FuselipError
 
-RECIPE_FOLDER = Path(__file__).parent / "recipes"
+RECIPE_FOLDER = Path(__file__).parent
 # Keys of params.yaml that steer DVC's templates and are no settings of the run.
 TEMPLATE_KEYS = ("settings", "repository")
 SIZES = "sizes"  # key of a recipe under which stands what is different at a size

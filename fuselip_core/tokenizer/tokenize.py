@@ -27,6 +27,8 @@ from fuselip_core.model.processing import TextTokenizer, as_pixels
 from fuselip_core.model.titok import TiTok
 from fuselip_core.progress import track
 
+Shard = tuple[str, int, int]  # split, first row, row after the last
+
 EncodeText = Callable[[str], Sequence[int]]
 PREPROCESSING = "RGB, squashed to {size} x {size}, bicubic with antialiasing, 0..1"
 
@@ -155,3 +157,19 @@ class Tokenizing:
         kind = IMAGE_SCHEMA.field("concepts").type
         made = self.prepared.picture_count(split) - self.prepared.image_count(split)
         return pa.chunked_array([*(batch.column("concepts") for batch in batches), pa.nulls(made, kind)], kind)
+
+
+def pending_shards(settings: Settings) -> list[Shard]:
+    """Shards whose codes are not on disk yet. Opens every split for writing: call it once, before `write_shard`."""
+    work = open_tokenizing(settings)
+    writers = [work.writer(split) for split in work.prepared.splits]
+    rows = settings.tokenize.rows_per_shard
+    return [(each.split, *place) for each in writers if not each.finished for place in each.pending(rows)]
+
+
+def write_shard(settings: Settings, shard: Shard) -> int:
+    """Writes the codes of one shard and returns how many images that were; written twice, it is the same."""
+    work: Tokenizing = open_tokenizing(settings)
+    split, start, stop = shard
+    work.write_shard(work.writer(split), start, stop)
+    return stop - start

@@ -7,14 +7,19 @@ work/pixels/.
 from __future__ import annotations
 
 import math
+import os
+import shutil
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
 
 from fuselip_core.config import ModelSettings, TrainSettings
 from fuselip_core.errors import FuselipError
-from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
+from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel, Transformer
 from fuselip_core.model.hub import Model, load_pretrained
 from fuselip_core.model.late_fusion import FUSIONS, LateFusionConfig, LateFusionModel
 from fuselip_core.model.titok import TiTok
-from fuselip_core.training.adaptation import extend_context
 
 
 def build_model(options: ModelSettings, settings: TrainSettings, tokenizer: TiTok) -> Model:
@@ -76,3 +81,61 @@ def _from_checkpoint(options: ModelSettings, settings: TrainSettings, tokenizer:
 
 def _family_of(fusion: str) -> str:
     return next(name for name, published in FUSIONS.items() if published == fusion)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Lets every block keep only its input for the backward pass and compute the rest again.
+
+    Gradient checkpointing (arXiv 1604.06174): activations of one block instead of all, for a third more work.
+    """
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.recompute = True
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles every block when it first runs, for any number of tokens; names of parameters stay as they are.
+
+    Blocks and not the whole model: they are all alike, so that one is compiled and the others find it. Raises
+    FuselipError where there is no C++ compiler, which torch would only miss in the first step.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise FuselipError(f"train.compile needs a C++ compiler, here {compiler}; install g++, or turn it off")
+    for module in model.modules():
+        for block in getattr(module, "resblocks", ()):
+            block.compile(dynamic=True)
+
+
+@torch.no_grad()
+def extend_context(model: FuseLIPModel, context_length: int) -> None:
+    """Gives `model` places for `context_length` tokens; those it has stay, new ones begin as copies of its last.
+
+    So no sequence that fitted before is embedded differently, and what lies beyond is at first read as if it stood at
+    the old end. Raises FuselipError for a length below the model's own.
+    """
+    own = model.config.context_length
+    if context_length < own:
+        raise FuselipError(
+            f"model.context_length {context_length} is below the {own} places of train.init; leave it empty or raise it"
+        )
+    table = model.positional_embedding
+    longer = torch.cat([table, table[-1:].expand(context_length - own, -1)])
+    model.positional_embedding = nn.Parameter(longer.clone())
+    model.config.context_length = context_length
+
+
+@torch.no_grad()
+def interpolate(model: nn.Module, before: Mapping[str, Tensor], share: float) -> None:
+    """Leaves in `model` the weights that lie `share` of the way from `before` to its own.
+
+    Robust fine-tuning (WiSE-FT, arXiv 2109.01903): on that line both what was learned and what was known stay high.
+    """
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.copy_(torch.lerp(before[name].to(p), p, share))
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter that trains."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

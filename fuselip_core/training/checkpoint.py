@@ -5,18 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import random
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_folder, sha256_of
+
+# What differs between a run that was cut off and one that was not.
+OF_A_SESSION = ("system/", "checkpoint")
 
 logger = logging.getLogger("fuselip")
 STATE_FILE, DIGEST_FILE = "state.pt", "state.sha256"
@@ -103,3 +110,57 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+class StopSignal:
+    """Notes SIGTERM, so that the loop can end between two steps instead of inside one."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+
+class History:
+    """The curves of a run as JSON lines; a resumed run drops what it logged after its checkpoint."""
+
+    def __init__(self, path: Path, checkpoints: Checkpoints) -> None:
+        self._path = path
+        found = checkpoints.latest()
+        self.resumed_step = found[0] if found else 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        goes_on = self.resumed_step > 0 and path.is_file()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if goes_on else []
+        kept = [line for line in lines if _step_of(line) <= self.resumed_step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line without what is of a session alone."""
+        metrics = {name: value for name, value in metrics.items() if not name.startswith(OF_A_SESSION)}
+        if not metrics:
+            return
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def publish(self, target: Path) -> None:
+        """Moves the finished curves to `target`."""
+        self._path.replace(target)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the history; infinite for half a line, as a full disk leaves it."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

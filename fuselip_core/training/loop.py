@@ -24,9 +24,10 @@ from fuselip_core.distributed import World
 from fuselip_core.encoding.from_codes import PairEncoder, pair_keys
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.progress import track
-from fuselip_core.training.block_options import compile_blocks, recompute_blocks
+from fuselip_core.training.build import compile_blocks, recompute_blocks
 from fuselip_core.training.checkpoint import (
     Checkpoints,
+    StopSignal,
     folder_of_run,
     random_state,
     seed_everything,
@@ -39,7 +40,6 @@ from fuselip_core.training.mixture import Mixture
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
 from fuselip_core.training.plan import kind_shares, plan_schedule, refuse_empty_parts, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
-from fuselip_core.training.stop_signal import StopSignal
 from fuselip_core.training.system_metrics import machine_metrics
 
 logger = logging.getLogger("fuselip")

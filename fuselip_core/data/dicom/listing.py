@@ -24,9 +24,8 @@ from pydantic import Field, ValidationError, field_validator
 from pydicom import Dataset
 
 from fuselip_core import config
-from fuselip_core.data.burned_in import refuse_text, require_reader
 from fuselip_core.data.dicom.cases import DicomHeader, group_cases, patient_key, split_cases
-from fuselip_core.data.dicom.deidentify import Pseudonyms, load_key, scrub
+from fuselip_core.data.dicom.deidentify import Pseudonyms, load_key, refuse_text, require_reader, scrub
 from fuselip_core.data.dicom.file import discreet, read_dataset
 from fuselip_core.data.dicom.header_text import compose, identities
 from fuselip_core.data.dicom.pixels import Window, render
@@ -56,7 +55,7 @@ class DicomSettings(config.DicomSettings):
 @functools.cache
 def terms() -> dict[str, Any]:
     """Words for DICOM's codes, and the window presets (centre, width in Hounsfield units)."""
-    content: dict[str, Any] = json.loads(Path(__file__).with_name("dicom_terms.json").read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(Path(__file__).with_name("terms.json").read_text(encoding="utf-8"))
     return content
 
 

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.pixels import apply_color_lut, apply_modality_lut, get_decoder, pixel_array
 
-from fuselip_core.data.coded_size import coded_size
-from fuselip_core.data.dicom.codec import helper
+from fuselip_core.data.dicom.codec import coded_size, helper
 from fuselip_core.data.dicom.file import complete_syntax
 from fuselip_core.data.images import UnreadableImage
 

@@ -24,13 +24,13 @@ import httpx
 from pydantic import Field
 
 from fuselip_core.config import Section
-from fuselip_core.data.byte_meter import ByteMeter
 from fuselip_core.data.download.hosts import Endpoints, Listing, Origin, list_files, origin_of, safe_path
 from fuselip_core.data.download.manifest import MANIFEST, DownloadedFile, DownloadManifest, read_manifest
 from fuselip_core.data.download.partial_file import Digests, RemoteFile, digests_of, partial_path, require_space
 from fuselip_core.data.download.retries import DownloadError, Patience, public_url
 from fuselip_core.data.download.transfer import Fetch
 from fuselip_core.files import sha256_of, write_json
+from fuselip_core.progress import ByteMeter
 
 # Notes are written beside, then renamed (files.atomic_write): ``..<file>.partial.json.<process>.partial``.
 DRAFT = re.compile(r"\.(\..+\.partial\.json|download\.json)\.\d+\.partial")

@@ -16,10 +16,22 @@ import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from fuselip_core.data.concept_pairs import NAMES, add_concept_pairs, names_of_concepts
-from fuselip_core.data.pair import CLOSED_ANSWERS, Listing, Pair, Side, fault_of_caption, question_pair
+from fuselip_core.data.pair import (
+    CLOSED_ANSWERS,
+    DataError,
+    ImageEntry,
+    Listing,
+    Pair,
+    Side,
+    fault_of_caption,
+    one_line,
+    question_pair,
+)
 from fuselip_core.data.prepare.rule_questions import questions_of
+from fuselip_core.data.sources.tables import read_table
 from fuselip_core.data.spool import Spool
+
+NAMES = "cui_mapping.csv"
 
 FEWEST_WORDS = 3  # of a sentence worth a pair
 # A full stop before a new sentence, not behind an initial or one of these.
@@ -81,3 +93,33 @@ def _question_pairs(root: Path, listing: Listing) -> Iterator[Pair]:
         for number, (question, answer) in enumerate(questions_of(image.image_id, caption, concepts, image.modality)):
             kind = "closed" if answer in CLOSED_ANSWERS else "open"
             yield question_pair(image, f"{image.image_id}/rule-{number}", question, answer, kind)
+
+
+def add_concept_pairs(root: Path, listing: Listing) -> None:
+    """Adds to each image with concepts the pair image → names, in an order that does not depend on the table's.
+
+    Raises DataError if `root` holds no table of names. Codes without a name are passed over and counted in a note.
+    """
+    if not listing.concept_names and not (root / NAMES).is_file():
+        raise DataError(f"{root} has no {NAMES} with the names of concepts; put it there, or take it from extra_pairs")
+    names = listing.concept_names or names_of_concepts(root)
+    nameless = 0
+    for image in listing.images:
+        codes = set(image.concepts)
+        named = {code for code in codes if names.get(code)}
+        nameless += len(codes - named)
+        if known := sorted({names[code] for code in named}):
+            listing.pairs.append(_pair(image, "; ".join(known)))
+    if nameless:
+        listing.notes.append(f"{nameless} concepts of images have no name in {NAMES} and are in no pair")
+
+
+def names_of_concepts(root: Path) -> dict[str, str]:
+    """Concept code → name; raises DataError without a readable table."""
+    rows = read_table(root / NAMES, ("CUI", "Canonical name"))
+    return {row["CUI"].strip(): one_line(row["Canonical name"]) for row in rows}
+
+
+def _pair(image: ImageEntry, text: str) -> Pair:
+    sides = Side(image=image.image_id), Side(text=text)
+    return Pair(f"{image.image_id}/concepts", image.split, "concepts", image.image_id, image.case, *sides)

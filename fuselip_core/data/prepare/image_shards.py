@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from fuselip_core.data.columns import table_of
 from fuselip_core.data.images import UnreadableImage, decode, quiet_decoders
 from fuselip_core.data.pair import ImageEntry, SetAside
 from fuselip_core.data.places import Derived, Place
 from fuselip_core.data.prepare.image_reader import ImageReader
 from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, HeldOutIndex, fingerprint
 from fuselip_core.data.prepare.tables import row_hash
-from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
+from fuselip_core.data.shards.schemas import IMAGE_SCHEMA, table_of
 from fuselip_core.files import atomic_write, sha256_of, write_json
 from fuselip_core.progress import track
 

@@ -20,9 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fuselip_core.data.columns import table_of
 from fuselip_core.data.pair import Candidates, Pair, SetAside, Side
-from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, OPTIONS_SCHEMA, PAIR_SCHEMA
+from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, OPTIONS_SCHEMA, PAIR_SCHEMA, table_of
 from fuselip_core.files import atomic_write
 
 PAIR_GROUP_ROWS = 1 << 14

@@ -15,8 +15,6 @@ import numpy as np
 from fuselip_core.data.tokens.store import Array, SideName, SideTokens, TokenStore, gather
 from fuselip_core.errors import FuselipError
 
-Store = TokenStore | JoinedStore
-
 OWN = ""  # name of the run's own store
 
 
@@ -129,3 +127,6 @@ def _in_order(parts: list[SideTokens], order: Array) -> SideTokens:
         np.concatenate(padded)[order],
         np.concatenate([part.text_lengths for part in parts])[order],
     )
+
+
+Store = TokenStore | JoinedStore
