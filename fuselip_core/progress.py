@@ -15,9 +15,6 @@ LOG_EVERY_SECONDS = 10.0
 logger = logging.getLogger("fuselip")
 
 Item = TypeVar("Item")
-LOG_EVERY_SECONDS = 10.0
-
-logger = logging.getLogger("fuselip")
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None, start: int = 0) -> Iterator[Item]:

@@ -15,24 +15,25 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("fuselip_core", "flows")
 STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
 # What a stage's output does not depend on: settings are parameters, the rest moves bytes or tells how far things are.
-WITHOUT_EFFECT = {
+WITHOUT_EFFECT = (
     "fuselip_core",
     "fuselip_core.config",
     "fuselip_core.errors",
     "fuselip_core.files",
+    "fuselip_core.lock",
     "fuselip_core.progress",
-    "fuselip_core.tracking.events",
+    "fuselip_core.recipes",
     "fuselip_core.stages",
-    "fuselip_core.tracking.run",
-}
+    "fuselip_core.tracking",
+)
 WITHOUT_EFFECT_ON_STAGE = {
     # Only finds the tokenizer that codebook.init names.
-    "codebook": {"fuselip_core.model.hub"},
-    # The text tokenizer stands beside what the processor of a whole model needs.
-    "tokenize": {"fuselip_core.model.fuselip_config", "fuselip_core.model.late_fusion"},
+    "codebook": ("fuselip_core.model.hub",),
     # Looks at the validation split for the curves.
-    "train": {"fuselip_core.evaluation.tasks"},
+    "train": ("fuselip_core.evaluation",),
 }
+# Folders whose files are told apart: their subfolders are rooms of their own.
+HALLS = ("fuselip_core", "fuselip_core/data")
 
 
 def module_files() -> dict[str, Path]:
@@ -73,12 +74,12 @@ def project_modules(names: Iterator[str], modules: dict[str, Path]) -> set[str]:
     return found
 
 
-def reachable(start: set[str], modules: dict[str, Path], leave_out: frozenset[str]) -> set[str]:
+def reachable(start: set[str], modules: dict[str, Path], leave_out: tuple[str, ...]) -> set[str]:
     """Everything that the modules in `start` import, themselves included, not going through `leave_out`."""
     todo, seen = set(start), set()
     while todo:
         module = todo.pop()
-        if module in seen or module in leave_out:
+        if module in seen or module in leave_out or module.rpartition(".")[0] in leave_out[1:]:
             continue
         seen.add(module)
         todo |= project_modules(imported_names(tree_of(modules[module])), modules)
@@ -119,22 +120,55 @@ def sections_of_stage(stage: str) -> set[str]:
 
 
 def code_of_stage(stage: str) -> list[str]:
-    """Source files, and the data files they name, that the output of `stage` depends on; relative, sorted."""
+    """Folders, and files of the halls, whose code the output of `stage` depends on; relative, sorted."""
     modules = module_files()
-    left_out = frozenset(WITHOUT_EFFECT | WITHOUT_EFFECT_ON_STAGE.get(stage, set()))
+    left_out = (*WITHOUT_EFFECT, *WITHOUT_EFFECT_ON_STAGE.get(stage, ()))
     files = {modules[name] for name in reachable(imports_of_stage(stage, modules), modules, left_out)}
-    if stage == "register":
-        files.add(
-            modules["fuselip_core.registry.served_model"]
-        )  # a file that MLflow runs, not a module that anything imports
-    files |= {path for source in files for path in data_files_of(source)}
-    return sorted(str(path.relative_to(REPOSITORY)) for path in files)
+    found = {dependency_of(path) for path in files}
+    return sorted(place for place in found if str(Path(place).parent) not in found)
 
 
-def data_files_of(source: Path) -> list[Path]:
-    """Files beside a module that it names in a string, such as its word lists."""
-    strings = {node.value for node in ast.walk(tree_of(source)) if isinstance(node, ast.Constant)}
-    return [path for path in source.parent.glob("*.json") if path.name in strings]
+def dependency_of(path: Path) -> str:
+    """What DVC watches for a module: its folder, or the file itself where the folder holds other rooms."""
+    folder = path.parent.relative_to(REPOSITORY)
+    return str(path.relative_to(REPOSITORY) if str(folder) in HALLS else folder)
+
+
+def room_of(module: str, modules: dict[str, Path]) -> str:
+    """The folder of a module as a dotted name; a loose module of the top level is a room of its own."""
+    folder = modules[module].parent.relative_to(REPOSITORY)
+    return module if str(folder) in PACKAGES else ".".join(folder.parts)
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach each other along `arrows` (name → names it imports), each sorted."""
+    reached = {name: closure(name, arrows) for name in arrows}
+    groups = {tuple(sorted({name} | {other for other in reached[name] if name in reached[other]})) for name in arrows}
+    return sorted(list(group) for group in groups if len(group) > 1)
+
+
+def closure(start: str, arrows: dict[str, set[str]]) -> set[str]:
+    todo, seen = set(arrows[start]), set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        todo |= arrows[name] - seen
+    return seen
+
+
+def arrows_between_files() -> dict[str, set[str]]:
+    modules = module_files()
+    return {name: project_modules(imported_names(tree_of(path)), modules) - {name} for name, path in modules.items()}
+
+
+def arrows_between_rooms() -> dict[str, set[str]]:
+    modules = module_files()
+    found: dict[str, set[str]] = {}
+    for name, others in arrows_between_files().items():
+        if modules[name].name != "__init__.py":
+            room = room_of(name, modules)
+            found.setdefault(room, set()).update(room_of(other, modules) for other in others)
+    return {room: (others & found.keys()) - {room} for room, others in found.items()}
 
 
 def write_deps(dvc_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Finds flow runs whose process is gone and puts them back in the queue: ``python -m flows.server.recover [--every 30]``.
+"""Puts flow runs whose process is gone back in the queue: ``python -m flows.server.recover [--every 30]``.
 
 A worker that is killed, a machine that restarts, a process that the kernel ends for want of memory: Prefect's server
 still calls such a run running, or calls it crashed and leaves it there. Here the run, not a copy of it, is scheduled

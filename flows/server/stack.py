@@ -1,4 +1,4 @@
-"""TODO flows/server/stack.py."""
+"""Starts the processes of a server stack together and ends them together."""
 
 from __future__ import annotations
 

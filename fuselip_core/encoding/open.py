@@ -1,4 +1,4 @@
-"""TODO fuselip_core/encoding/open.py."""
+"""Opens the store and the encoder that training and evaluation run on, from codes or from pixels."""
 
 from __future__ import annotations
 

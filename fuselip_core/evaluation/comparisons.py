@@ -1,4 +1,4 @@
-"""TODO fuselip_core/evaluation/comparisons.py."""
+"""Which two metrics stand side by side in a summary: a result and the control it has to beat."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from fuselip_core.data.shards.in_order import PixelCache
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.hub import load_pretrained
 from fuselip_core.model.late_fusion import LateFusionModel
-from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD
+from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD, as_pixels
 from fuselip_core.model.titok import TiTok, TiTokOutput
 from fuselip_core.progress import track
 from fuselip_core.tokenizer.patch_start import can_start_from_patches, start_from_patches
@@ -127,13 +127,13 @@ class CodebookTrainer:
         if self.settings.init or not can_start_from_patches(self.tokenizer):
             return
         rows = np.linspace(0, len(self.images) - 1, min(START_IMAGES, len(self.images))).astype(int)
-        start_from_patches(self.tokenizer, self.images.rows(rows, self.device))
+        start_from_patches(self.tokenizer, as_pixels(self.images.rows(rows), self.device))
 
     def _train_step(self, step: int) -> dict[str, Tensor | float]:
         settings = self.settings
         rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup_share)
         set_learning_rate(self.optimizer, rate)
-        pixels = self.images.rows(self._batch_rows(step), self.device)
+        pixels = as_pixels(self.images.rows(self._batch_rows(step)), self.device)
         quantise = step >= self.continuous_steps
         output = self.tokenizer(pixels, quantise=quantise)
         loss = self._loss(output, pixels)
@@ -179,7 +179,7 @@ class CodebookTrainer:
 
         rows = []
         for first in range(0, min(len(self.images), KMEANS_LATENTS // self.tokenizer.config.latent_tokens), 64):
-            pixels = self.images.rows(np.arange(first, min(first + 64, len(self.images))), self.device)
+            pixels = as_pixels(self.images.rows(np.arange(first, min(first + 64, len(self.images)))), self.device)
             rows.append(self.tokenizer.quantize.flatten(self.tokenizer.encode(pixels)).flatten(0, 1).cpu())
         latents = torch.cat(rows).numpy()
         clusters = min(self.tokenizer.config.codebook_size, len(latents))

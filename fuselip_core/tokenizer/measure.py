@@ -1,4 +1,4 @@
-"""TODO fuselip_core/tokenizer/measure.py."""
+"""How well an image tokenizer reconstructs held-out images, and how much of its codebook it uses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fuselip_core.data.shards.in_order import PixelCache
+from fuselip_core.model.processing import as_pixels
 from fuselip_core.model.titok import TiTok
 
 
 def _batches(images: PixelCache, device: torch.device, size: int = 64) -> Iterator[Tensor]:
     for first in range(0, len(images), size):
-        yield images.rows(np.arange(first, min(first + size, len(images))), device)
+        yield as_pixels(images.rows(np.arange(first, min(first + size, len(images)))), device)
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def save_reconstructions(tokenizer: TiTok, images: PixelCache, path: Path, colum
     tokenizer.eval()
     device = next(tokenizer.parameters()).device
     rows = np.unique(np.linspace(0, len(images) - 1, min(columns, len(images))).astype(int))
-    originals = images.rows(rows, device)
+    originals = as_pixels(images.rows(rows), device)
     restored = tokenizer.decode(tokenizer.codes(originals))
     figure, axes = pyplot.subplots(2, len(rows), figsize=(1.6 * len(rows), 3.5), squeeze=False)
     for title, axis_row, pictures in (("original", axes[0], originals), ("from codes", axes[1], restored)):

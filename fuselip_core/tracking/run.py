@@ -17,7 +17,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -25,9 +25,6 @@ from fuselip_core.config import Settings, describe_settings
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.tracking.events import EventLog, Service, read_run
 from fuselip_core.tracking.services import MlflowService, WandbService, repository_root
-
-if TYPE_CHECKING:
-    pass
 
 # Stages that add to the run of an earlier one: evaluation belongs to the model that was trained.
 RUN_OF_STAGE = {"evaluate": "train", "register": "train"}

@@ -1,4 +1,4 @@
-"""TODO fuselip_core/tracking/services.py."""
+"""The clients of MLflow and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.tracking.events import Event, read_events
-from fuselip_core.tracking.run import logger
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+logger = logging.getLogger("fuselip")
 
 METRICS_A_BATCH = 1000  # MLflow's limits for one call
 PARAMS_A_BATCH = 100

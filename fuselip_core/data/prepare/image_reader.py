@@ -1,4 +1,4 @@
-"""TODO fuselip_core/data/prepare/image_reader.py."""
+"""Reads the bytes of one image, from a file or an archive, and makes the images that edits describe."""
 
 from __future__ import annotations
 

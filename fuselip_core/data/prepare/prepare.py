@@ -32,6 +32,7 @@ from fuselip_core.data.download.manifest import Provenance, provenance_of
 from fuselip_core.data.pair import DataError, Pair, SetAside
 from fuselip_core.data.prepare.counts import Tally
 from fuselip_core.data.prepare.edit_pairs import add_edits
+from fuselip_core.data.prepare.extra_pairs import add_extra_pairs
 from fuselip_core.data.prepare.image_shards import (
     ShardResult,
     ShardTask,
@@ -44,7 +45,7 @@ from fuselip_core.data.prepare.splits import Plan, plan_splits
 from fuselip_core.data.prepare.tables import write_candidates, write_pair_shard, write_table
 from fuselip_core.data.prepare.work_folder import MANIFEST, close_work, key_of, open_work, reserved
 from fuselip_core.data.shards.schemas import MADE_SCHEMA
-from fuselip_core.data.sources.catalogue import list_source
+from fuselip_core.data.sources.catalogue import list_source, published_form
 from fuselip_core.data.spool import Spool
 from fuselip_core.data.workers import process_pool
 from fuselip_core.files import atomic_write, replace_folder, sha256_of, write_json
@@ -70,7 +71,10 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     work = work or target.with_name(f"{target.name}.partial")
     try:
         with reserved(target, settings.root):
-            plan = plan_splits(list_source(settings.source, settings.root, settings), settings)
+            listing = list_source(settings.source, settings.root, settings)
+            with published_form(settings.source, settings.root):
+                add_extra_pairs(settings.root, listing, settings.extra_pairs)
+            plan = plan_splits(listing, settings)
             add_edits(plan, settings.extra_pairs, settings.edited_share, settings.seed)
             origin = provenance_of(settings.root)
             open_work(work, key_of(plan, settings, tool_version(), origin))

@@ -12,16 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from fuselip_core.data.images import decode, to_pixels
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.transforms import made_picture
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space
-from fuselip_core.model.processing import as_pixels
 from fuselip_core.progress import track
 
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
@@ -136,6 +133,6 @@ class PixelCache:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def rows(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        """Rows (B) → float32 (B, 3, S, S) in 0..1, in ascending order, in which a disk reads best."""
-        return as_pixels(self.pixels[np.sort(rows)], device)
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Rows (B) → uint8 (B, S, S, 3), in ascending order, in which a disk reads best."""
+        return self.pixels[np.sort(rows)]

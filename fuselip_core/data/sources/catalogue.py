@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.pair import DataError, Listing
-from fuselip_core.data.prepare.extra_pairs import add_extra_pairs
 from fuselip_core.data.sources.conceptual_captions import list_web_captions, list_web_questions
 from fuselip_core.data.sources.evaluation_sets import list_imagenet, list_open_images, list_sugarcrepe, list_tgit
 from fuselip_core.data.sources.hq_edit import list_hq_edit
@@ -67,19 +67,19 @@ def list_source(name: str, root: Path, settings: PrepareSettings | None = None) 
     if name in SOURCES_WITH_SETTINGS:
         listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
     else:
-        listing = _list_tables(name, root, extra_pairs=settings.extra_pairs if settings else ())
+        with published_form(name, root):
+            listing = SOURCES[name](root)
     if not listing.images:
         raise DataError(f"{root} holds no image with a text that could be read as {name}; see the published layout")
     return listing
 
 
-def _list_tables(name: str, root: Path, extra_pairs: Collection[str]) -> Listing:
+@contextlib.contextmanager
+def published_form(name: str, root: Path) -> Iterator[None]:
+    """Tables of another form than published surface where a value is looked for; --debug shows where."""
     try:
-        listing = SOURCES[name](root)
-        add_extra_pairs(root, listing, extra_pairs)
-        return listing
+        yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        # Tables of another form than published surface where a value is looked for; --debug shows where.
         raise DataError(
             f"{root} holds tables that are not in the published form of {name} ({type(error).__name__}); "
             "compare them with the published files"

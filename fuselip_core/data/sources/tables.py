@@ -1,4 +1,4 @@
-"""TODO fuselip_core/data/sources/tables.py."""
+"""How every table of a data set is read: CSV, JSON, Parquet."""
 
 from __future__ import annotations
 
