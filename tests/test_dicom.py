@@ -29,9 +29,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, generate_uid
 
 from fuselip_core.config import check_settings
-from fuselip_core.data import burned_in
-from fuselip_core.data.dicom import codec as codec_helper
-from fuselip_core.data.dicom import deidentify
+from fuselip_core.data.dicom import codec, deidentify
 from fuselip_core.data.dicom import file as dicom_file
 from fuselip_core.data.dicom.cases import split_cases
 from fuselip_core.data.dicom.codec import coded_size
@@ -407,14 +405,14 @@ def test_photometric_interpretations_that_no_one_shows(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def helper() -> Iterator[codec_helper.Helper]:
+def helper() -> Iterator[codec.Helper]:
     pytest.importorskip("gdcm")
-    own = codec_helper.Helper()
+    own = codec.Helper()
     yield own
     own.close()
 
 
-def test_a_codec_that_dies_costs_one_picture(helper: codec_helper.Helper) -> None:
+def test_a_codec_that_dies_costs_one_picture(helper: codec.Helper) -> None:
     path = EXAMPLES / "SC_rgb_jpeg_gdcm.dcm"
     first = helper.decode(path, 0, "gdcm")
     assert first.shape == (100, 100, 3)
@@ -422,23 +420,23 @@ def test_a_codec_that_dies_costs_one_picture(helper: codec_helper.Helper) -> Non
     assert process is not None
     process.send_signal(19)  # stopped, so that it is killed while it is asked
     threading.Timer(0.3, process.kill).start()
-    with pytest.raises(codec_helper.CodecError, match="died"):
+    with pytest.raises(codec.CodecError, match="died"):
         helper.decode(path, 0, "gdcm")
     assert np.array_equal(helper.decode(path, 0, "gdcm"), first)
 
 
-def test_a_codec_that_hangs_is_ended(helper: codec_helper.Helper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codec_that_hangs_is_ended(helper: codec.Helper, monkeypatch: pytest.MonkeyPatch) -> None:
     path = EXAMPLES / "SC_rgb_jpeg_gdcm.dcm"
     helper.decode(path, 0, "gdcm")
     assert helper._process is not None
     helper._process.send_signal(19)
-    monkeypatch.setattr(codec_helper, "LONGEST_SECONDS", 0.2)
-    with pytest.raises(codec_helper.CodecError, match="too long"):
+    monkeypatch.setattr(codec, "LONGEST_SECONDS", 0.2)
+    with pytest.raises(codec.CodecError, match="too long"):
         helper.decode(path, 0, "gdcm")
 
 
-def test_what_the_codec_refuses_is_told(helper: codec_helper.Helper) -> None:
-    with pytest.raises(codec_helper.CodecError, match="does not support"):
+def test_what_the_codec_refuses_is_told(helper: codec.Helper) -> None:
+    with pytest.raises(codec.CodecError, match="does not support"):
         helper.decode(EXAMPLES / "JPGExtended.dcm", 0, "gdcm")
 
 
@@ -870,11 +868,11 @@ def test_few_patients_fill_train_first(count: int, sides: set[str]) -> None:
 
 def test_text_in_the_picture_sets_it_aside_and_markers_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.zeros((4, 4), np.uint8)
-    burned_in.refuse_text(pixels, lambda _: [("L", 0.99), ("R.", 0.9), ("AP", 0.9), ("DOE^JANE", 0.2)])
+    deidentify.refuse_text(pixels, lambda _: [("L", 0.99), ("R.", 0.9), ("AP", 0.9), ("DOE^JANE", 0.2)])
     with pytest.raises(UnreadableImage, match="pieces of text found in the picture: 2") as caught:
-        burned_in.refuse_text(pixels, lambda _: [("DOE^JANE", 0.9), ("1957-03-02", 0.8), ("L", 0.9)])
+        deidentify.refuse_text(pixels, lambda _: [("DOE^JANE", 0.9), ("1957-03-02", 0.8), ("L", 0.9)])
     assert "DOE" not in str(caught.value) and caught.value.reason == "burned_in_text"
-    monkeypatch.setattr(burned_in, "_reader", lambda: lambda _: [("DOE^JANE", 0.9)])
+    monkeypatch.setattr(deidentify, "_reader", lambda: lambda _: [("DOE^JANE", 0.9)])
     monkeypatch.setattr("fuselip_core.data.dicom.listing.require_reader", lambda: None)
     save(picture(np.array([[0, 9]], np.uint8)), tmp_path / "a")
     found = list(records(tmp_path, DicomSettings(ocr=True)))
@@ -886,10 +884,10 @@ def test_without_the_extra_the_remedy_is_named(tmp_path: Path, monkeypatch: pyte
     save(picture(np.array([[0, 9]], np.uint8)), tmp_path / "a")
     with pytest.raises(ValueError, match=r"install fuselip-rocov2\[ocr\]"):
         list_dicom(tmp_path, DicomSettings(ocr=True))  # before a single picture is converted
-    burned_in._reader.cache_clear()
+    deidentify._reader.cache_clear()
     with pytest.raises(ValueError, match=r"install fuselip-rocov2\[ocr\]"):
-        burned_in.refuse_text(np.zeros((4, 4), np.uint8))
-    burned_in._reader.cache_clear()
+        deidentify.refuse_text(np.zeros((4, 4), np.uint8))
+    deidentify._reader.cache_clear()
 
 
 def test_the_real_reader_finds_a_name() -> None:
@@ -899,4 +897,4 @@ def test_the_real_reader_finds_a_name() -> None:
     image = Image.new("L", (400, 120), 20)
     ImageDraw.Draw(image).text((20, 40), "DOE^JANE 1957-03-02", fill=250, font=ImageFont.load_default(28))
     with pytest.raises(UnreadableImage, match="burned in text"):
-        burned_in.refuse_text(np.asarray(image))
+        deidentify.refuse_text(np.asarray(image))

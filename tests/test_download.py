@@ -635,17 +635,17 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
 def test_progress_is_logged_and_ends_at_the_whole(
     hub: FakeHub, target: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fuselip_core.data import byte_meter
+    from fuselip_core import progress
 
-    meters: list[byte_meter.ByteMeter] = []
+    meters: list[progress.ByteMeter] = []
 
-    class Kept(byte_meter.ByteMeter):
+    class Kept(progress.ByteMeter):
         def __init__(self, description: str, total: int | None) -> None:
             super().__init__(description, total)
             meters.append(self)
 
     monkeypatch.setattr(download_module, "ByteMeter", Kept)
-    monkeypatch.setattr(byte_meter, "LOG_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.0)
     caplog.set_level(logging.INFO, logger="fuselip")
     hub.add_record("1", {"images.zip": SHARD})
     hub.fail("images.zip", Fault(cut_after=50_000), Fault(damage=True, ignore_range=True))
