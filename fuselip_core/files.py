@@ -9,9 +9,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from fuselip_core.errors import FuselipError
 
@@ -61,20 +64,29 @@ def _sweep(path: Path) -> None:
             continue
         if kind == "old" and not path.exists():  # killed between two renames: it is the last that there is
             continue
-        if int(process) == os.getpid() or not Path("/proc", process).exists():
+        if int(process) == os.getpid() or not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _full_disk_named(path: Path) -> Iterator[None]:
-    """Turns what libraries raise on a full disk, each its own, into the OSError that says so."""
+    """Turns what libraries raise on a full disk, each its own, into the OSError that says so.
+
+    Safetensors quotes the system's words; torch does not, so the disk itself is asked.
+    """
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        if "No space left" in str(error) or shutil.disk_usage(path.parent).free < CHUNK_BYTES:
+        if os.strerror(errno.ENOSPC) in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        try:
+            with tempfile.TemporaryFile(dir=path.parent) as file:
+                file.write(bytes(CHUNK_BYTES))
+                file.flush()
+        except OSError as refused:
+            raise OSError(refused.errno, refused.strerror, str(path)) from error
         raise
 
 
@@ -105,7 +117,7 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "install the package again") -> dict[str, Any]:
     """The JSON object in `path`; raises FuselipError, ending in `remedy`, where it is missing, damaged or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -116,6 +128,15 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FuselipError(f"{path} is damaged (it holds no JSON object); {remedy}")
     return content
+
+
+def find_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, or an empty one where it is missing, damaged or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def sha256_of(path: Path) -> str:
@@ -135,12 +156,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is no such file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

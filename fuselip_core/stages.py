@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fuselip_core.config import Settings
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import atomic_folder, read_json_object, replace_folder, write_json
+from fuselip_core.files import atomic_folder, read_json, replace_folder, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -284,7 +284,7 @@ def _metrics_of(model: Path, path: Path) -> dict[str, float]:
 
 def _read_numbers(path: Path) -> dict[str, float]:
     """Metrics that an earlier stage wrote."""
-    content = read_json_object(path, "run the stage that writes it again")
+    content = read_json(path, "run the stage that writes it again")
     if not content or not all(isinstance(value, int | float) for value in content.values()):
         raise FuselipError(f"{path} is damaged (not numbers alone); run the stage that writes it again")
     return content

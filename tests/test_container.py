@@ -217,7 +217,7 @@ def test_evaluate_without_a_model_says_what_to_run_first(
 
 def test_a_stage_is_stopped_with_the_documented_code(repository: Path) -> None:
     code = (
-        "import sys, time; from fuselip_core import container\n"
+        "import sys, time; from fuselip_core.container import __main__ as container\n"
         "container._command = lambda *_: (print('up', flush=True), time.sleep(60))\n"
         "sys.exit(container.main(['train']))"
     )

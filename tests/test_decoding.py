@@ -19,6 +19,7 @@ from fuselip_core.data.shards.by_row import ImageIndex
 from fuselip_core.data.shards.in_order import decoded_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.distributed import World
+from fuselip_core.encoding import open as open_module
 from fuselip_core.encoding.from_pixels import BLACK, DecodedPictures, PicturePairs, Pictures
 from fuselip_core.training import build
 
@@ -79,12 +80,12 @@ def encoders(settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     from fuselip_core.model.titok import TiTok
 
     made = []
-    for most in (build.MOST_CACHED, 0):
-        monkeypatch.setattr(build, "MOST_CACHED", most)
+    for most in (open_module.MOST_CACHED, 0):
+        monkeypatch.setattr(open_module, "MOST_CACHED", most)
         torch.manual_seed(0)
         tokenizer = TiTok.load(settings.artifacts / "codebook")
         model = build.build_model(settings.model, settings.train, tokenizer)
-        _, encoder = build.open_training(model, settings.artifacts, settings.train, CPU, World())
+        _, encoder = open_module.open_training(model, settings.artifacts, settings.train, CPU, World())
         assert isinstance(encoder, PicturePairs)
         made.append(encoder)
     assert isinstance(made[0].pictures, Pictures) and isinstance(made[1].pictures, DecodedPictures)
@@ -101,8 +102,8 @@ def test_decoded_pictures_are_those_of_the_cache(
 
 def test_a_run_without_a_cache_is_the_same_run(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, shown = [], []
-    for most in (build.MOST_CACHED, 0):
-        monkeypatch.setattr(build, "MOST_CACHED", most)
+    for most in (open_module.MOST_CACHED, 0):
+        monkeypatch.setattr(open_module, "MOST_CACHED", most)
         monkeypatch.setenv("FUSELIP_TRACKERS", "")
         stages.train(settings)
         weights.append((settings.artifacts / "model" / "model.safetensors").read_bytes())

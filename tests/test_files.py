@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import atomic_folder, atomic_write, read_json_object, take_space
+from fuselip_core.files import atomic_folder, atomic_write, read_json, take_space
 
 
 def test_what_a_library_raises_on_a_full_disk_is_named(small_disk: Path) -> None:
@@ -48,12 +48,12 @@ def test_space_for_a_mapped_file_is_taken_or_refused(small_disk: Path) -> None:
 def test_damaged_json_is_named_with_the_remedy(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "metrics.json"
     with pytest.raises(FuselipError, match=r"metrics\.json is missing; run it"):
-        read_json_object(path, "run it")
+        read_json(path, "run it")
     path.write_bytes(content)
     with pytest.raises(FuselipError, match=r"metrics\.json is damaged .*; run it"):
-        read_json_object(path, "run it")
+        read_json(path, "run it")
     path.write_text('{"a": 1}')
-    assert read_json_object(path, "run it") == {"a": 1}
+    assert read_json(path, "run it") == {"a": 1}
 
 
 def test_what_killed_processes_left_is_swept_up_and_what_runs_is_not(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from flows.environment import MLFLOW_TRAININGS
 from flows.page.summary import registered_line
 from flows.run.folder import Run
 from fuselip_core.evaluation.comparisons import Row, comparison_rows
-from fuselip_core.files import read_json
+from fuselip_core.files import find_json
 from fuselip_core.tracking.run import run_of
 from fuselip_core.tracking.services import tracking_uri
 
@@ -37,7 +37,7 @@ SHOWN = {
 
 def publish(run: Run) -> None:
     """Makes the artifacts of what the run has so far; called from within its flow."""
-    metrics = read_json(run.artifacts / "metrics.json")
+    metrics = find_json(run.artifacts / "metrics.json")
     rows = comparison_rows(metrics)
     mlflow_run = mlflow_url(run.artifacts)
     if metrics:
@@ -57,7 +57,7 @@ def publish(run: Run) -> None:
 def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
     """Markdown: the model, the measures beside their controls, and every metric."""
     known = run_of(run.artifacts)
-    model = registered_line(read_json(run.artifacts / "registered.json"))
+    model = registered_line(find_json(run.artifacts / "registered.json"))
     lines = [f"**{model}**", ""] if model else []
     lines += _table([list(rows[0]), *(list(row.values()) for row in rows)]) if rows else []
     if link := mlflow_url(run.artifacts):

@@ -10,7 +10,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from flows.run.folder import Run
 from flows.run.processes import Process
-from fuselip_core.files import read_json
+from fuselip_core.files import find_json
 
 LABEL = "fuselip.process"
 
@@ -19,7 +19,7 @@ def run_name(run: Run, with_data: bool) -> str:
     """``rocov2-tiny-small-1a2b3c4d``; without the data's version while it may still change."""
     recipe, size = run.settings.recipe, run.settings.model.size
     name = recipe if recipe.endswith(f"-{size}") else f"{recipe}-{size}"
-    version = read_json(run.artifacts / "prepared" / "manifest.json").get("data_version") if with_data else None
+    version = find_json(run.artifacts / "prepared" / "manifest.json").get("data_version") if with_data else None
     return f"{name}-{str(version)[:8]}" if version else name
 
 

@@ -14,7 +14,7 @@ from flows.run.folder import Run
 from flows.run.runner import Ending
 from fuselip_core.config import SECTIONS, read_corrections
 from fuselip_core.evaluation.comparisons import Row, comparison_rows
-from fuselip_core.files import read_json
+from fuselip_core.files import find_json
 from fuselip_core.tracking.services import tracking_uri
 
 SAID_ELSEWHERE = ("prepare.source", "prepare.root", "train.steps", "train.epochs")
@@ -37,8 +37,8 @@ def print_summary(ending: Ending, console: Console) -> None:
     run = ending.run
     assert run is not None
     stages = ", ".join(f"{each.stage} {_took(each.status, each.seconds)}" for each in ending.outcomes)
-    metrics = read_json(run.artifacts / "metrics.json")
-    registered = read_json(run.artifacts / "registered.json")
+    metrics = find_json(run.artifacts / "metrics.json")
+    registered = find_json(run.artifacts / "registered.json")
     shown = os.path.relpath(run.artifacts)
     console.print()
     if metrics:

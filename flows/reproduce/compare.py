@@ -24,7 +24,7 @@ from flows.run.child import stream
 from flows.run.runner import LastLines, stage_environment
 from fuselip_core.config import load_settings
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import read_json, write_json
+from fuselip_core.files import find_json, write_json
 from fuselip_core.registry.state import results_of
 from fuselip_core.tracking.services import repository_root
 
@@ -106,7 +106,7 @@ def _write(line: str) -> None:
 def _report(recorded: Recorded, run_folder: Path, target: Path, tolerance: float) -> int:
     """Prints and keeps what is the same and what is not."""
     artifacts = target / load_settings(run_folder / "params.yaml").artifacts
-    results, metrics = results_of(artifacts), read_json(artifacts / "metrics.json")
+    results, metrics = results_of(artifacts), find_json(artifacts / "metrics.json")
     other = [name for name, value in recorded.state["results"].items() if results.get(name) != value]
     found = differences(recorded.metrics, metrics, tolerance)
     record = {"model": recorded.title, "results": results, "other_results": other, "metrics": metrics}

@@ -188,10 +188,6 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def silence(folder: Path) -> int:
     """Takes the key out of the scripts below `folder`, the server's own copy of its pages; returns how many had one."""
     changed = 0
@@ -201,3 +197,7 @@ def silence(folder: Path) -> int:
             path.write_text(KEY.sub("", text), encoding="utf-8")
             changed += 1
     return changed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

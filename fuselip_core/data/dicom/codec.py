@@ -108,10 +108,6 @@ def _serve(pipe: Connection) -> None:
                 pipe.send(f"{type(error).__name__} {error}")
 
 
-if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])))
-
-
 def coded_size(stream: bytes) -> tuple[int, int] | None:
     """(width, height) in pixels that the header of `stream` states; None where it is no such stream."""
     if stream[:4] == b"\xff\x4f\xff\x51":
@@ -146,3 +142,7 @@ def _jpeg(stream: bytes) -> tuple[int, int] | None:
         else:
             at += 2 + max(2, int.from_bytes(stream[at + 2 : at + 4], "big"))
     return None
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))

@@ -13,7 +13,6 @@ the shards' sidecars, so that memory does not grow with the data set.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -69,22 +68,17 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     be used; single bad samples are set aside with their reason.
     """
     work = work or target.with_name(f"{target.name}.partial")
-    try:
-        with reserved(target, settings.root):
-            listing = list_source(settings.source, settings.root, settings)
-            with published_form(settings.source, settings.root):
-                add_extra_pairs(settings.root, listing, settings.extra_pairs)
-            plan = plan_splits(listing, settings)
-            add_edits(plan, settings.extra_pairs, settings.edited_share, settings.seed)
-            origin = provenance_of(settings.root)
-            open_work(work, key_of(plan, settings, tool_version(), origin))
-            results = _write_images(plan, settings, work, origin)
-            manifest = _finish(plan, results, settings, work, origin)
-            replace_folder(work, target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DataError(f"no space left for {work}; free some and run again, finished shards are kept") from error
-        raise
+    with reserved(target, settings.root):
+        listing = list_source(settings.source, settings.root, settings)
+        with published_form(settings.source, settings.root):
+            add_extra_pairs(settings.root, listing, settings.extra_pairs)
+        plan = plan_splits(listing, settings)
+        add_edits(plan, settings.extra_pairs, settings.edited_share, settings.seed)
+        origin = provenance_of(settings.root)
+        open_work(work, key_of(plan, settings, tool_version(), origin))
+        results = _write_images(plan, settings, work, origin)
+        manifest = _finish(plan, results, settings, work, origin)
+        replace_folder(work, target)
     return manifest
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fuselip_core.data.pair import SPLITS, DataError, Side
 from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, MADE_SCHEMA, PAIR_SCHEMA
-from fuselip_core.files import read_json_object
+from fuselip_core.files import read_json
 
 MANIFEST = "manifest.json"
 AGAIN = "run `fuselip prepare` again"
@@ -31,7 +31,7 @@ class PreparedData:
             raise DataError(
                 f"no prepared data in {folder}; run `fuselip prepare`, or `fuselip data prepare --out {folder}`, first"
             )
-        self.manifest = read_json_object(self.folder / MANIFEST, AGAIN)
+        self.manifest = read_json(self.folder / MANIFEST, AGAIN)
         if not {"counts", "shards", "data_version"} <= self.manifest.keys():
             raise DataError(f"{self.folder / MANIFEST} is damaged (it lacks counts, shards or data_version); {AGAIN}")
         missing = [shard["path"] for shard in self.manifest["shards"] if not (self.folder / shard["path"]).is_file()]
