@@ -18,7 +18,7 @@ export DO_NOT_TRACK := true
 # Every stage is a process of its own: without compiled files in .venv each would compile torch's again, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-long test-docker lint format serve-flows serve-ui clean
+.PHONY: help setup demo test test-long test-docker lint format docs serve-flows serve-ui clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ lint: setup ## Check style and types
 format: setup ## Mend style where that can be done automatically
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+docs: setup ## Build the documentation site into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 serve-flows: setup ## Serve flows on this machine: Prefect's server, UI and worker, and MLflow's page
 	@$(BIN)/python -m flows.server.serve

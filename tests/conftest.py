@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from prefect_stack import Served, serve
 from repository_copy import copy_of, copy_with_stand_ins
+from training_data import small_settings, write_raw
+
+from fuselip_core import stages
+from fuselip_core.config import Settings
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -52,3 +56,17 @@ def prefect_served(template: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         yield served
     finally:
         assert served.stop() == 0, served.said()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a finished run of all stages on a small data set; to be read, not changed."""
+    folder = tmp_path_factory.mktemp("run")
+    write_raw(folder / "raw")
+    settings = small_settings(folder / "raw", folder / "artifacts")
+    (settings.artifacts / "checkpoints" / "interrupted-run").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        for stage in (stages.prepare, stages.codebook, stages.tokenize, stages.train, stages.evaluate, stages.register):
+            stage(settings)
+    return settings

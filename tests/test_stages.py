@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_data import small_settings, write_raw
 
 from fuselip_core import stages
 from fuselip_core.config import Settings, check_settings
@@ -26,18 +25,9 @@ from fuselip_core.training.build import build_model
 from fuselip_core.training.checkpoint import History
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a finished run: prepare, codebook, tokenize, train, evaluate, register."""
-    folder = tmp_path_factory.mktemp("run")
-    write_raw(folder / "raw")
-    settings = small_settings(folder / "raw", folder / "artifacts")
-    (settings.artifacts / "checkpoints" / "interrupted-run").mkdir(parents=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        for stage in (stages.prepare, stages.codebook, stages.tokenize, stages.train, stages.evaluate, stages.register):
-            stage(settings)
-    return settings
+@pytest.fixture
+def run(finished_run: Settings) -> Settings:
+    return finished_run
 
 
 def test_every_stage_leaves_what_the_next_one_reads(run: Settings) -> None:
