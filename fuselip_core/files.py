@@ -130,6 +130,15 @@ def read_json(path: Path, remedy: str = "install the package again") -> dict[str
     return content
 
 
+def read_numbers(path: Path) -> dict[str, float]:
+    """Metrics that an earlier stage wrote to `path`; raises FuselipError where it is missing or damaged."""
+    remedy = "run the stage that writes it again"
+    content = read_json(path, remedy)
+    if not content or not all(isinstance(value, int | float) for value in content.values()):
+        raise FuselipError(f"{path} is damaged (not numbers alone); {remedy}")
+    return content
+
+
 def find_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`, or an empty one where it is missing, damaged or no object."""
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fuselip_core.config import Settings
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import atomic_folder, read_json, replace_folder, write_json
+from fuselip_core.files import atomic_folder, read_numbers, replace_folder, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +150,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     from fuselip_core.tracking.run import open_run
 
     artifacts = settings.artifacts
-    made = _read_numbers(_trained_model(settings) / "training.json")
-    made |= _read_numbers(artifacts / "codebook" / "codebook.json")
+    made = read_numbers(_trained_model(settings) / "training.json")
+    made |= read_numbers(artifacts / "codebook" / "codebook.json")
     model, processor = load_pretrained(_trained_model(settings), _device())
     store, encoder = open_measuring(model, artifacts, settings.evaluate.split, _device())
     prepared = PreparedData(artifacts / "prepared")
@@ -175,15 +175,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 
 def register(settings: Settings) -> dict[str, Any]:
     """Trained and measured encoder → a version in MLflow's registry; the alias moves only if every gate passes."""
-    from fuselip_core.model.embedder import Embedder
-    from fuselip_core.registry.register import register_model
+    from fuselip_core.registry.register import register_run
 
-    model = _trained_model(settings)
-    metrics = _metrics_of(model, settings.artifacts / "metrics.json")
-    width = Embedder.from_pretrained(model, "cpu").width
-    registered = register_model(settings, model, metrics, width)
-    write_json(settings.artifacts / "registered.json", registered)
-    return registered
+    return register_run(settings)
 
 
 def _device() -> torch.device:
@@ -272,19 +266,3 @@ def _refuse_own_output(settings: Settings) -> None:
         raise FuselipError(
             f"train.init {settings.train.init} is where this run saves its own model; copy that folder elsewhere first"
         )
-
-
-def _metrics_of(model: Path, path: Path) -> dict[str, float]:
-    """What the evaluate stage measured; gates must not be passed by the numbers of another model."""
-    metrics, trained = _read_numbers(path), _read_numbers(model / "training.json")
-    if any(metrics.get(name) != value for name, value in trained.items()):
-        raise FuselipError(f"{path} is of another training than {model}; run the evaluate stage again")
-    return metrics
-
-
-def _read_numbers(path: Path) -> dict[str, float]:
-    """Metrics that an earlier stage wrote."""
-    content = read_json(path, "run the stage that writes it again")
-    if not content or not all(isinstance(value, int | float) for value in content.values()):
-        raise FuselipError(f"{path} is damaged (not numbers alone); run the stage that writes it again")
-    return content

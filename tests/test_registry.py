@@ -25,6 +25,7 @@ from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.titok import TiTok
 from fuselip_core.registry.register import check_gates, is_registered, register_model
 from fuselip_core.tracking import run as tracking
+from fuselip_core.tracking.services import mlflow_client
 
 Register = Callable[..., dict[str, Any]]
 
@@ -32,7 +33,7 @@ Register = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = f"sqlite:///{tmp_path_factory.mktemp('registry') / 'mlflow.db'}"
-    tracking.mlflow_client(uri).search_experiments()
+    mlflow_client(uri).search_experiments()
     return uri
 
 

@@ -16,13 +16,14 @@ from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.tracking import events as run_log
 from fuselip_core.tracking import run as tracking
 from fuselip_core.tracking.events import Event, EventLog, read_events
+from fuselip_core.tracking.services import mlflow_client, tracking_uri
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """An MLflow store on SQLite, made once."""
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-    tracking.mlflow_client(uri).search_experiments()
+    mlflow_client(uri).search_experiments()
     return uri
 
 
@@ -247,7 +248,7 @@ def test_default_store_lies_in_the_repository(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / ".dvc").mkdir()
     (tmp_path / "deep" / "er").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "deep" / "er")
-    assert tracking.tracking_uri() == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
 
 
 def test_wandb_offline_keeps_the_run_on_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

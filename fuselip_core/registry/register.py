@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fuselip_core.config import Gate, Settings
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import sha256_of
+from fuselip_core.files import read_numbers, sha256_of, write_json
 from fuselip_core.registry.state import STATE_FOLDER, write_state
 from fuselip_core.tracking.run import run_of
 from fuselip_core.tracking.services import experiment_id, mlflow_client, tracking_uri
@@ -73,6 +73,21 @@ def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> list[Gat
         passed = value is not None and not math.isnan(value) and value >= gate.at_least
         results.append(GateResult(gate.metric, gate.at_least, value, passed))
     return results
+
+
+def register_run(settings: Settings) -> dict[str, Any]:
+    """Registers the model of the run in `settings.artifacts` and writes registered.json there; returns its content."""
+    from fuselip_core.model.embedder import Embedder
+
+    model, measured = settings.artifacts / "model", settings.artifacts / "metrics.json"
+    if not (model / "config.json").is_file():
+        raise FuselipError(f"{model} holds no trained model; run the train stage first")
+    metrics, trained = read_numbers(measured), read_numbers(model / "training.json")
+    if any(metrics.get(name) != value for name, value in trained.items()):
+        raise FuselipError(f"{measured} is of another training than {model}; run the evaluate stage again")
+    registered = register_model(settings, model, metrics, Embedder.from_pretrained(model, "cpu").width)
+    write_json(settings.artifacts / "registered.json", registered)
+    return registered
 
 
 def register_model(settings: Settings, model: Path, metrics: Mapping[str, float], width: int) -> dict[str, Any]:
