@@ -119,7 +119,7 @@ class Bench:
         settings = self.settings.model_copy(update=fixed | OURS[variant])
         at: dict[int, float] = {}
 
-        def log(step: int, metrics: dict[str, float]) -> None:
+        def log(metrics: dict[str, float], step: int) -> None:
             wait_for_gpu()
             at.setdefault(step, time.perf_counter())
 

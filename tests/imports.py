@@ -110,13 +110,25 @@ def imports_of_stage(stage: str, modules: dict[str, Path]) -> set[str]:
 
 
 def sections_of_stage(stage: str) -> set[str]:
-    """Names X for which a stage or its helpers read ``settings.X``."""
-    nodes = (node for function in functions_of_stage(stage, module_files()) for node in ast.walk(function))
+    """Names X for which a stage, or a function it reaches that is given whole Settings, reads ``settings.X``."""
+    modules = module_files()
+    left_out = (*WITHOUT_EFFECT, *WITHOUT_EFFECT_ON_STAGE.get(stage, ()))
+    reached = reachable(imports_of_stage(stage, modules), modules, left_out)
+    functions: list[ast.AST] = [*functions_of_stage(stage, modules)]
+    for name in reached:
+        for node in ast.walk(tree_of(modules[name])):
+            if isinstance(node, ast.FunctionDef) and "Settings" in map(_annotation, node.args.args):
+                functions.append(node)
+    nodes = (node for function in functions for node in ast.walk(function))
     return {
         node.attr.rstrip("_")
         for node in nodes
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "settings"
     }
+
+
+def _annotation(argument: ast.arg) -> str:
+    return ast.unparse(argument.annotation) if argument.annotation else ""
 
 
 def code_of_stage(stage: str) -> list[str]:

@@ -17,9 +17,9 @@ from fuselip_core.config import CodebookSettings
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.processing import as_pixels
 from fuselip_core.model.titok import TiTok, TiTokConfig
-from fuselip_core.tokenizer.codebook import CodebookTrainer, codebook_run_folder
 from fuselip_core.tokenizer.measure import measure_codebook, save_reconstructions
 from fuselip_core.tokenizer.patch_start import start_from_patches
+from fuselip_core.tokenizer.trainer import CodebookTrainer, codebook_run_folder
 from fuselip_core.training.checkpoint import Checkpoints
 
 CONFIG = TiTokConfig(
@@ -59,7 +59,7 @@ def train(folder: Path, settings: CodebookSettings, stop_after: int | None = Non
     torch.manual_seed(3)
     tokenizer, losses = TiTok(CONFIG, decoder=True), []
     checkpoints = Checkpoints(folder)
-    trainer = CodebookTrainer(tokenizer, Pictures(32), settings, checkpoints, lambda step, metrics: None)
+    trainer = CodebookTrainer(tokenizer, Pictures(32), settings, checkpoints, lambda metrics, step: None)
     original = trainer._train_step
 
     def step(number: int) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def test_a_non_finite_gradient_ends_the_run_before_the_step(tmp_path: Path) -> N
     tokenizer = TiTok(CONFIG, decoder=True)
     before = {name: value.clone() for name, value in tokenizer.state_dict().items()}
     settings = CodebookSettings(steps=2, batch_size=8, init="somewhere")
-    trainer = CodebookTrainer(tokenizer, Pictures(32), settings, Checkpoints(tmp_path), lambda step, metrics: None)
+    trainer = CodebookTrainer(tokenizer, Pictures(32), settings, Checkpoints(tmp_path), lambda metrics, step: None)
     tokenizer.encoder.conv_out.weight.register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(FuselipError, match=r"gradient (nan|inf) at step 0; lower codebook.learning_rate"):
         trainer.run()
@@ -165,7 +165,7 @@ def test_perceptual_term_moves_the_tokenizer(tmp_path: Path) -> None:
     from fuselip_core.config import check_settings
     from fuselip_core.model.hub import save_model
     from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
-    from fuselip_core.tokenizer.codebook import open_perception
+    from fuselip_core.tokenizer.trainer import open_perception
 
     torch.manual_seed(0)
     save_model(LateFusionModel(LateFusionConfig.of_size("tiny", "add")), tmp_path / "tower")

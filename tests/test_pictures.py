@@ -78,7 +78,7 @@ def test_the_one_loop_trains_a_baseline_in_parts_and_reaches_every_weight(
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     lines: list[dict[str, float]] = []
     trainer = Trainer(
-        PicturePairs(model, store, pictures), store, settings, Checkpoints(tmp_path), lambda step, m: lines.append(m)
+        PicturePairs(model, store, pictures), store, settings, Checkpoints(tmp_path), lambda m, step: lines.append(m)
     )
     trainer.run()
     assert "preflight/contrastive" in lines[0] and lines[-1]["masked"] == 0.0

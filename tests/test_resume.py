@@ -46,7 +46,7 @@ def losses_of(tokens: Settings, folder: Path, stop_at: int | None = None) -> dic
     seed_everything(0)
     config = FuseLIPConfig.of_size("tiny", TiTok.load(tokens.artifacts / "codebook").config)
     encoder = TokenPairs(FuseLIPModel(config), store, tokens.train.mask_probability)
-    trainer = Trainer(encoder, store, tokens.train, Checkpoints(folder), lambda step, metrics: None)
+    trainer = Trainer(encoder, store, tokens.train, Checkpoints(folder), lambda metrics, step: None)
     losses, original = {}, trainer._train_step
 
     def step(number: int):

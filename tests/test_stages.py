@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_samples(run: Setti
     store = TokenStore(run.artifacts / "tokens", "train")
     encoder = TokenPairs(model, store, 0.0)
     with pytest.raises(FuselipError, match=r"the loss is nan at step 0 \(pairs ROCOv2_2023_train_0000\d\d/(caption|q)"):
-        Trainer(encoder, store, run.train, Checkpoints(tmp_path), lambda step, metrics: None).run()
+        Trainer(encoder, store, run.train, Checkpoints(tmp_path), lambda metrics, step: None).run()
 
 
 def test_evaluation_sets_are_asked_as_well(run: Settings, tmp_path: Path) -> None:

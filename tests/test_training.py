@@ -43,7 +43,7 @@ def trainer_of(store: Any, settings: TrainSettings, folder: Path, world: World =
     encoder = TokenPairs(tiny_model(**model), store, settings.mask_probability)
     lines: list[tuple[int, dict[str, float]]] = []
     trainer = Trainer(
-        encoder, store, settings, Checkpoints(folder), lambda step, m: lines.append((step, m)), None, world
+        encoder, store, settings, Checkpoints(folder), lambda m, step: lines.append((step, m)), None, world
     )
     trainer.lines = lines  # type: ignore[attr-defined]
     return trainer

@@ -35,6 +35,8 @@ from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import as_pixels
 from fuselip_core.model.titok import TiTok
 
+StoredSides = TokenEncoder | PictureEncoder
+
 PIXELS = Path("work") / "pixels"
 MOST_CACHED = 4 << 30  # bytes of pixels on disk; what would be more is decoded when it is asked for
 
@@ -93,9 +95,7 @@ def _joined(stores: Mapping[str, TokenStore]) -> Store:
     return JoinedStore(stores[""], further) if further else stores[""]
 
 
-def open_measuring(
-    model: Model, artifacts: Path, split: str, device: torch.device
-) -> tuple[TokenStore, TokenEncoder | PictureEncoder]:
+def open_measuring(model: Model, artifacts: Path, split: str, device: torch.device) -> tuple[TokenStore, StoredSides]:
     """A split of the run in `artifacts` and an encoder that reads its sides, whatever the model's family.
 
     Where a joint encoder has another image tokenizer than that run, the split's images are tokenized anew, in memory.

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import write_json
+from fuselip_core.files import sha256_of, write_json
 from fuselip_core.model.blocks import ResidualBlock
 
 VIT_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}  # width, layers, heads
@@ -291,3 +291,8 @@ class TiTok(nn.Module):
                 f"{folder} holds weights of another image tokenizer: {' '.join(str(error).split())}"
             ) from error
         return tokenizer
+
+
+def codebook_id(folder: Path) -> str:
+    """What names the image tokenizer in `folder`: the beginning of its weights' hash."""
+    return sha256_of(folder / "model.safetensors")[:16]

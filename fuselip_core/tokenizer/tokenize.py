@@ -22,9 +22,9 @@ from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.distributed import local_device
-from fuselip_core.files import sha256_of
+from fuselip_core.files import replace_folder
 from fuselip_core.model.processing import TextTokenizer, as_pixels
-from fuselip_core.model.titok import TiTok
+from fuselip_core.model.titok import TiTok, codebook_id
 from fuselip_core.progress import track
 
 Shard = tuple[str, int, int]  # split, first row, row after the last
@@ -34,12 +34,12 @@ PREPROCESSING = "RGB, squashed to {size} x {size}, bicubic with antialiasing, 0.
 
 
 def store_identity(
-    prepared: PreparedData, codebook_id: str, tokenizer: TiTok, settings: TokenizeSettings
+    prepared: PreparedData, codebook: str, tokenizer: TiTok, settings: TokenizeSettings
 ) -> dict[str, Any]:
     """What the codes depend on; stored in the manifest, where training and evaluation see what they are given."""
     config = tokenizer.config
     return {
-        "codebook": codebook_id,
+        "codebook": codebook,
         "data_version": prepared.manifest["data_version"],
         "preprocessing": PREPROCESSING.format(size=config.image_size),
         "codes_per_image": config.latent_tokens,
@@ -63,9 +63,12 @@ def views_of(size: int, settings: TokenizeSettings) -> Draw:
     return draw
 
 
-def codebook_id(folder: Path) -> str:
-    """What names the image tokenizer in `folder`: the beginning of its weights' hash."""
-    return sha256_of(folder / "model.safetensors")[:16]
+def tokenize_data(settings: Settings) -> dict[str, Any]:
+    """Prepared images and texts → codes and ids in tokens/; returns the number of images and pairs of each split."""
+    work = open_tokenizing(settings)
+    counts = work.run()
+    replace_folder(work.target, settings.artifacts / "tokens")
+    return counts
 
 
 def open_tokenizing(settings: Settings) -> Tokenizing:

@@ -145,13 +145,13 @@ class History:
         kept = [line for line in lines if _step_of(line) <= self.resumed_step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
-    def add(self, step: int, metrics: dict[str, float]) -> None:
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line without what is of a session alone."""
-        metrics = {name: value for name, value in metrics.items() if not name.startswith(OF_A_SESSION)}
-        if not metrics:
+        kept = {name: value for name, value in metrics.items() if not name.startswith(OF_A_SESSION)}
+        if not kept:
             return
         with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+            stream.write(json.dumps({"step": step, **kept}) + "\n")
 
     def publish(self, target: Path) -> None:
         """Moves the finished curves to `target`."""

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,7 @@ MAX_LOGIT_SCALE = math.log(100.0)
 SAME_VALUES = ("contrast_rows", "gradient_checkpointing", "compile")
 OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses are parts of one sum
 
-Log = Callable[[int, dict[str, float]], None]
+Log = Callable[[Mapping[str, float], int], None]  # metrics, step
 Validate = Callable[[], dict[str, float]]
 
 
@@ -71,8 +71,8 @@ class TrainingSummary:
         }
 
 
-def _nothing(step: int, metrics: dict[str, float]) -> None:
-    """What processes beside the first one log."""
+def _quietly(metrics: Mapping[str, float], step: int) -> None:
+    """The log of processes beside the first, which speaks for all."""
 
 
 def run_folder(checkpoints: Path, settings: TrainSettings, store: Store) -> Path:
@@ -92,14 +92,14 @@ class Trainer:
         store: Store,
         settings: TrainSettings,
         checkpoints: Checkpoints,
-        log: Log,
+        log: Log = _quietly,
         validate: Validate | None = None,
         world: World = World(),  # noqa: B008 - frozen
     ) -> None:
         refuse_empty_parts(settings, world.size)
         self.encoder, self.model, self.store, self.settings = encoder, encoder.model, store, settings
         self.checkpoints, self.world = checkpoints, world
-        self.log, self.validate = (log, validate) if world.leads else (_nothing, None)
+        self.log, self.validate = (log, validate) if world.leads else (_quietly, None)
         self.device = next(self.model.parameters()).device
         if settings.gradient_checkpointing:
             recompute_blocks(self.model)
@@ -129,7 +129,7 @@ class Trainer:
             self.model.train()
             self._started = self._saved = time.monotonic()
             if self.step == 0 and self.settings.preflight:
-                self.log(0, look_before_the_first_step(self))
+                self.log(look_before_the_first_step(self), 0)
             remaining = range(self.step, self.schedule.steps)
             for step in track(remaining, "training", total=self.schedule.steps, start=self.step):
                 metrics = self._train_step(step)
@@ -225,14 +225,14 @@ class Trainer:
         values["pairs_per_second"] = self.pairs / max(self._seconds(), 1e-9)
         values["logit_scale"] = self.model.logit_scale.exp().item()
         values["masked_share"] = self.settings.mask_weight * values["masked"] / max(values["loss"], 1e-9)
-        self.log(self.step, values | machine_metrics())
+        self.log(values | machine_metrics(), self.step)
 
     def _look_at_validation(self) -> None:
         if self.validate is None or (self.step % self.settings.validate_every and self.step != self.schedule.steps):
             return
         with self.average.applied() if self.average else contextlib.nullcontext():
             found = self.validate()
-        self.log(self.step, {f"valid/{name}": value for name, value in found.items()})
+        self.log({f"valid/{name}": value for name, value in found.items()}, self.step)
 
     def _seconds(self) -> float:
         return self.seconds + time.monotonic() - self._started
@@ -256,7 +256,7 @@ class Trainer:
         }
         if self.world.leads:
             self.checkpoints.save(self.step, state)
-        self.log(self.step, {"checkpoint": float(self.step)})
+        self.log({"checkpoint": float(self.step)}, self.step)
         self._saved = time.monotonic()
 
     def _resume(self) -> None:

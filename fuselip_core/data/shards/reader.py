@@ -20,6 +20,17 @@ MANIFEST = "manifest.json"
 AGAIN = "run `fuselip prepare` again"
 
 
+def validation_split(splits: Collection[str]) -> str:
+    """The split that training may look at: dev where the published splits are all for evaluation, else valid.
+
+    Raises DataError where there is neither.
+    """
+    for split in ("dev", "valid"):
+        if split in splits:
+            return split
+    raise DataError("the prepared data has no dev or valid split; set prepare.dev_share above 0")
+
+
 class PreparedData:
     """The folder that `prepare_data` wrote. Row i of a split's images is row i of its token store."""
 
