@@ -148,6 +148,21 @@ def find_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def foreign_content(head: bytes) -> str | None:
+    """What stands in the place of a file, told by its first bytes, and what to do; None if nothing is known.
+
+    A clone without Git LFS holds pointers, a download through a log-in page HTML, a full disk files of no bytes.
+    """
+    start = head.lstrip(b"\xef\xbb\xbf \r\n\t")[:100].lower()
+    if not start:
+        return "is empty; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "is an HTML page, as a server sends it instead of a file; download it again"
+    return None
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     digest = hashlib.sha256()
