@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+from fuselip_core.data.dicom.grey import Window
+from fuselip_core.data.dicom.listing import DicomPlace, DicomSettings, list_dicom
+from fuselip_core.data.dicom.pixels import render
+from fuselip_core.data.images import UnreadableImage
+from fuselip_core.data.pair import SetAside
 
 SECRETS = {
     "PatientName": "Mustermann^Erika^Dr.",
@@ -78,6 +88,13 @@ def save(dataset: Dataset, path: Path) -> Path:
     return path
 
 
+def shown(dataset: Dataset, frame: int = 0, window: Window | None = None) -> np.ndarray:
+    """The dataset as a file would be shown: written, read and rendered."""
+    stream = io.BytesIO()
+    dataset.save_as(stream, enforce_file_format=True)
+    return render(pydicom.dcmread(io.BytesIO(stream.getvalue())), frame, window, max_megapixels=10)
+
+
 def with_identities(values: Any, **changes: Any) -> Dataset:
     """A CT whose every field names somebody, in its descriptions too."""
     return picture(
@@ -88,3 +105,31 @@ def with_identities(values: Any, **changes: Any) -> Dataset:
         SeriesDescription="Lung 1.0 Dr. Quacksalber, tel 0123-456-7890",
         **{**SECRETS, **changes},
     )
+
+
+@dataclass(frozen=True)
+class DicomRecord:
+    """One picture, ready: PNG bytes, pseudonyms, and its text ("" if it has none)."""
+
+    image_id: str
+    case: str
+    split: str
+    modality: str | None
+    caption: str
+    png: bytes
+
+
+def records(root: Path, settings: DicomSettings | None = None) -> Iterator[DicomRecord | SetAside]:
+    """Every picture below `root`, converted one at a time, and everything that is set aside with its reason."""
+    listing = list_dicom(root, settings)
+    captions = {pair.group: pair.target.text or "" for pair in listing.pairs}
+    yield from listing.set_aside
+    for image in listing.images:
+        assert isinstance(image.place, DicomPlace)
+        try:
+            png = image.place.read()
+        except UnreadableImage as error:
+            yield SetAside(image.image_id, image.split, error.reason, error.detail)
+            continue
+        caption = captions.get(image.image_id, "")
+        yield DicomRecord(image.image_id, image.case, image.split, image.modality, caption, png)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import pickle
@@ -22,7 +23,7 @@ import numpy as np
 import pydicom
 import pydicom.data
 import pytest
-from make_dicom import SECRETS, item, picture, save, table, with_identities
+from make_dicom import SECRETS, DicomRecord, item, picture, records, save, shown, table, with_identities
 from PIL import Image
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
@@ -34,17 +35,15 @@ from fuselip_core.data.dicom import file as dicom_file
 from fuselip_core.data.dicom.cases import split_cases
 from fuselip_core.data.dicom.codec import coded_size
 from fuselip_core.data.dicom.deidentify import PseudonymError, Pseudonyms, load_key, scrub
+from fuselip_core.data.dicom.grey import Window
 from fuselip_core.data.dicom.listing import (
     DicomPlace,
-    DicomRecord,
     DicomSettings,
     find_files,
     list_dicom,
-    records,
     settings_for,
     terms,
 )
-from fuselip_core.data.dicom.pixels import Window, render
 from fuselip_core.data.images import UnreadableImage
 from fuselip_core.data.pair import DataError, SetAside
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
@@ -68,13 +67,6 @@ BARS = [
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSELIP_PSEUDONYM_KEY", "a key for tests, drawn at random")
-
-
-def shown(dataset: Dataset, frame: int = 0, window: Window | None = None) -> np.ndarray:
-    """The dataset as a file would be shown: written, read and rendered."""
-    stream = io.BytesIO()
-    dataset.save_as(stream, enforce_file_format=True)
-    return render(pydicom.dcmread(io.BytesIO(stream.getvalue())), frame, window, max_megapixels=10)
 
 
 def opened(png: bytes) -> np.ndarray:
@@ -602,7 +594,7 @@ def test_nobody_in_pydicoms_files_is_in_what_is_prepared(
     files = sum(path.is_file() for path in EXAMPLES.rglob("*"))
     reasons = manifest["quarantine"]
     pictures = sum(part["images"] for part in manifest["counts"].values())
-    assert pictures + sum(reasons.values()) - reasons["missing_caption"] == files
+    assert pictures + sum(reasons.values()) == files
 
 
 def test_every_secret_of_the_fixture_is_covered() -> None:
@@ -722,7 +714,7 @@ def test_text_from_the_header(tmp_path: Path) -> None:
         "MR of the cervical spine.",
     ]
     assert [image.modality for image in listing.images] == ["X-ray", "CT", "MR"]
-    assert [entry.reason for entry in listing.set_aside] == ["missing_caption"]
+    assert not listing.set_aside and "1 of 3 DICOM pictures have no text, in table or header" in listing.notes
 
 
 def test_text_from_a_table_by_what_is_closest(tmp_path: Path) -> None:
@@ -844,6 +836,21 @@ def test_file_names_that_are_no_utf_8(tmp_path: Path) -> None:
     assert set(find_files(tmp_path, {listing.set_aside[0].id}, DicomSettings())) == {listing.set_aside[0].id}
 
 
+def test_the_command_line_names_files_that_were_set_aside(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fuselip_core.cli.data import app
+    from fuselip_core.errors import FuselipError
+
+    save(picture(np.array([[0, 9]], np.uint8)), tmp_path / "a")
+    (tmp_path / "notes.txt").write_text("Huber")
+    (aside,) = list_dicom(tmp_path).set_aside
+    found = CliRunner().invoke(app, ["find-files", str(tmp_path), aside.id])
+    assert json.loads(found.output) == {aside.id: str(tmp_path / "notes.txt")}
+    lost = CliRunner().invoke(app, ["find-files", str(tmp_path), "file-0"])
+    assert isinstance(lost.exception, FuselipError) and "has the pseudonym file-0 with this key" in str(lost.exception)
+
+
 def test_patients_stay_on_their_side_when_more_come() -> None:
     pseudonyms = Pseudonyms(b"a key of sixteen")
     cases = [pseudonyms.of("case", str(number)) for number in range(2000)]
@@ -876,7 +883,7 @@ def test_text_in_the_picture_sets_it_aside_and_markers_do_not(tmp_path: Path, mo
     monkeypatch.setattr("fuselip_core.data.dicom.listing.require_reader", lambda: None)
     save(picture(np.array([[0, 9]], np.uint8)), tmp_path / "a")
     found = list(records(tmp_path, DicomSettings(ocr=True)))
-    assert [entry.reason for entry in found if isinstance(entry, SetAside)] == ["missing_caption", "burned_in_text"]
+    assert [entry.reason for entry in found if isinstance(entry, SetAside)] == ["burned_in_text"]
 
 
 def test_without_the_extra_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

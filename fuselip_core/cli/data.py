@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fuselip_core import config
+from fuselip_core.errors import FuselipError
 
 app = typer.Typer(help="Data sets: download, prepare, inspect, diff.", no_args_is_help=True)
 NAMES_SHOWN = 10
@@ -81,6 +82,25 @@ def sources() -> None:
     from fuselip_core.data.sources.catalogue import source_names
 
     _show({"prepare": source_names(), "download": {name: origin.note for name, origin in origins().items()}})
+
+
+@app.command()
+def find_files(
+    root: Annotated[Path, typer.Argument(help="Folder of DICOM files.")],
+    ids: Annotated[list[str], typer.Argument(help="Names such as file-0a1b2c..., from quarantine.jsonl.")],
+    key_file: Annotated[Path | None, typer.Option(help="Key of the pseudonyms; the user's own if empty.")] = None,
+) -> None:
+    """Tell which DICOM files were set aside; needs the key that made their pseudonyms."""
+    from fuselip_core.data.dicom import listing
+
+    dicom = config.DicomSettings() if key_file is None else config.DicomSettings(key_file=key_file)
+    found = listing.find_files(root, set(ids), listing.settings_for(root, config.PrepareSettings(dicom=dicom)))
+    if missing := sorted(set(ids) - set(found)):
+        raise FuselipError(
+            f"no file below {root} has the pseudonym {missing[0]} with this key; name the folder that was prepared, "
+            "and the key with --key-file"
+        )
+    _show(found)
 
 
 @app.command()

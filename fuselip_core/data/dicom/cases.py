@@ -17,9 +17,15 @@ class DicomHeader:
     keys: Mapping[str, str]
     patient: str
     frames: tuple[int, ...]
+    lacks_window: bool
     modality: str | None
     caption: str
     known: tuple[str, ...]
+
+    @property
+    def series(self) -> str:
+        """What the grey scale is shared with where no window is stated; a file without series is one of its own."""
+        return self.keys["SeriesInstanceUID"] or str(self.path)
 
 
 def patient_key(header: DicomHeader) -> str:

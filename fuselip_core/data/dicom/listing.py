@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import functools
 import io
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,27 @@ from fuselip_core import config
 from fuselip_core.data.dicom.cases import DicomHeader, group_cases, patient_key, split_cases
 from fuselip_core.data.dicom.deidentify import Pseudonyms, load_key, refuse_text, require_reader, scrub
 from fuselip_core.data.dicom.file import discreet, read_dataset
+from fuselip_core.data.dicom.grey import Window
 from fuselip_core.data.dicom.header_text import compose, identities
-from fuselip_core.data.dicom.pixels import Window, render
+from fuselip_core.data.dicom.pixels import ValueRange, joint_range, lacks_window, render, value_range
 from fuselip_core.data.dicom.text_table import KEY_COLUMNS, TextTable
 from fuselip_core.data.images import UnreadableImage
 from fuselip_core.data.pair import DataError, ImageEntry, Listing, SetAside, caption_pair, one_line, require_folder
 from fuselip_core.data.places import Place
+from fuselip_core.data.workers import process_pool
+from fuselip_core.files import read_json
 from fuselip_core.progress import track
 
 SETTINGS_FILE, TEXT_FILE = "dicom.yaml", "text.csv"
 SPLITS = ("train", "valid", "test")
+FILES_A_WORKER = 64  # starting a process takes as long as reading so many
 
 
 class DicomSettings(config.DicomSettings):
-    """The section `prepare.dicom`, its window checked, and the limit that all sources share."""
+    """The section `prepare.dicom` with its window checked, and what all sources share."""
 
     max_megapixels: float = Field(default=120.0, gt=0, description="Larger frames are set aside, in megapixels.")
+    workers: int = Field(default=1, ge=1, description="Processes that read pixels.")
 
     @field_validator("window")
     @classmethod
@@ -55,24 +59,29 @@ class DicomSettings(config.DicomSettings):
 @functools.cache
 def terms() -> dict[str, Any]:
     """Words for DICOM's codes, and the window presets (centre, width in Hounsfield units)."""
-    content: dict[str, Any] = json.loads(Path(__file__).with_name("terms.json").read_text(encoding="utf-8"))
-    return content
+    return read_json(Path(__file__).with_name("terms.json"))
+
+
+def preset(window: str) -> Window | None:
+    """The window of a name; None for "file", each file's own."""
+    return None if window == "file" else Window(*terms()["windows"][window])
 
 
 @dataclass(frozen=True, slots=True)
 class DicomPlace(Place):
-    """One frame of a DICOM file; `read` converts it."""
+    """One frame of a DICOM file; `read` converts it. series: what scales frames without window, see `render`."""
 
     frame: int = 0
     window: str = "file"
+    series: ValueRange | None = None
     ocr: bool = False
     max_megapixels: float = 120.0
 
     def read(self) -> bytes:
         """The frame as PNG, 8 bits, grey or RGB; raises UnreadableImage with a reason that quotes nothing."""
-        preset = None if self.window == "file" else Window(*terms()["windows"][self.window])
         with discreet():
-            pixels = render(read_dataset(self.file), self.frame, preset, self.max_megapixels)
+            dataset = read_dataset(self.file)
+            pixels = render(dataset, self.frame, preset(self.window), self.max_megapixels, self.series)
         if self.ocr:
             refuse_text(pixels)
         stream = io.BytesIO()
@@ -84,14 +93,8 @@ class DicomPlace(Place):
 # ---- listing -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Scan:
-    headers: list[DicomHeader] = field(default_factory=list)
-    set_aside: list[tuple[Path, str, str]] = field(default_factory=list)
-
-
 def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
-    """Every picture below `root` that can be used, with its text, split by patient; raises DataError.
+    """Every picture below `root` that can be used, with its text if it has one, split by patient; raises DataError.
 
     Without `settings` they are read from ``dicom.yaml`` in `root`, if there is one. Files that cannot be used are set
     aside under a pseudonym of their path, which `find_files` turns back for whoever holds the key.
@@ -102,37 +105,97 @@ def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
         require_reader()
     pseudonyms = Pseudonyms(load_key(settings.key_file))
     table = TextTable.read(_table_path(root, settings))
-    scan = _scan(root, settings)
-    cases = group_cases(scan.headers, pseudonyms)
-    splits = split_cases(set(cases.values()), pseudonyms, settings.test_share, settings.valid_share)
     listing = Listing(own_splits=True)
-    for path, reason, detail in scan.set_aside:
-        listing.set_aside.append(SetAside(_file_id(pseudonyms, root, path), "train", reason, detail))
+
+    def set_aside(path: Path, split: str, reason: str, detail: str) -> None:
+        listing.set_aside.append(SetAside(_file_id(pseudonyms, root, path), split, reason, detail))
+
+    headers: list[DicomHeader] = []
+    for path in track(_files(root, settings), "read DICOM headers"):
+        try:
+            headers.append(_header(path, settings))
+        except UnreadableImage as error:
+            set_aside(path, "train", error.reason, error.detail)
+    flagged = sum(item.reason == "burned_in_text" for item in listing.set_aside)
+    cases = group_cases(headers, pseudonyms)
+    splits = split_cases(set(cases.values()), pseudonyms, settings.test_share, settings.valid_share)
+    ranges = _series_ranges(headers, settings)
     seen: set[str] = set()
-    for header in scan.headers:
+    for header in headers:
         case = cases[patient_key(header)]
-        _list_file(header, case, splits[case], table, root, settings, pseudonyms, seen, listing)
-    _note(listing, scan, table, len(splits), settings)
+        name = header.path.relative_to(root)
+        row = table.row_of(name, header.keys)
+        split = row["split"] if row is not None and row["split"] in SPLITS else splits[case]
+        identity = header.keys["SOPInstanceUID"] or str(name)
+        if identity in seen:
+            set_aside(header.path, split, "repeated_id", "an instance listed before")
+            continue
+        seen.add(identity)
+        text = one_line(scrub(row["text"], header.known) if row is not None else header.caption)
+        for place in _places(header, ranges.get(header.series), settings):
+            image_id = pseudonyms.of("image", f"{identity}#{place.frame}")
+            image = ImageEntry(image_id, split, case=case, place=place, modality=header.modality)
+            listing.images.append(image)
+            if text:
+                listing.pairs.append(caption_pair(image, text))
+    _note(listing, flagged, table, len(splits), settings)
     return listing
+
+
+def _places(header: DicomHeader, series: ValueRange | None, settings: DicomSettings) -> Iterator[DicomPlace]:
+    for frame in header.frames:
+        yield DicomPlace(
+            header.path,
+            frame=frame,
+            window=settings.window,
+            series=series,
+            ocr=settings.ocr,
+            max_megapixels=settings.max_megapixels,
+        )
+
+
+def _series_ranges(headers: Sequence[DicomHeader], settings: DicomSettings) -> dict[str, ValueRange]:
+    """Series → the range of values of its files without window, which are scaled together."""
+    lacking = [header for header in headers if header.lacks_window]
+    if not lacking:
+        return {}
+    found: dict[str, ValueRange] = {}
+    read = functools.partial(_range_of_file, max_megapixels=settings.max_megapixels)
+    with process_pool(max(1, min(settings.workers, len(lacking) // FILES_A_WORKER))) as pool:
+        paths = [header.path for header in lacking]
+        each = map(read, paths) if pool is None else pool.map(read, paths, chunksize=16)
+        for header, values in zip(lacking, track(each, "read series without window", total=len(lacking)), strict=True):
+            joint = joint_range(found.get(header.series), values)
+            if joint is not None:
+                found[header.series] = joint
+    return found
+
+
+def _range_of_file(path: Path, max_megapixels: float) -> ValueRange | None:
+    try:
+        with discreet():
+            return value_range(read_dataset(path), max_megapixels)
+    except UnreadableImage:
+        return None  # is set aside when its picture is read
 
 
 def settings_for(root: Path, settings: config.PrepareSettings) -> DicomSettings:
     """What ``dicom.yaml`` in `root` says, corrected by what the section `prepare.dicom` states; raises DataError."""
     stated = settings.dicom.model_dump(exclude_unset=True) if settings.dicom else {}
-    return _settings_of(root, {**stated, "max_megapixels": settings.max_megapixels})
+    shared = {"max_megapixels": settings.max_megapixels, "workers": settings.workers}
+    return _settings_of(root, {**stated, **shared})
 
 
 def _settings_of(root: Path, stated: Mapping[str, Any] | None = None) -> DicomSettings:
     path = root / SETTINGS_FILE
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-        settings = DicomSettings.model_validate({**(content or {}), **(stated or {})})
-    except yaml.YAMLError:
+        return DicomSettings.model_validate({**(content or {}), **(stated or {})})
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError):
         raise DataError(f"{path} is no valid YAML; write lines such as 'window: lung'") from None
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise DataError(f"{path if path.exists() else 'prepare.dicom'}: {'; '.join(lines)}") from None
-    return settings
 
 
 def _table_path(root: Path, settings: DicomSettings) -> Path | None:
@@ -141,27 +204,18 @@ def _table_path(root: Path, settings: DicomSettings) -> Path | None:
     return root / TEXT_FILE if (root / TEXT_FILE).exists() else None
 
 
-def _files(root: Path) -> list[Path]:
-    hidden_or_ours = {root / SETTINGS_FILE, root / TEXT_FILE, root / "download.json"}
+def _files(root: Path, settings: DicomSettings) -> list[Path]:
+    others = {root / SETTINGS_FILE, root / TEXT_FILE, root / "download.json"}
+    if settings.text is not None:
+        others.add(settings.text.resolve())
     return sorted(
         path
         for path in root.rglob("*")
         if path.is_file()
-        and path not in hidden_or_ours
+        and path not in others
+        and path.resolve() not in others
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
-
-
-def _scan(root: Path, settings: DicomSettings) -> _Scan:
-    scan = _Scan()
-    for path in track(_files(root), "read DICOM headers"):
-        if settings.text is not None and path.resolve() == settings.text.resolve():
-            continue
-        try:
-            scan.headers.append(_header(path, settings))
-        except UnreadableImage as error:
-            scan.set_aside.append((path, error.reason, error.detail))
-    return scan
 
 
 def _header(path: Path, settings: DicomSettings) -> DicomHeader:
@@ -188,12 +242,13 @@ def _take(path: Path, dataset: Dataset, settings: DicomSettings) -> DicomHeader:
     if str(dataset.get("BurnedInAnnotation") or "").upper() == "YES" and not settings.keep_burned_in:
         raise UnreadableImage("burned_in_text", "the header says so")
     patient = " ".join(str(dataset.get(name) or "").strip() for name in ("IssuerOfPatientID", "PatientID")).strip()
-    known = identities(dataset)
+    known, frames = identities(dataset), _middle(int(dataset.get("NumberOfFrames") or 1), settings.frames)
     return DicomHeader(
         path=path,
         keys={name: str(dataset.get(name) or "").strip() for name in KEY_COLUMNS if name != "file"},
         patient=patient,
-        frames=_middle(int(dataset.get("NumberOfFrames") or 1), settings.frames),
+        frames=frames,
+        lacks_window=lacks_window(dataset, frames, preset(settings.window)),
         modality=terms()["modalities"].get(code),
         caption=compose(dataset, terms(), known),
         known=known,
@@ -208,98 +263,29 @@ def _middle(count: int, wanted: int) -> tuple[int, ...]:
     return tuple(int((place + 0.5) * count / wanted) for place in range(wanted))
 
 
-def _list_file(
-    header: DicomHeader,
-    case: str,
-    split: str,
-    table: TextTable,
-    root: Path,
-    settings: DicomSettings,
-    pseudonyms: Pseudonyms,
-    seen: set[str],
-    listing: Listing,
-) -> None:
-    row = table.row_of(header.path.relative_to(root), header.keys)
-    if row is not None and row.get("split") in SPLITS:
-        split = row["split"]
-    identity = header.keys["SOPInstanceUID"] or str(header.path.relative_to(root))
-    if identity in seen:
-        reason = SetAside(_file_id(pseudonyms, root, header.path), split, "repeated_id", "an instance listed before")
-        listing.set_aside.append(reason)
-        return
-    seen.add(identity)
-    text = scrub(row["text"], header.known) if row is not None else header.caption
-    for frame in header.frames:
-        image = ImageEntry(
-            pseudonyms.of("image", f"{identity}#{frame}"),
-            split,
-            case=case,
-            place=DicomPlace(
-                header.path,
-                frame=frame,
-                window=settings.window,
-                ocr=settings.ocr,
-                max_megapixels=settings.max_megapixels,
-            ),
-            modality=header.modality,
-        )
-        listing.images.append(image)
-        if text:
-            listing.pairs.append(caption_pair(image, one_line(text)))
-        else:
-            listing.set_aside.append(SetAside(image.image_id, split, "missing_caption", "no text in table or header"))
-
-
 def _file_id(pseudonyms: Pseudonyms, root: Path, path: Path) -> str:
     return pseudonyms.of("file", str(path.relative_to(root)))
 
 
 def find_files(root: Path, ids: set[str], settings: DicomSettings | None = None) -> dict[str, Path]:
-    """Which files of `root` the pseudonyms ``file-…`` of the quarantine stand for; only the holder of the key can."""
-    pseudonyms = Pseudonyms(load_key((settings or _settings_of(root)).key_file))
-    return {name: path for path in _files(root) if (name := _file_id(pseudonyms, root, path)) in ids}
+    """Pseudonym → file of `root` for those ``file-…`` of the quarantine that `ids` names; needs the key they had."""
+    settings = settings or _settings_of(root)
+    pseudonyms = Pseudonyms(load_key(settings.key_file))
+    found = {_file_id(pseudonyms, root, path): path for path in _files(root, settings)}
+    return {name: found[name] for name in ids & set(found)}
 
 
-def _note(listing: Listing, scan: _Scan, table: TextTable, cases: int, settings: DicomSettings) -> None:
-    flagged = sum(reason == "burned_in_text" for _, reason, _ in scan.set_aside)
+def _note(listing: Listing, flagged: int, table: TextTable, cases: int, settings: DicomSettings) -> None:
+    searched = "all other pictures were" if settings.ocr else "no other picture was"
     listing.notes.append(
-        f"{flagged} DICOM files were set aside because their headers say that text is burned in; "
-        + ("all other pictures were" if settings.ocr else "no other picture was")
-        + " searched for text (prepare.dicom.ocr). Neither this nor scrubbed descriptions guarantee that no identity "
+        f"{flagged} DICOM files were set aside because their headers say that text is burned in; {searched} "
+        "searched for text (prepare.dicom.ocr). Neither this nor scrubbed descriptions guarantee that no identity "
         "is left: look at the pictures before they leave your hands"
     )
     if table.count:
         listing.notes.append(f"{len(table.used)} of {table.count} rows of the table of texts name a file that is used")
+    silent = len(listing.images) - len(listing.pairs)
+    if silent:
+        listing.notes.append(f"{silent} of {len(listing.images)} DICOM pictures have no text, in table or header")
     if cases == 1 and len(listing.images) > 1:
-        listing.notes.append("all DICOM files are of one patient, so that nothing can be held out")
-
-
-# ---- one by one ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DicomRecord:
-    """One picture, ready: PNG bytes, pseudonyms, and its text ("" if it has none)."""
-
-    image_id: str
-    case: str
-    split: str
-    modality: str | None
-    caption: str
-    png: bytes
-
-
-def records(root: Path, settings: DicomSettings | None = None) -> Iterator[DicomRecord | SetAside]:
-    """Every picture below `root`, converted one at a time, and everything that is set aside with its reason."""
-    listing = list_dicom(root, settings)
-    captions = {pair.group: pair.target.text or "" for pair in listing.pairs}
-    yield from listing.set_aside
-    for image in listing.images:
-        assert isinstance(image.place, DicomPlace)
-        try:
-            png = image.place.read()
-        except UnreadableImage as error:
-            yield SetAside(image.image_id, image.split, error.reason, error.detail)
-            continue
-        caption = captions.get(image.image_id, "")
-        yield DicomRecord(image.image_id, image.case, image.split, image.modality, caption, png)
+        listing.notes.append("all DICOM files are of one patient, so nothing is held out")

@@ -1,26 +1,33 @@
-"""One frame of a DICOM file → an 8-bit picture, in the order of the standard's rendering pipeline.
+"""One frame of a DICOM file → an 8-bit picture, following the rendering pipeline of PS3.4 N.2.
 
-PS3.4 N.2: stored values → modality LUT or rescale → VOI LUT or window → polarity → 8 bits. Colour takes its own way:
-palette, RGB and YBR become RGB. Nothing here reads or keeps who the patient is.
+Stored values → modality LUT or rescale → VOI LUT or window → polarity → 8 bits; palette, RGB and YBR become RGB. The
+grey scale depends on the header and the settings. Only where the header has neither window nor VOI LUT do the values
+count, and then those of the whole series. Nothing here reads or keeps who the patient is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
-from pydicom.pixels import apply_color_lut, apply_modality_lut, get_decoder, pixel_array
+from pydicom.encaps import get_frame
+from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
+from pydicom.uid import RLELossless
 
+from fuselip_core.data.dicom import grey
 from fuselip_core.data.dicom.codec import coded_size, helper
 from fuselip_core.data.dicom.file import complete_syntax
+from fuselip_core.data.dicom.grey import Values, Window
 from fuselip_core.data.images import UnreadableImage
 
 Pixels = NDArray[np.uint8]
+ValueRange = tuple[float, float]  # lowest and highest value after the modality LUT
+
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 # From the most to the least defensive towards damaged data.
@@ -28,35 +35,60 @@ PLUGINS = ("pydicom", "pillow", "pylibjpeg", "pyjpegls", "gdcm")
 MAY_CRASH = ("gdcm",)
 
 
-@dataclass(frozen=True)
-class Window:
-    """Centre and width in the units after the modality LUT (Hounsfield units for CT)."""
-
-    center: float
-    width: float
-    function: str = "LINEAR"
-
-
-def render(dataset: Dataset, frame: int, window: Window | None, max_megapixels: float) -> Pixels:
+def render(
+    dataset: Dataset, frame: int, window: Window | None, max_megapixels: float, series: ValueRange | None = None
+) -> Pixels:
     """Frame `frame` (from 0) as uint8 (H, W) for grey or (H, W, 3) for colour pictures.
 
-    `window` replaces the file's own for CT; other modalities keep theirs, as their values have no common unit. Raises
+    `window` replaces the file's own for CT; other modalities keep theirs, as their values have no common unit.
+    `series` is what a frame without window is scaled by; without it, the range of all frames of the file. Raises
     UnreadableImage with the reason no_pixels, too_large, truncated_pixels, damaged_pixels or unsupported_pixels. Its
     text names formats only, never a value of the file.
     """
     try:
         _check(dataset, max_megapixels)
-        stored = _decode(dataset, frame)
+        raw = _decode(dataset, frame)
         if dataset.PhotometricInterpretation in GREY:
-            return _grey(stored, dataset, frame, window)
-        if dataset.PhotometricInterpretation == "PALETTE COLOR":
-            return _palette(stored, dataset)
-        return _colour(stored, dataset)
+            return _grey(raw, dataset, frame, window, series)
+        colours = _palette if dataset.PhotometricInterpretation == "PALETTE COLOR" else _colour
+        return colours(_significant_bits(raw, dataset), dataset)
     except UnreadableImage:
         raise
     except Exception as error:
         # Decoders and tables raise anything at all on damaged or hostile input.
         raise UnreadableImage("damaged_pixels", f"contradictory values ({type(error).__name__})") from None
+
+
+def lacks_window(dataset: Dataset, frames: tuple[int, ...], window: Window | None) -> bool:
+    """Whether the header alone does not say how grey one of `frames` is; pixel data need not be loaded."""
+    if dataset.get("PhotometricInterpretation") not in GREY:
+        return False
+    return any(grey.voi_of(dataset, frame, window) is None for frame in frames)
+
+
+def value_range(dataset: Dataset, max_megapixels: float) -> ValueRange | None:
+    """Lowest and highest value of all readable frames, in the modality's unit and without padding; None if none is."""
+    found: ValueRange | None = None
+    try:
+        _check(dataset, max_megapixels)
+        for frame in range(int(dataset.get("NumberOfFrames") or 1)):
+            raw = _decode(dataset, frame)
+            stored = _significant_bits(raw, dataset)
+            values = grey.modality_values(stored, dataset, frame)[~grey.padding(raw, stored, dataset)]
+            values = values[np.isfinite(values)]
+            if values.size:
+                found = joint_range(found, (float(values.min()), float(values.max())))
+    except Exception:
+        # The frame is named when it is rendered. Stopping here keeps a header that claims a billion frames harmless.
+        return found
+    return found
+
+
+def joint_range(one: ValueRange | None, other: ValueRange | None) -> ValueRange | None:
+    """The range that spans both."""
+    if one is None or other is None:
+        return one or other
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 # ---- from the file to stored values --------------------------------------------------------------------------------
@@ -101,7 +133,25 @@ def _decode(dataset: Dataset, frame: int) -> NDArray[Any]:
 def _decode_by(plugin: str, dataset: Dataset, frame: int) -> NDArray[Any]:
     if plugin in MAY_CRASH and getattr(dataset, "filename", None):
         return helper().decode(Path(str(dataset.filename)), frame, plugin)
-    return pixel_array(dataset, index=frame, decoding_plugin=plugin)
+    native = _is_native(dataset)
+    return pixel_array(dataset, index=frame, decoding_plugin=plugin, correct_unused_bits=not native)
+
+
+def _is_native(dataset: Dataset) -> bool:
+    """Whether pixels keep their place in their cells; other codecs carry the stored bits alone."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    return syntax == RLELossless or syntax.is_deflated or not syntax.is_compressed
+
+
+def _significant_bits(raw: NDArray[Any], dataset: Dataset) -> NDArray[Any]:
+    """Values of BitsStored bits up to HighBit (PS3.5 8.1.1); pydicom takes the lowest bits, whatever HighBit says."""
+    allocated, bits = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
+    if raw.dtype.kind not in "iu" or raw.dtype.itemsize * 8 != allocated or not _is_native(dataset):
+        return raw
+    high = int(dataset.get("HighBit") or bits - 1)
+    if not bits - 1 <= high < allocated:
+        high = bits - 1
+    return (raw << (allocated - 1 - high)) >> (allocated - bits)
 
 
 def _reason(failure: str) -> str:
@@ -121,8 +171,6 @@ def _plugins(syntax: Any) -> Iterator[str]:
 
 def _check_coded_size(dataset: Dataset, frame: int) -> None:
     """A code stream says itself how large it unpacks; it must say what the header says, or it is a bomb or a fault."""
-    from pydicom.encaps import get_frame
-
     frames = int(dataset.get("NumberOfFrames") or 1)
     try:
         found = coded_size(get_frame(dataset.PixelData, frame, number_of_frames=frames))
@@ -135,125 +183,28 @@ def _check_coded_size(dataset: Dataset, frame: int) -> None:
 # ---- grey ----------------------------------------------------------------------------------------------------------
 
 
-def _grey(stored: NDArray[Any], dataset: Dataset, frame: int, window: Window | None) -> Pixels:
-    if stored.ndim != 2:
+def _grey(raw: NDArray[Any], dataset: Dataset, frame: int, window: Window | None, series: ValueRange | None) -> Pixels:
+    if raw.ndim != 2:
         raise ValueError("grey pixels in several samples")
-    padding = _padding(stored, dataset)
-    values = _modality(stored, dataset, frame)
-    shown = _shown(values, dataset, frame, window, padding)
+    stored = _significant_bits(raw, dataset)
+    values = grey.modality_values(stored, dataset, frame)
+    voi = grey.voi_of(dataset, frame, window)
+    if isinstance(voi, Window):
+        shown = grey.windowed(values, voi)
+    elif voi is not None:
+        shown = grey.through_voi_lut(values, dataset, frame, voi)
+    else:
+        low, high = series or value_range(dataset, math.inf) or (0.0, 0.0)
+        shown = (values - low) / (high - low) if high > low else np.zeros(values.shape)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
-        shown = 1.0 - shown
-    # Padding is what the scanner did not see; it is black in whatever polarity.
-    shown = np.where(padding, 0.0, shown)
-    return _to_8_bits(shown)
+        shown = 1.0 - np.clip(shown, 0.0, 1.0)
+    # Padding is what the scanner did not see; it is black in either polarity.
+    return _to_8_bits(np.where(grey.padding(raw, stored, dataset), 0.0, shown))
 
 
-def _to_8_bits(shares: NDArray[np.float64]) -> Pixels:
-    """Shares of full brightness, 0..1 → 0..255, halves upwards."""
-    return np.floor(np.clip(shares, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
-
-
-def _padding(stored: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
-    """Where stored values mean "no picture here" (PS3.3 C.7.5.1.1.2)."""
-    value = dataset.get("PixelPaddingValue")
-    if value is None or not np.issubdtype(stored.dtype, np.integer):
-        return np.zeros(stored.shape, dtype=bool)
-    first, last = sorted((_signed(value, stored), _signed(dataset.get("PixelPaddingRangeLimit", value), stored)))
-    return (stored >= first) & (stored <= last)
-
-
-def _signed(value: Any, stored: NDArray[Any]) -> int:
-    """A value that files without explicit types give as unsigned although the pixels are signed."""
-    number = int(value)
-    if np.issubdtype(stored.dtype, np.signedinteger) and number >= 1 << 15 and stored.dtype.itemsize <= 2:
-        number -= 1 << 16
-    return number
-
-
-def _modality(stored: NDArray[Any], dataset: Dataset, frame: int) -> NDArray[np.float64]:
-    """Values in the modality's unit: through the modality LUT, else slope and intercept (also of enhanced files)."""
-    if dataset.get("ModalityLUTSequence"):
-        return apply_modality_lut(stored, dataset).astype(np.float64)
-    groups = _functional(dataset, frame, "PixelValueTransformationSequence") or dataset
-    slope = groups.get("RescaleSlope")
-    intercept = groups.get("RescaleIntercept")
-    values = stored.astype(np.float64)
-    return values * (1.0 if slope is None else float(slope)) + (0.0 if intercept is None else float(intercept))
-
-
-def _functional(dataset: Dataset, frame: int, name: str) -> Dataset | None:
-    """An item of the functional groups of enhanced multi-frame files: the frame's own, else the one shared by all."""
-    own = dataset.get("PerFrameFunctionalGroupsSequence")
-    shared = dataset.get("SharedFunctionalGroupsSequence")
-    for groups in (own[frame] if own and frame < len(own) else None, shared[0] if shared else None):
-        if groups is not None and groups.get(name):
-            return groups[name][0]
-    return None
-
-
-def _shown(
-    values: NDArray[np.float64], dataset: Dataset, frame: int, window: Window | None, padding: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Brightness 0..1: by the window asked for, the file's VOI LUT, its window, or the range of its values."""
-    if window is not None and dataset.get("Modality") == "CT":
-        return _windowed(values, window)
-    source = _functional(dataset, frame, "FrameVOILUTSequence") or dataset
-    if source.get("VOILUTSequence"):
-        return _through_lut(values, source.VOILUTSequence[0])
-    own = _own_window(source)
-    return _full_range(values, padding) if own is None else _windowed(values, own)
-
-
-def _own_window(source: Dataset) -> Window | None:
-    """The first of the file's windows, or None if it has none that makes sense."""
-    try:
-        center, width = _first(source.WindowCenter), _first(source.WindowWidth)
-    except (AttributeError, TypeError, ValueError, IndexError):
-        return None
-    function = str(source.get("VOILUTFunction") or "LINEAR").upper()
-    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID") or width < (1.0 if function == "LINEAR" else 1e-9):
-        return None
-    return Window(center, width, function)
-
-
-def _first(value: Any) -> float:
-    return float(value if isinstance(value, int | float | str) else value[0])
-
-
-def _windowed(values: NDArray[np.float64], window: Window) -> NDArray[np.float64]:
-    """PS3.3 C.11.2.1.2 (LINEAR) and C.11.2.1.3 (SIGMOID, LINEAR_EXACT), onto 0..1."""
-    center, width = window.center, window.width
-    if window.function == "SIGMOID":
-        return 1.0 / (1.0 + np.exp(np.clip(-4.0 * (values - center) / width, -700.0, 700.0)))
-    if window.function == "LINEAR":
-        center, width = center - 0.5, width - 1.0
-    if width <= 0.0:
-        return (values > center).astype(np.float64)
-    return np.clip((values - center) / width + 0.5, 0.0, 1.0)
-
-
-def _through_lut(values: NDArray[np.float64], item: Dataset) -> NDArray[np.float64]:
-    """PS3.3 C.11.2.1.1: a table from the first mapped value on; values beyond it take its ends."""
-    count, first, bits = (int(part) for part in item.LUTDescriptor)
-    data = item.LUTData
-    if isinstance(data, bytes):
-        data = np.frombuffer(data, dtype=np.uint8 if len(data) == (count or 1 << 16) else "<u2")
-    table = np.asarray(data, dtype=np.float64)[: count or 1 << 16]
-    if not len(table):
-        raise ValueError("an empty table")
-    if values.min() < 0 and first >= 1 << 15:
-        first -= 1 << 16
-    places = np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)
-    # Tables of 12 bits in fields of 16 are common; the bits that are stated decide.
-    return table[places] / float(2 ** max(1, bits) - 1)
-
-
-def _full_range(values: NDArray[np.float64], padding: NDArray[np.bool_]) -> NDArray[np.float64]:
-    seen = values[~padding & np.isfinite(values)]
-    if not seen.size or seen.min() == seen.max():
-        return np.zeros(values.shape)
-    low, high = seen.min(), seen.max()
-    return (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low)
+def _to_8_bits(shares: Values) -> Pixels:
+    """Shares of full brightness, 0..1 → 0..255, halves upwards; what is no number is black."""
+    return np.floor(np.clip(np.nan_to_num(shares), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
 # ---- colour --------------------------------------------------------------------------------------------------------
@@ -262,23 +213,22 @@ def _full_range(values: NDArray[np.float64], padding: NDArray[np.bool_]) -> NDAr
 def _palette(stored: NDArray[Any], dataset: Dataset) -> Pixels:
     """Indices → RGB (PS3.3 C.7.6.3.1.5); tables of 16 bits keep their upper eight."""
     if "SegmentedRedPaletteColorLookupTableData" in dataset:
-        coloured = apply_color_lut(stored, dataset)
-        return (coloured >> 8).astype(np.uint8) if coloured.dtype.itemsize > 1 else coloured.astype(np.uint8)
-    return np.stack([_through_palette(stored, dataset, name) for name in ("Red", "Green", "Blue")], axis=-1)
-
-
-def _through_palette(stored: NDArray[Any], dataset: Dataset, name: str) -> Pixels:
-    count, first, bits = (int(part) for part in dataset[f"{name}PaletteColorLookupTableDescriptor"].value)
-    data = bytes(dataset[f"{name}PaletteColorLookupTableData"].value)
-    count = count or 1 << 16
-    # Tables of 8 bits come in bytes, with one more if they are odd, or in words.
-    table = (
-        np.frombuffer(data[: len(data) // 2 * 2], "<u2") if len(data) >= 2 * count else np.frombuffer(data, np.uint8)
-    )
-    table = table[:count]
-    # Some writers state 16 bits and fill eight.
-    entries = table >> 8 if bits > 8 and table.max() > 255 else table
-    return entries[np.clip(stored.astype(np.int64) - first, 0, len(table) - 1)].astype(np.uint8)
+        coloured = apply_color_lut(stored, dataset)[..., :3]
+        return (coloured >> 8 if coloured.dtype.itemsize > 1 else coloured).astype(np.uint8)
+    # Not pydicom's apply_color_lut: it reads words in the byte order of this machine.
+    names = [f"{name}PaletteColorLookupTable" for name in ("Red", "Green", "Blue")]
+    descriptors = [dataset[f"{name}Descriptor"].value for name in names]
+    tables = [
+        grey.entries(dataset[f"{name}Data"], descriptor, dataset)
+        for name, descriptor in zip(names, descriptors, strict=True)
+    ]
+    # Some writers state 16 bits and fill eight; all three tables together tell, since one of them may be dark.
+    shift = 8 if max(table.max() for table in tables) > 255 else 0
+    planes = [
+        grey.look_up(stored, descriptor[1], table >> shift, signed=stored.dtype.kind == "i")
+        for descriptor, table in zip(descriptors, tables, strict=True)
+    ]
+    return np.stack(planes, axis=-1).astype(np.uint8)
 
 
 def _colour(stored: NDArray[Any], dataset: Dataset) -> Pixels:
