@@ -55,9 +55,9 @@ from torch import Tensor, nn
 from workload import captions, pictures, write_caption_store
 
 from fuselip_core.config import TrainSettings
-from fuselip_core.data.images import random_crop
 from fuselip_core.data.tokens.store import TokenStore, gather
 from fuselip_core.encoding.from_codes import TokenPairs, mask_tokens, pack_sides
+from fuselip_core.images import random_crop
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.processing import TextTokenizer, as_pixels

@@ -99,9 +99,6 @@ class PrepareSettings(Section):
     root: Path = Field(Path("data"), description="Folder of the raw data set, relative to the repository.")
     rows_per_shard: int = Field(2048, ge=1, description="Images in one Parquet shard.")
     workers: int = Field(2, ge=1, le=256, description="Processes that check images.")
-    max_megapixels: float = Field(
-        120.0, gt=0, le=178, description="Larger images are set aside, in megapixels; Pillow opens no larger than 178."
-    )
     min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are set aside.")
     extra_pairs: tuple[ExtraPairs, ...] = Field(
         (),

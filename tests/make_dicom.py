@@ -18,8 +18,8 @@ from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, ge
 from fuselip_core.data.dicom.grey import Window
 from fuselip_core.data.dicom.listing import DicomPlace, DicomSettings, list_dicom
 from fuselip_core.data.dicom.pixels import render
-from fuselip_core.data.images import UnreadableImage
 from fuselip_core.data.pair import SetAside
+from fuselip_core.images import UnreadableImage
 
 SECRETS = {
     "PatientName": "Mustermann^Erika^Dr.",

@@ -11,7 +11,6 @@ from PIL import Image
 from training_data import write_raw
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.images import to_pixels
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.prepare.extra_pairs import sentences_of
 from fuselip_core.data.prepare.prepare import prepare_data
@@ -19,6 +18,7 @@ from fuselip_core.data.shards.in_order import decoded_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.store import ABSENT, TokenStore, gather
 from fuselip_core.data.transforms import FAMILIES, GENERAL, apply_instruction
+from fuselip_core.images import to_pixels
 from fuselip_core.training.mixture import Mixture
 
 

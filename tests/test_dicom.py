@@ -44,9 +44,9 @@ from fuselip_core.data.dicom.listing import (
     settings_for,
     terms,
 )
-from fuselip_core.data.images import UnreadableImage
 from fuselip_core.data.pair import DataError, SetAside
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
+from fuselip_core.images import UnreadableImage
 
 EXAMPLES = Path(pydicom.data.__file__).parent / "test_files"
 # The bars of pydicom's SC_rgb files, from the top, ten rows each.

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from fuselip_core import Embedder
+from fuselip_core.config import PrepareSettings
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.errors import FuselipError
+from fuselip_core.images import decode
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.hub import Model, save_model
@@ -18,6 +27,7 @@ from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.presets import open_clip_config
 from fuselip_core.model.processing import FuseLIPProcessor
 from fuselip_core.model.titok import TiTok, TiTokConfig
+from fuselip_core.registry.served_model import read_rows
 
 CODEBOOK = TiTokConfig(
     image_size=32, patch_size=16, latent_tokens=4, codebook_size=16, code_size=4, width=32, layers=1, heads=2
@@ -90,7 +100,7 @@ def test_wrong_rows_are_named(embedder: Embedder, pictures: list[Image.Image], t
         embedder.embed(images=[cut], texts=["a"])
     with pytest.raises(FuselipError, match="row 1: image cannot be read"):
         embedder.embed(images=[pictures[0], Image.open(cut)])  # nobody has read it yet
-    with pytest.raises(FuselipError, match="row 0, image: an image of mode I has more than 8 bits"):
+    with pytest.raises(FuselipError, match="too deep: values of mode I have no stated range; window it"):
         embedder.embed(images=[Image.new("I", (4, 4))])
     with pytest.raises(FuselipError, match="row 0: a text is a string, not int"):
         embedder.embed(texts=[3])  # type: ignore[list-item]
@@ -100,6 +110,47 @@ def test_wrong_rows_are_named(embedder: Embedder, pictures: list[Image.Image], t
         embedder.embed(texts="a")
     with pytest.raises(FuselipError, match="batch_size is 0"):
         embedder.embed(texts=["a"], batch_size=0)
+
+
+def test_a_file_is_one_thing_to_prepare_library_and_server(embedder: Embedder, shared: Path, tmp_path: Path) -> None:
+    """Deep, turned and dark files: the same picture by every way in, or the same refusal."""
+    values = np.linspace(0, 65_535, 40 * 50).reshape(40, 50).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    root = tmp_path / "raw"
+    root.mkdir()
+    Image.fromarray(values).save(root / "deep.png")
+    Image.fromarray((values // 256).astype(np.uint8)).save(root / "turned.png", exif=exif)
+    Image.fromarray(values // 16).save(root / "dark.png")
+    Image.fromarray(values.astype(np.float32)).save(root / "float.tiff")
+    files = sorted(root.iterdir())
+    with zipfile.ZipFile(root / "train_images.zip", "w") as archive:
+        for path in files:
+            archive.write(path, f"train/{path.stem}.jpg")
+    rows = "".join(f"{path.stem},a scan of {path.stem}\n" for path in files)
+    (root / "train_captions.csv").write_text(f"ID,Caption\n{rows}")
+    settings = PrepareSettings.model_validate({"source": "rocov2", "root": root, "workers": 1})
+    prepare_data(settings, tmp_path / "prepared")
+    batches = PreparedData(tmp_path / "prepared").iter_images("train")
+    taken = {row["image_id"]: row for batch in batches for row in batch.to_pylist()}
+    lines = (tmp_path / "prepared" / "quarantine.jsonl").read_text().splitlines()
+    refused = {item["id"]: item["reason"] for item in map(json.loads, lines)}
+    assert {"deep", "turned"} <= taken.keys() and {"dark": "too_dark", "float": "too_deep"}.items() <= refused.items()
+    for path in files:
+        served = pd.DataFrame({"image": [base64.b64encode(path.read_bytes()).decode()]})
+        if path.stem in taken:
+            expected = embedder.embed(images=[decode(taken[path.stem]["bytes"])])
+            for images in ([path], [Image.open(path)], read_rows(served)[0]):
+                np.testing.assert_array_equal(embedder.embed(images=images), expected, err_msg=path.name)
+            size = taken[path.stem]["width"], taken[path.stem]["height"]
+            assert size == ((40, 50) if path.stem == "turned" else Image.open(path).size)
+        else:
+            words = refused[path.stem].replace("_", " ")
+            for images in ([path], [Image.open(path)]):
+                with pytest.raises(FuselipError, match=words):
+                    embedder.embed(images=images)
+            with pytest.raises(MlflowException, match=words):
+                read_rows(served)
 
 
 def test_saved_embedder_comes_back(embedder: Embedder, pictures: list[Image.Image], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,15 +111,15 @@ def test_the_same_data_gives_the_same_version(raw: Path, tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.partial"))
 
 
-def damaged(raw: Path, folder: Path, spoil: Callable[[int, bytes], bytes]) -> Path:
-    """A copy of `raw` whose training images went through `spoil` (their number, their bytes)."""
-    folder.mkdir(parents=True)
-    for path in raw.iterdir():
-        if path.name != "train_images.zip":
-            (folder / path.name).write_bytes(path.read_bytes())
-    with zipfile.ZipFile(raw / "train_images.zip") as old, zipfile.ZipFile(folder / "train_images.zip", "w") as new:
-        for number, member in enumerate(old.namelist()):
-            new.writestr(member, spoil(number, old.read(member)))
+def damaged(
+    raw: Path, folder: Path, spoil: Callable[[int, bytes], bytes], splits: tuple[str, ...] = ("train",)
+) -> Path:
+    """A copy of `raw`; the images of `splits` went through `spoil` (their number, their bytes)."""
+    shutil.copytree(raw, folder)
+    for name in (f"{split}_images.zip" for split in splits):
+        with zipfile.ZipFile(raw / name) as old, zipfile.ZipFile(folder / name, "w") as new:
+            for number, member in enumerate(old.namelist()):
+                new.writestr(member, spoil(number, old.read(member)))
     return folder
 
 
@@ -195,7 +196,7 @@ def test_dev_takes_whole_cases_and_depends_on_the_seed_alone(raw: Path, tmp_path
 KILLED = """
 import sys, time
 from pathlib import Path
-import fuselip_core.data.shards as shards
+import fuselip_core.data.prepare.image_shards as shards
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.prepare.prepare import prepare_data
 decode = shards.decode
@@ -273,9 +274,8 @@ def test_a_missing_folder_is_one_sentence(tmp_path: Path, source: str) -> None:
 
 def test_nothing_usable_is_an_error(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no usable pair is left of .* \(.*empty_image.*\)") as raised:
-        prepare_data(
-            settings(damaged(raw, tmp_path / "empty", lambda *_: b""), max_megapixels=1e-6), tmp_path / "prepared"
-        )
+        nothing = damaged(raw, tmp_path / "empty", lambda *_: b"", ("train", "valid", "test"))
+        prepare_data(settings(nothing), tmp_path / "prepared")
     assert Path(str(raised.value).split("; ")[1].removesuffix(" names each")).read_text().count("\n") > 1
 
 

@@ -43,7 +43,7 @@ def test_families_differ_in_the_order_of_resize_and_rgb(palette: Image.Image) ->
 def test_wrong_images_are_told() -> None:
     with pytest.raises(FuselipError, match="not ndarray"):
         ImageProcessor(16)(np.zeros((4, 4)))  # type: ignore[arg-type]
-    with pytest.raises(FuselipError, match="more than 8 bits"):
+    with pytest.raises(FuselipError, match="window it to 8 bits"):
         ImageProcessor(16)(Image.fromarray(np.full((4, 4), 4000, dtype=np.uint16)))
 
 

@@ -79,8 +79,8 @@ def test_registered_version_embeds_like_the_saved_model(run: Settings) -> None:
 
 def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None:
     """The fast path (codes made once) equals the reference path (pixels through the tokenizer) for view 0."""
-    from fuselip_core.data.images import decode
     from fuselip_core.data.shards.reader import PreparedData
+    from fuselip_core.images import decode
 
     model, processor = load_pretrained(run.artifacts / "model", "cpu")
     store = TokenStore(run.artifacts / "tokens", "test")
@@ -95,8 +95,8 @@ def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None
 
 def test_tokenizing_in_every_step_gives_the_same_batches_for_view_0(run: Settings) -> None:
     """What a batch out of the store holds is what its images and strings give when they are tokenized for it."""
-    from fuselip_core.data.images import decode
     from fuselip_core.data.shards.reader import PreparedData
+    from fuselip_core.images import decode
 
     model, processor = load_pretrained(run.artifacts / "model", "cpu")
     store = TokenStore(run.artifacts / "tokens", "train")

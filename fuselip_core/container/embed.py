@@ -11,9 +11,9 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from fuselip_core.data.images import SUFFIXES
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_write
+from fuselip_core.images import SUFFIXES
 from fuselip_core.progress import track
 
 ROWS_A_CHUNK = 1024

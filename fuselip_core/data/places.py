@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from fuselip_core.data import transforms
-from fuselip_core.data.images import UnreadableImage
 from fuselip_core.data.transforms import apply_instruction
+from fuselip_core.images import UnreadableImage
 
 
 @runtime_checkable

@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
-from fuselip_core.data.images import random_crop
 from fuselip_core.data.shards.in_order import Draw, decoded_batches, decoders
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.joined import Store
@@ -29,6 +28,7 @@ from fuselip_core.data.tokens.store import SideTokens, TokenStore
 from fuselip_core.encoding.from_codes import gather_sides
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space, write_json
+from fuselip_core.images import random_crop
 from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD, as_pixels
 from fuselip_core.model.vocabulary import join, text_sequence

@@ -17,15 +17,14 @@ import numpy as np
 from PIL import Image
 
 from fuselip_core.config import EvaluateSettings
-from fuselip_core.data.images import decode
 from fuselip_core.data.pair import Side
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.evaluation.metrics import Array, rank_answers
 from fuselip_core.evaluation.result import EvaluationResult
+from fuselip_core.images import decode
 from fuselip_core.progress import track
 
 PREFIX = "candidates"
-MAX_MEGAPIXELS = 178.0  # prepare has seen to the limit; here nothing that was prepared is refused
 
 
 class SideEmbedder(Protocol):
@@ -115,7 +114,7 @@ def _batches(
     for batch in prepared.iter_images(split, columns=["image_id", "bytes"], batch_rows=batch_size):
         for row in batch.to_pylist():
             if here := of_image.get(row["image_id"]):
-                picture = decode(row["bytes"], MAX_MEGAPIXELS)
+                picture = decode(row["bytes"])
                 sides += here
                 pictures += [picture] * len(here)
         if sides:

@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from fuselip_core.config import EvaluateSettings
-from fuselip_core.data.images import decode
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.transforms import FAMILIES, Pixels, edits
-from fuselip_core.evaluation.candidates import MAX_MEGAPIXELS, SideEmbedder
+from fuselip_core.evaluation.candidates import SideEmbedder
 from fuselip_core.evaluation.metrics import Array, rank_answers
 from fuselip_core.evaluation.result import EvaluationResult
+from fuselip_core.images import decode
 from fuselip_core.progress import track
 
 PREFIX = "transformations"
@@ -69,7 +69,7 @@ def _pictures(prepared: PreparedData, split: str) -> list[Image.Image]:
     for batch in prepared.iter_images(split, columns=["bytes"]):
         for blob in batch.column("bytes").to_pylist():
             if row in chosen:
-                picture = decode(blob, MAX_MEGAPIXELS).convert("RGB")
+                picture = decode(blob).convert("RGB")
                 found.append(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
             row += 1
     return found

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fuselip_core.errors import FuselipError
+from fuselip_core.images import decode
 from fuselip_core.model.hub import Model, load_pretrained
 from fuselip_core.model.processing import FuseLIPProcessor
 from fuselip_core.progress import track
@@ -89,13 +90,10 @@ class Embedder:
         try:
             if isinstance(picture, Image.Image):
                 return self._to_pixels(picture)  # which reads it, where nobody has yet
-            with Image.open(picture) as opened:
-                return self._to_pixels(opened)
-        except FuselipError as error:
-            raise FuselipError(f"row {row}, {name}: {error}") from error
-        except Exception as error:  # Pillow's decoders raise whatever they like on damaged input
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise FuselipError(f"row {row}: {name} cannot be read ({reason}); mend or leave it out") from error
+            return self._to_pixels(decode(Path(picture).read_bytes()))
+        except (FuselipError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise FuselipError(f"row {row}: {name} cannot be read ({reason})") from error
 
 
 def _aligned(

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from fuselip_core.errors import FuselipError
+from fuselip_core.images import checked
 from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.late_fusion import LateFusionConfig
 
 # Mean and standard deviation of CLIP's training images, by which the late-fusion baselines normalise.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-DEEP_MODES = ("I", "F")  # first letters of Pillow's modes with more than 8 bits a channel
 
 
 class ImageProcessor:
@@ -36,11 +36,10 @@ class ImageProcessor:
         self.size, self.normalise = size, normalise
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """One Pillow image → pixels (3, S, S) float32; raises FuselipError for anything else."""
+        """One Pillow image → pixels (3, S, S) float32; raises FuselipError for what fuselip_core.images refuses."""
         if not isinstance(image, Image.Image):
             raise FuselipError(f"the image processor takes a Pillow image, not {type(image).__name__}; use Image.open")
-        if image.mode.startswith(DEEP_MODES):
-            raise FuselipError(f"an image of mode {image.mode} has more than 8 bits; window it to 8 bits first")
+        image = checked(image)
         shape = (self.size, self.size)
         if self.normalise:
             squashed = image.resize(shape, Image.Resampling.BICUBIC).convert("RGB")

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 COLUMNS = ("image", "text")
-MAX_MEGAPIXELS = 120.0
 
 
 class FuselipEmbedding(PythonModel):
@@ -66,10 +65,10 @@ def _column(table: pd.DataFrame, name: str) -> list[str | None]:
 
 
 def _read_image(encoded: str, row: int) -> Image.Image:
-    from fuselip_core.data.images import UnreadableImage, decode
+    from fuselip_core.images import UnreadableImage, decode
 
     try:
-        return decode(base64.b64decode(encoded.rpartition("base64,")[2], validate=True), MAX_MEGAPIXELS)
+        return decode(base64.b64decode(encoded.rpartition("base64,")[2], validate=True))
     except binascii.Error as error:
         raise _refusal(f"row {row}: image is not base64 of an image file") from error
     except UnreadableImage as error:

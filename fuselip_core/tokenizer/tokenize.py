@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from fuselip_core.config import Settings, TokenizeSettings
-from fuselip_core.data.images import random_crop, to_pixels
 from fuselip_core.data.shards.in_order import Draw, decoded_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.distributed import local_device
 from fuselip_core.files import replace_folder
+from fuselip_core.images import random_crop, to_pixels
 from fuselip_core.model.processing import TextTokenizer, as_pixels
 from fuselip_core.model.titok import TiTok, codebook_id
 from fuselip_core.progress import track

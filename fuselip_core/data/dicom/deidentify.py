@@ -22,8 +22,8 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from fuselip_core.data.images import UnreadableImage
 from fuselip_core.errors import FuselipError
+from fuselip_core.images import UnreadableImage
 
 # Markers of side and position are part of nearly every radiograph and name nobody.
 LONGEST_MARKER = 3

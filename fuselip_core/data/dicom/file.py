@@ -20,7 +20,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from fuselip_core.data.images import UnreadableImage
+from fuselip_core.images import UnreadableImage
 
 LARGEST_INFLATED = 2 << 30
 

@@ -30,11 +30,11 @@ from fuselip_core.data.dicom.grey import Window
 from fuselip_core.data.dicom.header_text import compose, identities
 from fuselip_core.data.dicom.pixels import ValueRange, joint_range, lacks_window, render, value_range
 from fuselip_core.data.dicom.text_table import KEY_COLUMNS, TextTable
-from fuselip_core.data.images import UnreadableImage
 from fuselip_core.data.pair import DataError, ImageEntry, Listing, SetAside, caption_pair, one_line, require_folder
 from fuselip_core.data.places import Place
 from fuselip_core.data.workers import process_pool
 from fuselip_core.files import read_json
+from fuselip_core.images import UnreadableImage
 from fuselip_core.progress import track
 
 SETTINGS_FILE, TEXT_FILE = "dicom.yaml", "text.csv"
@@ -182,8 +182,7 @@ def _range_of_file(path: Path, max_megapixels: float) -> ValueRange | None:
 def settings_for(root: Path, settings: config.PrepareSettings) -> DicomSettings:
     """What ``dicom.yaml`` in `root` says, corrected by what the section `prepare.dicom` states; raises DataError."""
     stated = settings.dicom.model_dump(exclude_unset=True) if settings.dicom else {}
-    shared = {"max_megapixels": settings.max_megapixels, "workers": settings.workers}
-    return _settings_of(root, {**stated, **shared})
+    return _settings_of(root, {**stated, "workers": settings.workers})
 
 
 def _settings_of(root: Path, stated: Mapping[str, Any] | None = None) -> DicomSettings:

@@ -23,7 +23,7 @@ from fuselip_core.data.dicom import grey
 from fuselip_core.data.dicom.codec import coded_size, helper
 from fuselip_core.data.dicom.file import complete_syntax
 from fuselip_core.data.dicom.grey import Values, Window
-from fuselip_core.data.images import UnreadableImage
+from fuselip_core.images import UnreadableImage
 
 Pixels = NDArray[np.uint8]
 ValueRange = tuple[float, float]  # lowest and highest value after the modality LUT

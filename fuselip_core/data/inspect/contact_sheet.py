@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fuselip_core.data.images import UnreadableImage, decode
 from fuselip_core.files import atomic_write
+from fuselip_core.images import UnreadableImage, decode
 
 CELL, TEXT_LINES, COLUMNS, MARGIN = 200, 4, 6, 12
 FONT, FONT_SIZE, LINE = "DejaVuSans.ttf", 12, 16
@@ -27,7 +27,7 @@ LETTERS_A_LINE = 29
 def thumbnail(data: bytes | None, side: int = CELL) -> Image.Image | None:
     """A small RGB copy; None where there is nothing to show."""
     try:
-        image = decode(data or b"", max_megapixels=1e4)
+        image = decode(data or b"")
     except UnreadableImage:
         return None
     image = image.convert("RGB")

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from fuselip_core.data.images import quiet_decoders
 from fuselip_core.data.inspect.contact_sheet import data_uri, thumbnail, write_sheet
 from fuselip_core.data.inspect.statistics import Statistics, bytes_of, draw_pairs, draw_questions, gather
 from fuselip_core.data.pair import SPLITS
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.files import atomic_write
+from fuselip_core.images import quiet_decoders
 
 PAGE, SHEET = "index.html", "contact-sheet.png"
 STYLE = Path(__file__).with_name("inspection.css")

@@ -13,28 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from fuselip_core.data.images import UnreadableImage, decode
 from fuselip_core.data.places import Derived, Place, Readable
+from fuselip_core.images import MOST_MEGAPIXELS, UnreadableImage, decode
 
 ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, NotImplementedError, StopIteration)
-# Nothing that is stored in fewer pixels than allowed needs more bytes than this: 8 a pixel, and metadata.
-BYTES_A_PIXEL, METADATA_BYTES = 8, 64 << 20
+# Nothing that is stored in as many pixels as allowed needs more: 8 bytes a pixel, and 64 MiB of metadata.
+MOST_BYTES = int(8e6 * MOST_MEGAPIXELS) + (64 << 20)
 PNG_LEVEL = 3  # twice as fast as the default, 5 % larger
 
 
 class ImageReader:
     """Reads images where their places say; keeps one archive or Parquet file open, and one decoded original."""
 
-    def __init__(self, max_bytes: int, max_megapixels: float = 120.0) -> None:
-        self._max_bytes, self._max_megapixels = max_bytes, max_megapixels
+    def __init__(self) -> None:
         self._archive: tuple[Path, zipfile.ZipFile] | None = None
         self._rows: dict[tuple[Path, str], tuple[int, Iterator[bytes]]] = {}
         self._original: tuple[Place, Image.Image] | None = None
-
-    @classmethod
-    def within(cls, max_megapixels: float) -> ImageReader:
-        """A reader for images of at most `max_megapixels`."""
-        return cls(int(min(max_megapixels * 1e6 * BYTES_A_PIXEL, 1 << 40)) + METADATA_BYTES, max_megapixels)
 
     def __enter__(self) -> ImageReader:
         return self
@@ -63,7 +57,7 @@ class ImageReader:
         """The original of a derived image; its crops and edits follow each other, so the last one is kept."""
         source = Place(place.file, place.member, place.row, place.span, place.column)
         if self._original is None or self._original[0] != source:
-            self._original = source, decode(self.read(source), self._max_megapixels)
+            self._original = source, decode(self.read(source))
         return self._original[1]
 
     def _stored(self, place: Place) -> bytes:
@@ -77,7 +71,7 @@ class ImageReader:
         return place.file.read_bytes()
 
     def _refuse_if_large(self, size: int) -> None:
-        if size > self._max_bytes:
+        if size > MOST_BYTES:
             raise UnreadableImage("too_large", f"{size} bytes")
 
     def _part(self, path: Path, offset: int, size: int) -> bytes:

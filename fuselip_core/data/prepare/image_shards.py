@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from fuselip_core.data.images import UnreadableImage, decode, quiet_decoders
 from fuselip_core.data.pair import ImageEntry, SetAside
 from fuselip_core.data.places import Derived, Place
 from fuselip_core.data.prepare.image_reader import ImageReader
@@ -24,6 +23,7 @@ from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, He
 from fuselip_core.data.prepare.tables import row_hash
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA, table_of
 from fuselip_core.files import atomic_write, sha256_of, write_json
+from fuselip_core.images import UnreadableImage, decode, quiet_decoders
 from fuselip_core.progress import track
 
 # A row group is what a reader holds at once.
@@ -42,7 +42,6 @@ class ShardTask:
     path: Path
     source: str
     entries: tuple[ImageEntry, ...]
-    max_megapixels: float
     licence: str | None = None
     attribution: str | None = None
     held_out: Path | None = None
@@ -79,7 +78,7 @@ def write_image_shard(task: ShardTask, show: bool = False) -> ShardResult:
     if sidecar.exists() and task.path.exists():
         return _read_result(sidecar)
     work = _Work(task, HeldOutIndex(task.held_out) if task.held_out else None)
-    reader = ImageReader.within(task.max_megapixels)
+    reader = ImageReader()
     with atomic_write(task.path) as partial, _group_writer(partial) as write, reader, quiet_decoders():
         for entry in track(task.entries, task.path.stem) if show else task.entries:
             try:
@@ -125,7 +124,7 @@ def _read_result(sidecar: Path) -> ShardResult:
 
 def _checked_row(entry: ImageEntry, data: bytes, work: _Work) -> dict[str, Any]:
     """The row of an image; raises UnreadableImage also for copies of what is held out."""
-    image = decode(data, work.task.max_megapixels)
+    image = decode(data)
     digest = hashlib.sha256(data).hexdigest()
     mark = fingerprint(image) if work.task.fingerprints or (work.index and work.task.near) else None
     if work.index:

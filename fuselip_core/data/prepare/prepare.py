@@ -134,7 +134,6 @@ def _tasks(
             licence=origin.licence,
             attribution=origin.source,
             entries=part,
-            max_megapixels=settings.max_megapixels,
             held_out=index,
             near=settings.near_duplicates == "drop",
             fingerprints=split != "train",

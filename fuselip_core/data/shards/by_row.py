@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from fuselip_core.data.images import decode
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.transforms import made_picture
 from fuselip_core.files import atomic_write
+from fuselip_core.images import decode
 from fuselip_core.progress import track
 
 # shard, length in bytes, offset in the shard
@@ -57,8 +57,7 @@ class ImageIndex:
     def picture(self, row: int) -> Image.Image:
         """The picture of a row, read or made; may be called from several threads."""
         number = row - len(self._entries)
-        # Prepared images were checked against the limit of the prepare stage; no second limit here.
-        image = decode(self.file(row if number < 0 else int(self._sources[number])), max_megapixels=float("inf"))
+        image = decode(self.file(row if number < 0 else int(self._sources[number])))
         return image if number < 0 else made_picture(image, self._instructions[number].as_py())
 
     def file(self, row: int) -> bytes:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fuselip_core.data.images import decode, to_pixels
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.transforms import made_picture
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space
+from fuselip_core.images import decode, to_pixels
 from fuselip_core.progress import track
 
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
@@ -52,8 +52,7 @@ def decoded_batches(
     def decode_and_draw(encoded: Encoded, row: int) -> np.ndarray:
         blob, instruction = encoded
         try:
-            # Prepared images were checked against the limit of the prepare stage; no second limit here.
-            image = decode(blob, max_megapixels=float("inf"))
+            image = decode(blob)
             return draw(image if instruction is None else made_picture(image, instruction), row)
         except FuselipError as error:
             raise FuselipError(

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fuselip_core.data.images import SUFFIXES
 from fuselip_core.data.pair import (
     CLOSED_ANSWERS,
     DataError,
@@ -31,6 +30,7 @@ from fuselip_core.data.pair import (
 from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import leaves_folder
 from fuselip_core.data.sources.tables import read_table, split_of_name
+from fuselip_core.images import SUFFIXES
 
 IMAGE_SUFFIXES = frozenset(SUFFIXES)
 TEXT_SUFFIXES = frozenset({".txt", ".json"})

@@ -18,7 +18,6 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fuselip_core.data.images import SUFFIXES
 from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
@@ -32,6 +31,7 @@ from fuselip_core.data.pair import (
 from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import open_archive, safe_members
 from fuselip_core.data.sources.tables import read_table
+from fuselip_core.images import SUFFIXES
 
 PUBLISHED_SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 # Rückert et al. 2024, doi:10.1038/s41597-024-03496-6. The Hub's train split has four more.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from fuselip_core.config import Settings
-from fuselip_core.data.images import UnreadableImage, decode
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.evaluation.report.adaptation_sections import (
     adaptation_section,
@@ -36,6 +35,7 @@ from fuselip_core.evaluation.report.sections import (
 from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.files import atomic_folder, write_json
 from fuselip_core.html import Html, document, join, picture, tag
+from fuselip_core.images import UnreadableImage, decode
 
 
 def write_report(artifacts: Path, result: EvaluationResult, metrics: Metrics, settings: Settings) -> Path:
@@ -46,7 +46,7 @@ def write_report(artifacts: Path, result: EvaluationResult, metrics: Metrics, se
     """
     prepared = PreparedData(artifacts / "prepared")
     rows = {example.image for example in result.retrieval} | {example.image for example in result.answers}
-    pictures = _pictures(prepared, result.split, rows, settings.prepare.max_megapixels)
+    pictures = _pictures(prepared, result.split, rows)
     with atomic_folder(artifacts / "report") as folder:
         write_json(folder / "results.json", {**asdict(result), "metrics": dict(sorted(metrics.items()))})
         parts = [
@@ -157,7 +157,7 @@ def _tile(name: str, value: str, unit: str, facts: Iterable[str], verdict: str, 
     )
 
 
-def _pictures(prepared: PreparedData, split: str, rows: set[int], max_megapixels: float) -> dict[int, Html]:
+def _pictures(prepared: PreparedData, split: str, rows: set[int]) -> dict[int, Html]:
     """Rows of a split → figures with the image in small, its name and its attribution."""
     figures: dict[int, Html] = {}
     start = 0
@@ -165,17 +165,17 @@ def _pictures(prepared: PreparedData, split: str, rows: set[int], max_megapixels
     for batch in prepared.iter_images(split, columns=columns) if rows else ():
         for row in sorted(rows & set(range(start, start + batch.num_rows))):
             image = {name: batch.column(name)[row - start].as_py() for name in columns}
-            figures[row] = _figure(image, max_megapixels)
+            figures[row] = _figure(image)
         start += batch.num_rows
         if len(figures) == len(rows):
             break
     return figures
 
 
-def _figure(image: Mapping[str, Any], max_megapixels: float) -> Html:
+def _figure(image: Mapping[str, Any]) -> Html:
     name = str(image["image_id"])
     try:
-        shown = picture(decode(image["bytes"], max_megapixels), f"Image {name}")
+        shown = picture(decode(image["bytes"]), f"Image {name}")
     except UnreadableImage as error:
         shown = tag("p", f"not shown: {error}")
     credit = ", ".join(str(image[key]) for key in ("attribution", "licence") if image[key])

@@ -1,0 +1,161 @@
+"""Image files → pictures: the only decoder of the project, so that every way in treats a file alike.
+
+Prepare, tokenize, evaluate, the report, the embedder and the server all call `decode`; the image processor, which takes
+Pillow images that a user opened, calls `checked`, the part of `decode` behind opening. The rules:
+
+- Raster formats only (FORMATS), and the first frame of an animation.
+- At most MOST_MEGAPIXELS, known before a pixel is decoded.
+- The orientation that EXIF states is applied, as a viewer does; an EXIF block that cannot be read counts as none.
+- Grey values of 9 to 16 bits become 8 bits by their bit depth alone: the upper 8 bits are kept, never stretched by the
+  picture's own extremes, so that equal values stay equal across pictures. A picture whose values use less than a
+  quarter of its depth (12 bits in a 16-bit file) would come out black and is refused: it needs a window.
+- Signed, 32-bit and floating-point values state no range and are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+
+from fuselip_core.errors import FuselipError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+
+# Raster formats of radiology collections. Formats that run other programs (PostScript) or fetch files stay out.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
+# What Pillow's decoders raise on damaged input.
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    ZeroDivisionError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+MOST_MEGAPIXELS = 120.0
+PILLOWS_MEGAPIXELS = 178  # what Pillow opens at most, whatever is allowed
+CROP_ATTEMPTS = 10
+CROP_RATIO = (3 / 4, 4 / 3)
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
+WINDOW = "window it to 8 bits"
+
+
+class UnreadableImage(FuselipError):
+    """A file that is no usable image. `reason` is one word with underscores, counted in the manifest of prepare."""
+
+    def __init__(self, reason: str, detail: str, remedy: str = "replace the file or leave it out") -> None:
+        super().__init__(f"{reason.replace('_', ' ')}: {detail}; {remedy}")
+        self.reason, self.detail = reason, detail
+
+
+def decode(data: bytes) -> Image.Image:
+    """The picture in an image file, loaded, in an 8-bit mode of Pillow (not always RGB).
+
+    Raises UnreadableImage: empty_image, not_an_image, too_large (before anything of that size is
+    allocated), damaged_image, too_deep or too_dark. Safe to call from many threads.
+    """
+    if not data:
+        raise UnreadableImage("empty_image", "0 bytes")
+    try:
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage("too_large", f"more than {PILLOWS_MEGAPIXELS} million pixels") from error
+    except DECODER_ERRORS as error:
+        raise UnreadableImage("not_an_image", f"no image of a known format in {len(data)} bytes") from error
+    return checked(picture)
+
+
+def checked(picture: Image.Image) -> Image.Image:
+    """An opened Pillow image by the rules above: loaded, upright, 8 bits; raises UnreadableImage as `decode` does."""
+    if picture.width * picture.height > MOST_MEGAPIXELS * 1e6:
+        raise UnreadableImage(
+            "too_large", f"{picture.width} x {picture.height} pixels, more than {MOST_MEGAPIXELS:g} million"
+        )
+    try:
+        picture.load()
+        return _upright(_to_8_bits(picture) if picture.mode.startswith(("I", "F")) else picture)
+    except UnreadableImage:
+        raise
+    except DECODER_ERRORS as error:
+        raise UnreadableImage("damaged_image", " ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except DECODER_ERRORS:  # damaged metadata is no reason to lose a picture
+        return picture
+    return ImageOps.exif_transpose(picture) if turned else picture
+
+
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    """The upper 8 bits of unsigned grey values of up to 16 bits; Pillow would cut them off at 255."""
+    tags = getattr(picture, "tag_v2", {})  # of TIFF, the only format that states another depth than it stores
+    # Pillow reads deep PPM files as 32 bits, scaled to 16.
+    if not picture.mode.startswith("I;16") and picture.format != "PPM":
+        raise UnreadableImage("too_deep", f"values of mode {picture.mode} have no stated range", WINDOW)
+    depth = int(max(tags.get(BITS_PER_SAMPLE, (16,))))
+    values = np.asarray(picture)
+    if 0 < int(values.max()) < 1 << (depth - 2):
+        raise UnreadableImage("too_dark", f"values up to {int(values.max())} of {(1 << depth) - 1}", WINDOW)
+    grey = (values >> (depth - 8)).astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey)
+
+
+@contextlib.contextmanager
+def quiet_decoders() -> Iterator[None]:
+    """Keeps the decoders' warnings (large pictures, odd metadata) to themselves: pictures are judged by `decode`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Pixels (size, size, 3) uint8: RGB, then squashed to a square, bicubic with antialiasing.
+
+    The published evaluation preprocessing (FuseLIP, arXiv 2506.03096): the aspect ratio is given up, nothing is cut.
+    """
+    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def random_crop(
+    picture: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """Pixels (size, size, 3) uint8 of a random part of the picture, squashed to a square.
+
+    The part has between scale[0] and scale[1] of the picture's area and an aspect ratio between 3/4 and 4/3 (drawn
+    evenly on a logarithmic scale), as in the published training; if none fits, the largest part in the middle.
+    """
+    left, top, width, height = _draw_part(picture.width, picture.height, scale, rng)
+    part = picture.convert("RGB").crop((left, top, left + width, top + height))
+    return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _draw_part(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the part, in pixels."""
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= width and 0 < down <= height:
+            return int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1)), across, down
+    across = max(1, min(width, round(height * CROP_RATIO[1])))
+    down = max(1, min(height, round(width / CROP_RATIO[0])))
+    return (width - across) // 2, (height - down) // 2, across, down
