@@ -28,7 +28,7 @@ from workload import captions, pictures
 
 from fuselip_core.config import PrepareSettings, TokenizeSettings
 from fuselip_core.data.prepare.prepare import prepare_data
-from fuselip_core.data.shards.in_order import decoded_batches, evaluation_view
+from fuselip_core.data.shards.in_order import evaluation_view, pixel_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.processing import TextTokenizer, as_pixels
@@ -76,7 +76,7 @@ class Bench:
 
     def decoding(self) -> None:
         draw = evaluation_view(self.tokenizer.config.image_size)
-        for _ in decoded_batches(self.prepared, "train", draw, self.batch):
+        for _ in pixel_batches(self.prepared, "train", draw, self.batch):
             pass
 
 

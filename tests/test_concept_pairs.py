@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from instructions import obey
 from PIL import Image
 from training_data import write_raw
 
@@ -14,10 +15,10 @@ from fuselip_core.config import PrepareSettings
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.prepare.extra_pairs import sentences_of
 from fuselip_core.data.prepare.prepare import prepare_data
-from fuselip_core.data.shards.in_order import decoded_batches
+from fuselip_core.data.shards.in_order import pixel_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.store import ABSENT, TokenStore, gather
-from fuselip_core.data.transforms import FAMILIES, GENERAL, apply_instruction
+from fuselip_core.data.transforms import FAMILIES, GENERAL
 from fuselip_core.images import to_pixels
 from fuselip_core.training.mixture import Mixture
 
@@ -74,7 +75,7 @@ def test_every_kind_of_pair_from_the_same_images(tmp_path: Path) -> None:
     assert kinds["caption"] == kinds["sentence"] == kinds["concepts"] == 12
     assert kinds["edit"] in range(30, 37) and kinds["vqa"] >= 24
     # No file holds what an instruction makes; the token store has a row for each.
-    assert data.image_count("train") == 12 and data.picture_count("train") == 12 + kinds["edit"]
+    assert data.image_count("train") == 12 and data.row_count("train") == 12 + kinds["edit"]
     # What is measured stays as it is: nothing is edited there, and captions are the same.
     for split in ("valid", "test"):
         assert data.image_count(split) == plain.image_count(split)
@@ -86,10 +87,10 @@ def test_every_kind_of_pair_from_the_same_images(tmp_path: Path) -> None:
 
 def pictures_of(data: PreparedData, split: str = "train") -> dict[str, np.ndarray]:
     """Every picture of a split as it is read to be tokenized, by its id, in its own size."""
-    ids, found = data.picture_ids(split).to_pylist(), {}
+    ids, found = data.row_ids(split).to_pylist(), {}
     draw = lambda image, row: np.array(image.convert("RGB"))[None]  # noqa: E731
     for start in (0, 5):  # from any row on
-        for first, batch in decoded_batches(data, split, draw, batch_rows=7, start=start):
+        for first, batch in pixel_batches(data, split, draw, batch_rows=7, start=start):
             found |= {ids[first + place]: picture[0] for place, picture in enumerate(batch)}
     assert sorted(found) == sorted(ids)
     return found
@@ -104,7 +105,7 @@ def test_edits_are_what_their_instruction_says_and_never_mirrored(tmp_path: Path
     assert set(families) == {"crop", "rotate", "increase", "decrease"}
     for row in pairs:
         assert "flip" not in row["query_text"] and row["group"] == f"{row['query_image']}/edits"
-        wanted = apply_instruction(images[row["query_image"]], row["query_text"])
+        wanted = obey(images[row["query_image"]], row["query_text"])
         assert np.array_equal(images[row["target_image"]], wanted)
 
 
@@ -133,7 +134,7 @@ def test_flips_and_colours_go_both_ways_between_one_image_and_what_is_made_of_it
         query, target = images[row["query_image"]], images[row["target_image"]]
         if row["query_text"] == "colorize":
             query, target = target, query
-        wanted = apply_instruction(query, "grayscale" if row["query_text"] == "colorize" else row["query_text"])
+        wanted = obey(query, "grayscale" if row["query_text"] == "colorize" else row["query_text"])
         assert np.array_equal(target, wanted), row
         seen[row["query_text"], "/made-" in row["query_image"], "/made-" in row["target_image"]] += 1
     for axis in ("horizontal", "vertical"):
@@ -187,7 +188,7 @@ def test_every_kind_reaches_the_mixture_and_knows_its_like(tmp_path: Path) -> No
     store = TokenStore(tmp_path / "tokens", "train")
     pictures = pictures_of(data)
     assert store.images == len(pictures) > 8
-    for row, name in enumerate(data.picture_ids("train").to_pylist()):
+    for row, name in enumerate(data.row_ids("train").to_pylist()):
         pixels = torch.from_numpy(to_pixels(Image.fromarray(pictures[name]), 96).copy()).permute(2, 0, 1)[None] / 255.0
         # A code may lie on a tie between two batch sizes.
         assert (tokenizer.codes(pixels.float())[0].numpy() == store.codes[row, 0]).mean() > 0.9, name

@@ -15,8 +15,8 @@ from training_data import small_settings, write_raw
 from fuselip_core import stages
 from fuselip_core.config import Settings, check_settings
 from fuselip_core.data.pair import DataError
-from fuselip_core.data.shards.by_row import ImageIndex
-from fuselip_core.data.shards.in_order import decoded_batches
+from fuselip_core.data.shards.by_row import PictureReader
+from fuselip_core.data.shards.in_order import pixel_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.distributed import World
 from fuselip_core.encoding import open as open_module
@@ -43,9 +43,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def test_every_image_file_is_found_in_its_shard(settings: Settings, tmp_path: Path) -> None:
     prepared = PreparedData(settings.artifacts / "prepared")
     stored = [blob for batch in prepared.iter_images("train") for blob in batch.column("bytes").to_pylist()]
-    for index in (ImageIndex(tmp_path / "index.npy", prepared, "train") for _ in range(2)):
+    for index in (PictureReader(tmp_path / "index.npy", prepared, "train") for _ in range(2)):
         assert [index.file(row) for row in range(len(stored))] == stored
-        assert len(index) == prepared.picture_count("train") > 80 and len(stored) == 24
+        assert len(index) == prepared.row_count("train") > 80 and len(stored) == 24
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -60,7 +60,7 @@ def test_as_many_images_are_decoded_at_once_as_there_are_cores(
         return np.full((1, 1, 1, 3), row, np.uint8)
 
     prepared = PreparedData(settings.artifacts / "prepared")
-    batches = list(decoded_batches(prepared, "train", draw, batch_rows=8, stop=24))
+    batches = list(pixel_batches(prepared, "train", draw, batch_rows=8, stop=24))
     assert np.concatenate([batch for _, batch in batches])[:, 0, 0, 0, 0].tolist() == list(range(24))
 
 
@@ -72,7 +72,7 @@ def test_packed_shards_are_one_sentence(settings: Settings, tmp_path: Path) -> N
     pq.write_table(pq.read_table(prepared.folder / shard), tmp_path / shard, compression="zstd")
     prepared.folder = tmp_path
     with pytest.raises(DataError, match="holds its images packed; run `fuselip prepare` again"):
-        ImageIndex(tmp_path / "index.npy", prepared, "valid")
+        PictureReader(tmp_path / "index.npy", prepared, "valid")
 
 
 def encoders(settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PicturePairs, PicturePairs]:

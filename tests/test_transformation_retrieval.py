@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from instructions import obey
 from PIL import Image
 from training_data import write_raw
 
 from fuselip_core.config import EvaluateSettings, PrepareSettings
 from fuselip_core.data.prepare.prepare import prepare_data
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.transforms import apply_instruction
 from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.evaluation.transformations import measure_transformations
 
@@ -32,7 +32,7 @@ class Obedient:
         for row, (image, text) in enumerate(zip(images, texts, strict=True)):
             pixels = np.zeros((2, 2, 3), np.uint8) if image is None else np.array(image)
             if image is not None and text is not None and self.obeys:
-                pixels = apply_instruction(pixels, text)
+                pixels = obey(pixels, text)
             embeddings[row, self.known.setdefault(pixels.tobytes(), len(self.known))] = 1
         return embeddings
 

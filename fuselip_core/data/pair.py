@@ -1,8 +1,8 @@
 """What every data set is brought to: images, and pairs of sides that belong together.
 
 An adapter reads the tables of a data set and returns a `Listing`; it opens no image. `prepare.py` then checks the
-images, shard by shard, where `Place` says they are. A picture that is made from another (a crop, an edit) is an image
-of its own, whose `Place` says how (places.py).
+images, shard by shard, where `Place` says they are. A crop or an edit of another image is an image of its own
+(`Derived`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuselip_core.data.places import Place
+from fuselip_core.data.places import Derived, Place
 from fuselip_core.data.spool import Spool
 from fuselip_core.errors import FuselipError
 
@@ -58,7 +58,7 @@ class ImageEntry(_Storable):
     image_id: str
     split: str
     case: str
-    place: Place
+    place: Place | Derived
     modality: str | None = None
     concepts: tuple[str, ...] = ()
     licence: str | None = None
@@ -67,11 +67,11 @@ class ImageEntry(_Storable):
 
 @dataclass(frozen=True, slots=True)
 class MadeImage(_Storable):
-    """What an instruction of transforms.py makes of the image `source` when it is tokenized; no file holds it."""
+    """What `edit` (as JSON, transforms.edit_to_json) makes of the image `source` when it is read; no file holds it."""
 
     image_id: str
     source: str
-    instruction: str
+    edit: str
 
 
 @dataclass(frozen=True, slots=True)

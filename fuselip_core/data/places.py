@@ -1,20 +1,18 @@
-"""Reads images where their places say, and makes those that are parts or edits of others.
+"""Where the file of an image lies, and how an image is cut or edited from another.
 
-A crop or an edit is stored as a row of its own, losslessly as PNG: then every reader treats all images alike, and no
-table has to be joined to see one. Its pixels are those of the decoded original; nothing is resampled but by the edit.
+A crop or an edit that is listed as an image is stored as a row of its own, losslessly as PNG: then every reader treats
+all images alike, and no table has to be joined to see one. Nothing is resampled but by the edit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 from PIL import Image
 
-from fuselip_core.data import transforms
-from fuselip_core.data.transforms import apply_instruction
+from fuselip_core.data.transforms import Edit, apply_edit
 from fuselip_core.images import UnreadableImage
 
 
@@ -39,37 +37,32 @@ class Place:
     column: str = "image"
 
 
+class Box(NamedTuple):
+    """Edges of a crop in pixels, rounded and cut at the edges of the image."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
 @dataclass(frozen=True, slots=True)
-class Derived(Place):
-    """An image that is made from the one at the place."""
+class Derived:
+    """An image that is made from the one at `source`: its part within a box, or an edit of it."""
 
-    def make(self, image: Image.Image) -> Image.Image:
-        """The new image; raises UnreadableImage."""
-        raise NotImplementedError
+    source: Place
+    change: Box | Edit
 
+    @property
+    def file(self) -> Path:
+        return self.source.file
 
-@dataclass(frozen=True, slots=True)
-class Crop(Derived):
-    """The part of an image within `box`: left, top, right, bottom in pixels, rounded and cut at the image's edges."""
-
-    box: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-
-    def make(self, image: Image.Image) -> Image.Image:
-        left, top, right, bottom = (round(edge) for edge in self.box)
-        box = max(0, left), max(0, top), min(image.width, right), min(image.height, bottom)
+    def make(self, picture: Image.Image) -> Image.Image:
+        """The new picture; raises UnreadableImage for a box outside the image."""
+        if not isinstance(self.change, Box):
+            return apply_edit(self.change, picture)
+        left, top, right, bottom = (round(edge) for edge in self.change)
+        box = max(0, left), max(0, top), min(picture.width, right), min(picture.height, bottom)
         if box[0] >= box[2] or box[1] >= box[3]:
-            raise UnreadableImage("empty_crop", f"box {self.box} of {image.width} x {image.height} pixels")
-        return image.crop(box)
-
-
-@dataclass(frozen=True, slots=True)
-class Edited(Derived):
-    """What an instruction of transforms.py makes of an image."""
-
-    instruction: str = ""
-
-    def make(self, image: Image.Image) -> Image.Image:
-        try:
-            return Image.fromarray(apply_instruction(np.array(image.convert("RGB")), self.instruction))
-        except transforms.TransformError as error:
-            raise UnreadableImage("no_edit", str(error)) from error
+            raise UnreadableImage("empty_crop", f"{self.change} of {picture.width} x {picture.height} pixels")
+        return picture.crop(box)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
-from fuselip_core.data.shards.in_order import Draw, decoded_batches, decoders
+from fuselip_core.data.shards.in_order import Draw, decoding_threads, pixel_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.joined import Store
 from fuselip_core.data.tokens.store import SideTokens, TokenStore
@@ -193,10 +193,10 @@ def cache_pictures(
     if not _is_whole(marker, path, identity):
         marker.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        count = prepared.picture_count(split)
+        count = prepared.row_count(split)
         pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count * views, size, size, 3))
         take_space(path)
-        batches = decoded_batches(prepared, split, baseline_views(size, manifest, views), batch_rows=256)
+        batches = pixel_batches(prepared, split, baseline_views(size, manifest, views), batch_rows=256)
         for first, batch in track(batches, f"decoding {split} images", total=-(-count // 256)):
             pixels[first * views : (first + len(batch)) * views] = batch.reshape(-1, size, size, 3)
         pixels.flush()
@@ -219,7 +219,7 @@ def _is_whole(marker: Path, path: Path, identity: Mapping[str, Any]) -> bool:
 
 
 class PictureFiles(Protocol):
-    """Pictures by row (data/image_index.py)."""
+    """Pictures by row (data/shards/by_row.py)."""
 
     def __len__(self) -> int: ...
 
@@ -235,7 +235,7 @@ class DecodedPictures:
     def __init__(self, sources: Sequence[tuple[PictureFiles, int, DrawView]], size: int, device: torch.device) -> None:
         self._sources, self._size, self.device = list(sources), size, device
         self._starts = np.cumsum([0, *(len(files) * views for files, views, _ in sources)])[:-1]
-        self._pool = decoders()
+        self._pool = decoding_threads()
         self._held: dict[int, Future[np.ndarray]] = {}  # of the batch at hand and the next
         self._expected: set[int] = set()
 

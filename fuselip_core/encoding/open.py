@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from fuselip_core.config import TrainSettings
-from fuselip_core.data.shards.by_row import ImageIndex
-from fuselip_core.data.shards.in_order import decoded_batches, evaluation_view
+from fuselip_core.data.shards.by_row import PictureReader
+from fuselip_core.data.shards.in_order import evaluation_view, pixel_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.joined import JoinedStore, Store
 from fuselip_core.data.tokens.store import TokenStore, read_manifest
@@ -74,14 +74,14 @@ def _pictures(
         prepared, manifest = PreparedData(folder.parent / "prepared"), read_manifest(folder)
         require_tokenized(prepared, manifest)
         parts.append((scratch / f"{name or 'own'}-{split}.npy", prepared, manifest, views or int(manifest["views"])))
-    pixels = sum(prepared.picture_count(split) * views * 3 * size**2 for _, prepared, _, views in parts)
+    pixels = sum(prepared.row_count(split) * views * 3 * size**2 for _, prepared, _, views in parts)
     made: PictureSource | None = None
     for rank in range(world.size):  # one after the other: the first makes the files, the others find them
         if rank == world.rank and pixels <= MOST_CACHED:
             made = Pictures([cache_pictures(*part[:3], split, size, part[3]) for part in parts], device)
         elif rank == world.rank:
             sources = [
-                (ImageIndex(path.with_suffix(".index"), prepared, split), views, baseline_view(size, manifest))
+                (PictureReader(path.with_suffix(".index"), prepared, split), views, baseline_view(size, manifest))
                 for path, prepared, manifest, views in parts
             ]
             made = DecodedPictures(sources, size, device)
@@ -126,7 +126,7 @@ def _is_codebook(tokenizer: TiTok, folder: Path) -> bool:
 def _tokenize_anew(store: TokenStore, prepared: PreparedData, tokenizer: TiTok, device: torch.device) -> None:
     """Replaces the codes that `store` shows by those of `tokenizer`, of the evaluation view only."""
     size = tokenizer.config.image_size
-    batches = decoded_batches(prepared, store.split, evaluation_view(size), batch_rows=64)
+    batches = pixel_batches(prepared, store.split, evaluation_view(size), batch_rows=64)
     codes = [tokenizer.codes(as_pixels(batch[:, 0], device)).cpu().numpy() for _, batch in batches]
     store.codes = np.concatenate(codes)[:, None].astype(np.uint16)
     black = torch.zeros(1, 3, size, size, device=device)

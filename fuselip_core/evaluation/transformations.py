@@ -16,7 +16,7 @@ from PIL import Image
 
 from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.transforms import FAMILIES, Pixels, edits
+from fuselip_core.data.transforms import FAMILIES, Pixels, edited_pixels
 from fuselip_core.evaluation.candidates import SideEmbedder
 from fuselip_core.evaluation.metrics import Array, rank_answers
 from fuselip_core.evaluation.result import EvaluationResult
@@ -79,7 +79,7 @@ def _ask(
     embedder: SideEmbedder, picture: Image.Image, family: str, rng: np.random.Generator, batch_size: int
 ) -> tuple[dict[str, Array], int]:
     """Hits (Q) bool of each kind of query over the variants of one image, and the number of options."""
-    drawn = edits(np.array(picture), rng, family, FAMILIES[family].evaluation)
+    drawn = edited_pixels(np.array(picture), rng, family, FAMILIES[family].evaluation)
     sources, of_query = _distinct([edit.query for edit in drawn])
     variants, correct = _distinct([edit.target for edit in drawn])
     texts = [edit.instruction for edit in drawn]

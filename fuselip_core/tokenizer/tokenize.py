@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fuselip_core.config import Settings, TokenizeSettings
-from fuselip_core.data.shards.in_order import Draw, decoded_batches
+from fuselip_core.data.shards.in_order import Draw, pixel_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
@@ -110,7 +110,7 @@ class Tokenizing:
 
     def writer(self, split: str) -> TokenStoreWriter:
         """Where the codes of a split grow."""
-        shape = (self.prepared.picture_count(split), self.settings.views, self.tokenizer.config.latent_tokens)
+        shape = (self.prepared.row_count(split), self.settings.views, self.tokenizer.config.latent_tokens)
         return TokenStoreWriter(self.target, split, *shape, self.identity)
 
     def write_shard(self, writer: TokenStoreWriter, start: int, stop: int) -> None:
@@ -123,13 +123,13 @@ class Tokenizing:
 
     def _split(self, split: str, kinds: list[str]) -> dict[str, int]:
         writer, pairs = self.writer(split), self.prepared.pairs(split)
-        counts = {"images": self.prepared.picture_count(split), "pairs": pairs.num_rows}
+        counts = {"images": self.prepared.row_count(split), "pairs": pairs.num_rows}
         if writer.finished:
             return counts
         shards = writer.pending(self.settings.rows_per_shard)
         for start, stop in track(shards, f"tokenizing {split} images, shards"):
             self.write_shard(writer, start, stop)
-        columns, texts = index_pairs(pairs, self.prepared.picture_ids(split), kinds, self._concepts(split))
+        columns, texts = index_pairs(pairs, self.prepared.row_ids(split), kinds, self._concepts(split))
         ids = [self.encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
         offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
         flat = np.fromiter((token for text in ids for token in text), np.uint16, count=int(offsets[-1]))
@@ -140,7 +140,7 @@ class Tokenizing:
         """Codes (stop - start, V, K) uint16 of the images from `start` on."""
         settings = self.settings
         codes = np.zeros((stop - start, settings.views, self.tokenizer.config.latent_tokens), np.uint16)
-        for first, batch in decoded_batches(self.prepared, split, draw, settings.batch_size, start, stop):
+        for first, batch in pixel_batches(self.prepared, split, draw, settings.batch_size, start, stop):
             codes[first - start : first - start + len(batch)] = self._encode(batch)
         return codes
 
@@ -158,7 +158,7 @@ class Tokenizing:
         """Concepts of each image; a made one has none."""
         batches = self.prepared.iter_images(split, columns=["concepts"], batch_rows=65536)
         kind = IMAGE_SCHEMA.field("concepts").type
-        made = self.prepared.picture_count(split) - self.prepared.image_count(split)
+        made = self.prepared.row_count(split) - self.prepared.image_count(split)
         return pa.chunked_array([*(batch.column("concepts") for batch in batches), pa.nulls(made, kind)], kind)
 
 

@@ -19,7 +19,16 @@ import numpy as np
 from fuselip_core.data.pair import ImageEntry, MadeImage, Pair, Side
 from fuselip_core.data.places import Place
 from fuselip_core.data.prepare.splits import Plan
-from fuselip_core.data.transforms import FAMILIES, GENERAL, MEDICAL, edit_steps, random_family
+from fuselip_core.data.transforms import (
+    FAMILIES,
+    GENERAL,
+    MEDICAL,
+    Edit,
+    EditPair,
+    draw_edits,
+    edit_to_json,
+    random_family,
+)
 
 
 @dataclass(frozen=True)
@@ -52,20 +61,20 @@ def _drawn(image_id: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed} edited {image_id}".encode()).digest()[:8], "big") / 2**64
 
 
-def steps_of(image_id: str, kind: Edits, seed: int) -> list[tuple[str, str, str]]:
-    """Edits of one image (places.edit_steps); equal arguments give equal edits, each once."""
+def pairs_of(image_id: str, kind: Edits, seed: int) -> list[EditPair]:
+    """Edits of one image; equal arguments give equal edits, each once."""
     rng = np.random.default_rng([seed, *hashlib.sha256(image_id.encode()).digest()[:8]])
     family = random_family(rng, kind.weights, grouped=kind.grouped)
-    return list(dict.fromkeys(edit_steps(family, rng, kind.variants or FAMILIES[family].training)))
+    return list(dict.fromkeys(draw_edits(rng, family, kind.variants or FAMILIES[family].training)))
 
 
 def _add_edits_of(image: ImageEntry, kind: Edits, seed: int, plan: Plan) -> None:
-    made: dict[str, str] = {"": image.image_id}
-    for number, (before, instruction, after) in enumerate(steps_of(image.image_id, kind, seed)):
-        for step in (before, after):
-            if step not in made:
-                made[step] = f"{image.image_id}/made-{len(made) - 1}"
-                plan.made["train"].append(MadeImage(made[step], image.image_id, step))
-        sides = Side(made[before], instruction), Side(made[after])
+    made: dict[Edit | None, str] = {None: image.image_id}
+    for number, pair in enumerate(pairs_of(image.image_id, kind, seed)):
+        for edit in (pair.before, pair.after):
+            if edit is not None and edit not in made:
+                made[edit] = f"{image.image_id}/made-{len(made) - 1}"
+                plan.made["train"].append(MadeImage(made[edit], image.image_id, edit_to_json(edit)))
+        sides = Side(made[pair.before], pair.instruction), Side(made[pair.after])
         name = f"{image.image_id}/edit-{number}"
         plan.pairs["train"].append(Pair(name, image.split, "edit", f"{image.image_id}/edits", image.case, *sides))

@@ -39,7 +39,7 @@ class ImageReader:
         if self._archive:
             self._archive[1].close()
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: Place | Derived) -> bytes:
         """The bytes of an image; raises UnreadableImage (missing_image, too_large, damaged_archive, ...)."""
         if isinstance(place, Derived):
             return _png(place.make(self._decoded(place)))
@@ -55,9 +55,8 @@ class ImageReader:
 
     def _decoded(self, place: Derived) -> Image.Image:
         """The original of a derived image; its crops and edits follow each other, so the last one is kept."""
-        source = Place(place.file, place.member, place.row, place.span, place.column)
-        if self._original is None or self._original[0] != source:
-            self._original = source, decode(self.read(source))
+        if self._original is None or self._original[0] != place.source:
+            self._original = place.source, decode(self.read(place.source))
         return self._original[1]
 
     def _stored(self, place: Place) -> bytes:

@@ -153,15 +153,13 @@ def _refuse_copies(entry: ImageEntry, digest: str, mark: Fingerprint | None, ind
 
     A crop or an edit is judged by its original: many a small crop of a sky looks like another.
     """
-    place = entry.place
-    source = Place(place.file, place.member, place.row, place.span, place.column)
-    if isinstance(place, Derived):
-        if source in work.copies:
+    if isinstance(entry.place, Derived):
+        if entry.place.source in work.copies:
             raise UnreadableImage("copy_in_held_out", "made from a copy")
         return
     same = index.has(digest)
     if same or (mark and work.task.near and index.has_near(mark)):
-        work.copies.add(source)
+        work.copies.add(entry.place)
         raise UnreadableImage(*(("copy_in_held_out", "same bytes") if same else ("near_copy_in_held_out", "same look")))
 
 

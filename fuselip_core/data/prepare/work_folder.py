@@ -12,7 +12,6 @@ from pathlib import Path
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.pair import DataError
-from fuselip_core.data.places import Place
 from fuselip_core.data.prepare.splits import Plan
 from fuselip_core.files import write_json
 from fuselip_core.lock import sole_process
@@ -75,16 +74,16 @@ def key_of(plan: Plan, settings: PrepareSettings, *more: object) -> str:
             digest.update(repr(image).encode())
             if image.place.file != last:
                 last = image.place.file
-                digest.update(_state_of(image.place).encode())
+                digest.update(_state_of(last).encode())
         for table in (plan.pairs, plan.candidates):
             for item in table.get(split, ()):
                 digest.update(repr(item).encode())
     return digest.hexdigest()
 
 
-def _state_of(place: Place) -> str:
+def _state_of(file: Path) -> str:
     try:
-        state = place.file.stat()
+        state = file.stat()
     except OSError:
         return "missing"
     return f"{state.st_size} {state.st_mtime_ns}"

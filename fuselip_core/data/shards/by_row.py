@@ -18,7 +18,7 @@ from PIL import Image
 
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.transforms import made_picture
+from fuselip_core.data.transforms import apply_edit, edit_from_json
 from fuselip_core.files import atomic_write
 from fuselip_core.images import decode
 from fuselip_core.progress import track
@@ -28,7 +28,7 @@ ENTRY = np.dtype([("shard", np.uint32), ("size", np.uint32), ("offset", np.uint6
 ROWS_AT_ONCE = 64
 
 
-class ImageIndex:
+class PictureReader:
     """Random access to the pictures of `split`; `path` keeps where they are, and is written on first use."""
 
     def __init__(self, path: Path, prepared: PreparedData, split: str) -> None:
@@ -46,7 +46,7 @@ class ImageIndex:
                 np.save(stream, _find_all(self._shards, prepared.image_count(split)))
         self._entries: NDArray[np.void] = np.load(path, mmap_mode="r")
         self._sources = prepared.sources_of_made(split)
-        self._instructions = prepared.made(split).column("instruction").combine_chunks()
+        self._edits = prepared.made(split).column("edit").combine_chunks()
         self._maps: dict[int, mmap.mmap] = {}
         self._lock = threading.Lock()
 
@@ -58,7 +58,7 @@ class ImageIndex:
         """The picture of a row, read or made; may be called from several threads."""
         number = row - len(self._entries)
         image = decode(self.file(row if number < 0 else int(self._sources[number])))
-        return image if number < 0 else made_picture(image, self._instructions[number].as_py())
+        return image if number < 0 else apply_edit(edit_from_json(self._edits[number].as_py()), image)
 
     def file(self, row: int) -> bytes:
         """The image file of a row."""

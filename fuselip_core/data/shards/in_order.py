@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.transforms import made_picture
+from fuselip_core.data.transforms import Edit, apply_edit, edit_from_json
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space
 from fuselip_core.images import decode, to_pixels
@@ -23,10 +23,10 @@ from fuselip_core.progress import track
 
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
 MOST_THREADS = 32
-Encoded = tuple[bytes, str | None]  # an image file, and the instruction by which a made image comes of it
+Encoded = tuple[bytes, Edit | None]  # an image file, and the edit that makes a made image of it
 
 
-def decoders() -> ThreadPoolExecutor:
+def decoding_threads() -> ThreadPoolExecutor:
     """Threads that decode: one a core, so that a machine with a GPU and many cores does not wait for two of them."""
     return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
 
@@ -36,7 +36,7 @@ def evaluation_view(size: int) -> Draw:
     return lambda image, row: to_pixels(image, size)[None]
 
 
-def decoded_batches(
+def pixel_batches(
     prepared: PreparedData,
     split: str,
     draw: Draw,
@@ -50,17 +50,17 @@ def decoded_batches(
     """
 
     def decode_and_draw(encoded: Encoded, row: int) -> np.ndarray:
-        blob, instruction = encoded
+        blob, edit = encoded
         try:
             image = decode(blob)
-            return draw(image if instruction is None else made_picture(image, instruction), row)
+            return draw(image if edit is None else apply_edit(edit, image), row)
         except FuselipError as error:
             raise FuselipError(
                 f"image {row} of split '{split}' in {prepared.folder} is no longer what was prepared ({error}); "
                 "run `fuselip prepare` again"
             ) from error
 
-    with decoders() as pool:
+    with decoding_threads() as pool:
         waiting: tuple[int, list[Future[np.ndarray]]] | None = None
         for first, blobs in _encoded_batches(prepared, split, batch_rows, start, stop):
             jobs = [pool.submit(decode_and_draw, blob, first + place) for place, blob in enumerate(blobs)]
@@ -75,7 +75,7 @@ def _encoded_batches(
     prepared: PreparedData, split: str, batch_rows: int, start: int, stop: int | None
 ) -> Iterator[tuple[int, list[Encoded]]]:
     """(first row, image files with what is to be made of them) of the rows from `start` to before `stop`."""
-    images, end = prepared.image_count(split), prepared.picture_count(split) if stop is None else stop
+    images, end = prepared.image_count(split), prepared.row_count(split) if stop is None else stop
     row = start
     for batch in prepared.iter_images(split, ["bytes"], batch_rows, first=start) if row < min(images, end) else ():
         blobs = batch.column("bytes")[: end - row].to_pylist()
@@ -93,15 +93,15 @@ def _made_batches(
     """The same for rows of made images. Their originals stand in the same order, so one pass over those will do."""
     images = prepared.image_count(split)
     sources = prepared.sources_of_made(split)[start - images : stop - images]
-    instructions = prepared.made(split).column("instruction")[start - images : stop - images].to_pylist()
+    edits = prepared.made(split).column("edit")[start - images : stop - images].to_pylist()
     blobs = _blobs_from(prepared, split, int(sources[0]))
     at, blob = next(blobs)
     waiting: list[Encoded] = []
     first = start
-    for source, instruction in zip(sources.tolist(), instructions, strict=True):
+    for source, edit in zip(sources.tolist(), edits, strict=True):
         while at < source:
             at, blob = next(blobs)
-        waiting.append((blob, instruction))
+        waiting.append((blob, edit_from_json(edit)))
         if len(waiting) == batch_rows:
             yield first, waiting
             first, waiting = first + batch_rows, []
@@ -125,7 +125,7 @@ class PixelCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.pixels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
         take_space(path)
-        batches = decoded_batches(prepared, split, evaluation_view(size), batch_rows=256, stop=count)
+        batches = pixel_batches(prepared, split, evaluation_view(size), batch_rows=256, stop=count)
         for first, batch in track(batches, f"decoding {split} images", total=-(-count // 256)):
             self.pixels[first : first + len(batch)] = batch[:, 0]
 

@@ -87,13 +87,16 @@ class PreparedData:
 
     def made(self, split: str) -> pa.Table:
         """Images that are made of others when they are read (see schemas.MADE_SCHEMA), in the order of those."""
-        return self._table("made", split, MADE_SCHEMA)
+        table = self._table("made", split, MADE_SCHEMA)
+        if table.column("edit").null_count:
+            raise DataError(f"{self.folder} was prepared by an earlier version; {AGAIN}")
+        return table
 
-    def picture_count(self, split: str) -> int:
+    def row_count(self, split: str) -> int:
         """Images of a split and those that are made of them: the rows of its token store."""
         return self.image_count(split) + int(self.manifest["counts"][split].get("made_images", 0))
 
-    def picture_ids(self, split: str) -> pa.ChunkedArray:
+    def row_ids(self, split: str) -> pa.ChunkedArray:
         """Ids of the images, then of those that are made of them."""
         own = [batch.column("image_id") for batch in self.iter_images(split, ["image_id"], batch_rows=1 << 16)]
         return pa.chunked_array([*own, *self.made(split).column("image_id").chunks], pa.string())
@@ -103,7 +106,7 @@ class PreparedData:
         if split in self._sources:
             return self._sources[split]
         made = self.made(split).column("source")
-        own = self.picture_ids(split).slice(0, self.image_count(split))
+        own = self.row_ids(split).slice(0, self.image_count(split))
         rows = pc.index_in(made, value_set=own.combine_chunks() if own.num_chunks > 1 else own.chunk(0))
         if rows.null_count:
             raise DataError(f"{self.folder} lacks originals of made images; run `fuselip prepare` again")

@@ -26,8 +26,8 @@ IMAGE_SCHEMA = pa.schema(
         ("row_hash", pa.string()),
     ]
 )
-# Images that are made of others while they are read (places.apply_instruction); their rows follow the images'.
-MADE_SCHEMA = pa.schema([("image_id", pa.string()), ("source", pa.string()), ("instruction", pa.string())])
+# Images that are made of others while they are read (transforms.apply_edit); their rows follow the images'.
+MADE_SCHEMA = pa.schema([("image_id", pa.string()), ("source", pa.string()), ("edit", pa.string())])
 PAIR_SCHEMA = pa.schema(
     [
         (name, pa.string())

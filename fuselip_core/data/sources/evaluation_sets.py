@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from fuselip_core.data import transforms
 from fuselip_core.data.pair import Candidates, DataError, ImageEntry, Listing, SetAside, Side, require_folder
-from fuselip_core.data.places import Crop, Derived, Edited, Place
+from fuselip_core.data.places import Box, Derived, Place
 from fuselip_core.data.sources.conceptual_captions import list_web_captions
 from fuselip_core.data.sources.tables import _read_json
-from fuselip_core.data.transforms import edit_steps
+from fuselip_core.data.transforms import FAMILIES, Edit, draw_edits
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png"})
 OI_LISTS = {"oi-crop": "oi-crop.json", "oi-pos": "oi-crop-positional-v3.json"}
@@ -38,7 +37,7 @@ class _Pictures:
     def __init__(self, listing: Listing) -> None:
         self._listing, self._known = listing, set[str]()
 
-    def add(self, name: str, place: Place, case: str | None = None) -> str:
+    def add(self, name: str, place: Place | Derived, case: str | None = None) -> str:
         if name not in self._known:
             self._known.add(name)
             self._listing.images.append(ImageEntry(name, "test", case=case or name, place=place))
@@ -83,7 +82,7 @@ def _list_crops(
     for sample in samples:
         box = tuple(float(sample["bbox"][side]) for side in ("XMin", "YMin", "XMax", "YMax"))
         crop_id = f"{sample['ImageID']}@{','.join(f'{round(edge)}' for edge in box)}"
-        place = Crop(files[sample["ImageID"]], box=(box[0], box[1], box[2], box[3]))
+        place = Derived(Place(files[sample["ImageID"]]), Box(*box))
         options.append(Side(pictures.add(crop_id, place, case=sample["ImageID"])))
     listing.candidates.append(
         Candidates(name, "test", task, Side(query, entry["query_target"]), tuple(options), answer=0)
@@ -171,21 +170,17 @@ def list_tgit(root: Path) -> Listing:
 def _list_edits(row: int, image: ImageEntry, pictures: _Pictures, listing: Listing) -> None:
     pictures.add(image.image_id, image.place)
     for number, family in enumerate(TGIT_FAMILIES):
-        steps = edit_steps(family, np.random.default_rng([row, number]), transforms.FAMILIES[family].evaluation)
-        edits = list(steps)
-        sides = [[_edited(image, steps, pictures) for steps in (before, after)] for before, _, after in edits]
-        query = Side(sides[0][0], edits[0][1])
-        options = tuple(Side(target) for _, target in sides)
+        pairs = draw_edits(np.random.default_rng([row, number]), family, FAMILIES[family].evaluation)
+        query = Side(_edited(image, pairs[0].before, pictures), pairs[0].instruction)
+        options = tuple(Side(_edited(image, pair.after, pictures)) for pair in pairs)
         listing.candidates.append(
             Candidates(f"tgit/{family}/{row}", "test", f"tgit/{family}", query, options, answer=0)
         )
 
 
-def _edited(image: ImageEntry, instruction: str, pictures: _Pictures) -> str:
-    """The id of what `instruction` makes of a picture; without one, the picture's own."""
-    if not instruction:
+def _edited(image: ImageEntry, edit: Edit | None, pictures: _Pictures) -> str:
+    """The id of what `edit` makes of an image; without one, the image's own."""
+    if edit is None:
         return image.image_id
-    place = image.place
-    assert not isinstance(place, Derived)
-    edited = Edited(place.file, place.member, place.row, place.span, place.column, instruction)
-    return pictures.add(f"{image.image_id}#{instruction}", edited, case=image.case)
+    assert isinstance(image.place, Place)
+    return pictures.add(f"{image.image_id}#{edit.instruction}", Derived(image.place, edit), case=image.case)

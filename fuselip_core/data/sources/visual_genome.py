@@ -29,7 +29,7 @@ from fuselip_core.data.pair import (
     one_line,
     require_folder,
 )
-from fuselip_core.data.places import Crop, Place
+from fuselip_core.data.places import Box, Derived, Place
 from fuselip_core.data.sources.tables import json_array
 
 GROUP = 4
@@ -110,7 +110,7 @@ def _list_region(name: str, split: str, path: Path, region: dict[str, Any], grou
     crop_id = f"{name}/region-{region['region_id']}"
     left, top = region["x"], region["y"]
     box = left, top, left + region["width"], top + region["height"]
-    listing.images.append(ImageEntry(crop_id, split, case=name, place=Crop(path, box=box)))
+    listing.images.append(ImageEntry(crop_id, split, case=name, place=Derived(Place(path), Box(*box))))
     query = Side(name, one_line(region["phrase"]))
     listing.pairs.append(Pair(crop_id, split, "region", group, name, query, Side(crop_id)))
 
