@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import jinja2
 from PIL import Image
 
 VOID = frozenset({"img", "meta", "br"})
@@ -77,6 +78,18 @@ footer { color: var(--soft); font-size: 0.875rem; padding: 8px 0 40px; }
 """
 
 
+def render(template: Path, **values: object) -> str:
+    """The Jinja template with `values`, escaped. It may include files of its folder; a missing value fails."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(values)
+
+
 class Html(str):
     """Text that is HTML already."""
 
@@ -136,7 +149,7 @@ def section(identifier: str, title: str, *children: str) -> Html:
 def chart(path: Path, alt: str) -> Html:
     """A PNG file, embedded; on narrow screens it scrolls sideways rather than becoming unreadable."""
     return tag(
-        "div", tag("img", src=_data_uri(path.read_bytes(), "png"), alt=alt, klass="chart"), klass="scroll", tabindex="0"
+        "div", tag("img", src=data_uri(path.read_bytes(), "png"), alt=alt, klass="chart"), klass="scroll", tabindex="0"
     )
 
 
@@ -146,8 +159,9 @@ def picture(image: Image.Image, alt: str) -> Html:
     small.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=88)
-    return tag("img", src=_data_uri(stream.getvalue(), "jpeg"), alt=alt, loading="lazy")
+    return tag("img", src=data_uri(stream.getvalue(), "jpeg"), alt=alt, loading="lazy")
 
 
-def _data_uri(data: bytes, kind: str) -> str:
+def data_uri(data: bytes, kind: str) -> str:
+    """An image file of `kind` (png, jpeg, ...) as an address that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -6,16 +6,10 @@ prepare → codebook → tokenize → train → evaluate → register. Each read
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fuselip_core.config import Settings
-from fuselip_core.errors import FuselipError
-from fuselip_core.files import read_numbers, write_json
-
-if TYPE_CHECKING:
-    import torch
+from fuselip_core.files import write_json
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
@@ -50,39 +44,17 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Trained encoder → measures beside chance and controls in metrics.json, and a page to read in report/."""
-    from fuselip_core.data.shards.reader import PreparedData
-    from fuselip_core.encoding.open import open_measuring
-    from fuselip_core.evaluation.before_after import measure_adaptation
-    from fuselip_core.evaluation.candidates import measure_candidates
     from fuselip_core.evaluation.report.page import write_report
-    from fuselip_core.evaluation.tasks import evaluate as measure
-    from fuselip_core.evaluation.transformations import measure_transformations
-    from fuselip_core.model.embedder import Embedder
-    from fuselip_core.model.hub import load_pretrained
+    from fuselip_core.evaluation.run import measure_run
     from fuselip_core.tracking.run import open_run
 
-    artifacts = settings.artifacts
-    made = read_numbers(_trained_model(settings) / "training.json")
-    made |= read_numbers(artifacts / "codebook" / "codebook.json")
-    model, processor = load_pretrained(_trained_model(settings), _device())
-    store, encoder = open_measuring(model, artifacts, settings.evaluate.split, _device())
-    prepared = PreparedData(artifacts / "prepared")
-    # Opened first: a wrong folder is told before anything is measured.
-    with_candidates = [prepared, *map(PreparedData, settings.evaluate.candidates)]
-    result = measure(encoder, store, prepared, settings.evaluate)
-    embedder = Embedder(model, processor)
-    for data in with_candidates:
-        measure_candidates(embedder, data, settings.evaluate, result)
-    measure_transformations(embedder, prepared, settings.evaluate, result)
-    result.metrics.update(measure_adaptation(model, artifacts, settings.evaluate, result.metrics, _device()))
-    metrics = {**result.metrics, **made}
+    result = measure_run(settings)
     with open_run(settings, "evaluate") as run:
-        write_report(artifacts, result, metrics, settings)
-        write_json(artifacts / "metrics.json", dict(sorted(metrics.items())))
-        run.metrics(metrics, int(metrics["train/steps"]))
-        run.artifact(artifacts / "report", "report")
-    shutil.rmtree(artifacts / "work" / "pixels", ignore_errors=True)
-    return metrics
+        write_report(settings.artifacts, result, result.metrics, settings)
+        write_json(settings.artifacts / "metrics.json", dict(sorted(result.metrics.items())))
+        run.metrics(result.metrics, int(result.metrics["train/steps"]))
+        run.artifact(settings.artifacts / "report", "report")
+    return result.metrics
 
 
 def register(settings: Settings) -> dict[str, Any]:
@@ -90,16 +62,3 @@ def register(settings: Settings) -> dict[str, Any]:
     from fuselip_core.registry.register import register_run
 
     return register_run(settings)
-
-
-def _device() -> torch.device:
-    from fuselip_core.distributed import local_device
-
-    return local_device()
-
-
-def _trained_model(settings: Settings) -> Path:
-    folder = settings.artifacts / "model"
-    if not (folder / "config.json").is_file():
-        raise FuselipError(f"{folder} holds no trained model; run the train stage first")
-    return folder

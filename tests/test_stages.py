@@ -171,6 +171,41 @@ def test_evaluation_sets_are_asked_as_well(run: Settings, tmp_path: Path) -> Non
         stages.evaluate(run.model_copy(update={"artifacts": tmp_path, "evaluate": wrong}))
 
 
+def test_a_split_that_the_data_lack_gives_way_to_valid(
+    run: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("prepared", "tokens", "codebook", "model", "history.jsonl"):
+        (tmp_path / name).symlink_to(run.artifacts / name)
+    evaluate = run.evaluate.model_copy(update={"split": "dev"})
+    stages.evaluate(run.model_copy(update={"artifacts": tmp_path, "evaluate": evaluate}))
+    assert "no dev split: measuring on valid instead" in caplog.text
+    assert json.loads((tmp_path / "report" / "results.json").read_text())["split"] == "valid"
+
+
+def test_everything_is_opened_before_anything_is_measured(
+    run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fuselip_core.data.pair import DataError
+    from fuselip_core.evaluation import tasks
+
+    def measured(*_: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(tasks, "evaluate", measured)
+    with pytest.raises(AssertionError, match="measured"):
+        stages.evaluate(run)
+    for name in ("prepared", "tokens", "codebook"):
+        (tmp_path / name).symlink_to(run.artifacts / name)
+    shutil.copytree(run.artifacts / "model", tmp_path / "model")
+    wrong = run.evaluate.model_copy(update={"candidates": (tmp_path / "nowhere",)})
+    with pytest.raises(DataError, match="nowhere"):
+        stages.evaluate(run.model_copy(update={"artifacts": tmp_path, "evaluate": wrong}))
+    (tmp_path / "model" / "started_from.json").write_text(json.dumps({"init": str(run.artifacts / "model")}))
+    wrong = run.evaluate.model_copy(update={"retention": tmp_path / "nowhere"})
+    with pytest.raises(FuselipError, match="nowhere"):
+        stages.evaluate(run.model_copy(update={"artifacts": tmp_path, "evaluate": wrong}))
+
+
 def test_codes_of_another_tokenizer_do_not_train(run: Settings, tmp_path: Path) -> None:
     for name in ("prepared", "tokens"):
         (tmp_path / name).symlink_to(run.artifacts / name)

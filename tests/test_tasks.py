@@ -179,7 +179,10 @@ def test_answers_need_image_and_question(tmp_path: Path) -> None:
     # Another image gives another answer, but for the two images that share one.
     assert metrics["answers/shuffled_image/accuracy_open"] == 0
     assert 0 <= metrics["answers/shuffled_image/accuracy_closed"] <= 1 / 3
-    assert metrics["answers/fused/over_best_control"] == pytest.approx(5)
+    controls = ("question_only", "image_only", "blank_image", "shuffled_image", "majority", "majority_by_question")
+    strongest = max(metrics[f"answers/{name}/accuracy"] for name in controls)
+    assert strongest > metrics["answers/chance"]
+    assert metrics["answers/fused/over_best_control"] == pytest.approx(1 / strongest)
     assert metrics["answers/gain/blank_image/accuracy"] == 1
     gains = [metrics[f"answers/gain/{name}/accuracy"] for name in ("shuffled_image", "majority")]
     assert gains == [1 - metrics[f"answers/{name}/accuracy"] for name in ("shuffled_image", "majority")]
@@ -188,6 +191,33 @@ def test_answers_need_image_and_question(tmp_path: Path) -> None:
     assert 0 < metrics["answers/gain/shuffled_image/mean_reciprocal_rank"] < 1
     assert (metrics["answers/questions_closed"], metrics["answers/questions_open"]) == (3, 3)
     assert not any(name.startswith("retrieval") for name in metrics)
+
+
+@pytest.mark.parametrize("strongest", ["majority_by_question", "shuffled_image", "blank_image"])
+def test_the_best_control_is_the_strongest_of_all(tmp_path: Path, strongest: str) -> None:
+    """17 of 20 questions are answered right; question alone and image alone are right on none, one control on ten."""
+    rows: list[Row] = [
+        ("vqa", image, "left or right?", "left" if image < 10 else "right", "open") for image in range(20)
+    ]
+    answer_of = {image: answer for _, image, _, answer, _ in rows}
+
+    def meaning(image: int | None, text: str) -> Any:
+        if text in ("left", "right") and image is None:
+            return text
+        if image == BLANK:
+            return "left" if strongest == "blank_image" else "nothing"
+        if image is None or not text:
+            return "nothing"
+        return answer_of[image] if image not in (0, 1, 19) else "nothing"
+
+    train = [("vqa", 0, "left or right?", "left", "open")] if strongest == "majority_by_question" else []
+    metrics = evaluate(Knowing(meaning), store_of(tmp_path, rows), FakePrepared(20, train), SETTINGS).metrics
+    assert metrics["answers/fused/accuracy"] == pytest.approx(17 / 20)
+    assert metrics["answers/question_only/accuracy"] == metrics["answers/image_only/accuracy"] == 0
+    if strongest != "shuffled_image":
+        assert metrics[f"answers/{strongest}/accuracy"] == pytest.approx(10 / 20)
+    best = max(metrics[f"answers/{strongest}/accuracy"], metrics["answers/shuffled_image/accuracy"], 1 / 2)
+    assert metrics["answers/fused/over_best_control"] == pytest.approx(17 / 20 / best)
 
 
 def test_a_model_that_reads_only_the_question_does_no_better_than_its_control(tmp_path: Path) -> None:

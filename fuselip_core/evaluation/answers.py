@@ -101,7 +101,7 @@ def measure_answers(
     for name, right in rights.items():
         _add_accuracy(name, right, pool, clusters, settings.seed, result)
     _add_gains(rights, ranks, clusters, settings.seed, result)
-    _add_summary(pool, result)
+    _add_summary(pool, list(rights), result)
 
 
 def quick_answers(encoder: SideEncoder, store: TokenStore, rows: Array, batch_size: int) -> dict[str, float]:
@@ -144,17 +144,18 @@ def _add_gains(
             result.add_gain(metric, 1 / ranks["fused"], 1 / rank, clusters, seed)
 
 
-def _add_summary(pool: AnswerPool, result: EvaluationResult) -> None:
+def _add_summary(pool: AnswerPool, queries: Sequence[str], result: EvaluationResult) -> None:
     metrics = result.metrics
     metrics["answers/pool"] = float(len(pool.names))
     metrics["answers/questions"] = float(len(pool.correct))
     metrics["answers/questions_closed"] = float(np.sum(pool.types == CLOSED))
     metrics["answers/questions_open"] = float(np.sum(pool.types == OPEN))
     metrics["answers/chance"] = 1.0 / len(pool.names)
-    # A control that is never right counts as guessing, so that the ratio stays a number.
-    controls = ("answers/question_only/accuracy", "answers/image_only/accuracy", "answers/chance")
-    best = max(metrics[name] for name in controls)
-    metrics["answers/fused/over_best_control"] = metrics["answers/fused/accuracy"] / best
+    # Chance is a control too: where no other is ever right, the ratio stays a number.
+    controls = [metrics[f"answers/{name}/accuracy"] for name in queries if name != "fused"]
+    metrics["answers/fused/over_best_control"] = metrics["answers/fused/accuracy"] / max(
+        *controls, metrics["answers/chance"]
+    )
 
 
 def _majority_guesses(store: TokenStore, prepared: PreparedData, pool: AnswerPool) -> dict[str, list[str]]:

@@ -6,62 +6,69 @@ on a small set and forgets the rest looks good in the first table alone. Registr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fuselip_core.config import EvaluateSettings
-from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.store import read_manifest
-from fuselip_core.encoding.open import open_measuring
 from fuselip_core.errors import FuselipError
-from fuselip_core.evaluation.tasks import evaluate
+from fuselip_core.evaluation.tasks import OpenSplit, open_split
+from fuselip_core.files import read_json
 from fuselip_core.model.hub import STARTED_FROM, Model, load_pretrained
 
 # Metrics that a before and an after are compared by.
 COMPARED = ("recall_at_1", "recall_at_5", "recall_at_10", "answers/fused/accuracy")
 
-HELD_OUT = ("test", "valid", "dev")
+
+@dataclass(frozen=True)
+class Adaptation:
+    """The splits to compare: the run's own before the adaptation, and the retention data before and after."""
+
+    target_before: OpenSplit
+    retention: tuple[OpenSplit, OpenSplit] | None
+
+
+def open_adaptation(
+    model: Model, folder: Path, artifacts: Path, split: str, settings: EvaluateSettings, device: torch.device
+) -> Adaptation | None:
+    """What is measured beside `model`, which was saved in `folder`; None for a model that was trained from scratch.
+
+    Raises FuselipError where the starting checkpoint or the retention run is missing or has no held-out split.
+    """
+    if not (folder / STARTED_FROM).is_file():
+        return None
+    retention, kept_on = settings.retention, ""
+    if retention is not None:
+        kept_on = _retention_split(retention, split)
+    before, _ = load_pretrained(read_json(folder / STARTED_FROM, "run the train stage again")["init"], device)
+    pair = None
+    if retention is not None:
+        pair = open_split(before, retention, kept_on, device), open_split(model, retention, kept_on, device)
+    return Adaptation(open_split(before, artifacts, split, device), pair)
 
 
 def measure_adaptation(
-    model: Model, artifacts: Path, settings: EvaluateSettings, after: Mapping[str, float], device: torch.device
+    opened: Adaptation | None, after: Mapping[str, float], settings: EvaluateSettings
 ) -> dict[str, float]:
     """``adaptation/{target,retention}/<metric>/{before,after,gain,kept}``; empty for a model trained from scratch.
 
-    `after` are the metrics of `model` on the run's own split. Raises FuselipError where the retention run lacks data.
+    `after` are the metrics of the adapted model on the run's own split.
     """
-    init = started_from(artifacts / "model")
-    if init is None:
+    if opened is None:
         return {}
-    before, _ = load_pretrained(init, device)
-    found = compare("target", _measure(before, artifacts, settings.split, settings, device), after)
-    if settings.retention is not None:
-        split = _held_out(settings.retention, settings.split)
-        kept = [_measure(each, settings.retention, split, settings, device) for each in (before, model)]
-        found |= compare("retention", *kept)
+    found = compare("target", opened.target_before.measure(settings).metrics, after)
+    if opened.retention is not None:
+        found |= compare("retention", *(each.measure(settings).metrics for each in opened.retention))
     return found
 
 
-def started_from(folder: Path) -> str | None:
-    """The checkpoint that the model in `folder` went on from; None for one from scratch."""
-    path = folder / STARTED_FROM
-    return str(json.loads(path.read_text(encoding="utf-8"))["init"]) if path.is_file() else None
-
-
-def _measure(
-    model: Model, artifacts: Path, split: str, settings: EvaluateSettings, device: torch.device
-) -> dict[str, float]:
-    store, encoder = open_measuring(model, artifacts, split, device)
-    return evaluate(encoder, store, PreparedData(artifacts / "prepared"), settings).metrics
-
-
-def _held_out(artifacts: Path, wanted: str) -> str:
+def _retention_split(artifacts: Path, wanted: str) -> str:
     """The split of a retention run to measure: the one that is measured here, or else another held-out one."""
     splits = read_manifest(artifacts / "tokens")["splits"]
-    found = next((split for split in (wanted, *HELD_OUT) if split in splits), None)
+    found = next((split for split in (wanted, "test", "valid", "dev") if split in splits), None)
     if found is None:
         raise FuselipError(f"evaluate.retention {artifacts} has no held-out split; prepare it with prepare.dev_share")
     return found
