@@ -9,8 +9,15 @@ SOURCE ?=
 ROOT ?=
 SET ?=
 NAME ?=
-FLOW_OPTIONS = $(if $(SOURCE),--source $(SOURCE)) $(if $(ROOT),--root '$(ROOT)') $(if $(NAME),--name $(NAME)) \
-	$(foreach item,$(SET),--set '$(item)')
+MODEL ?= models:/fuselip-sample@champion
+PORT ?=
+# Handed over by the environment, which neither make nor the shell reads: spaces, quotes and dollars arrive whole.
+export GIVEN_SOURCE = $(value SOURCE)
+export GIVEN_ROOT = $(value ROOT)
+export GIVEN_SET = $(value SET)
+export GIVEN_NAME = $(value NAME)
+export GIVEN_MODEL = $(value MODEL)
+export GIVEN_PORT = $(value PORT)
 TESTS ?= tests
 
 # Nothing here reports to anyone; flows/environment.py says the same to processes started otherwise.
@@ -18,22 +25,32 @@ export DO_NOT_TRACK := true
 # Every stage is a process of its own: without compiled files in .venv each would compile torch's again, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-long test-docker lint format docs serve-flows serve-ui clean
+.PHONY: help setup demo test test-long test-docker lint format docs serve-flows serve-ui serve-model clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP) ## Make .venv from requirements.lock, fully pinned and hashed
 
+# Programs in an environment name its place, so one that was copied or moved with the checkout is made anew.
+PLACE := $(CURDIR)
+export PLACE
+ifneq "$(shell cat $(STAMP) 2>/dev/null)" "$(PLACE)"
+.PHONY: $(STAMP)
+endif
+
 $(STAMP): requirements.lock pyproject.toml .ci/find-uv
-	@set -e; uv=$$(.ci/find-uv); echo "setting up .venv from requirements.lock (some GB, once)"; \
+	@set -e; if [ -e $(BIN) ] && [ "$$(cat $@ 2>/dev/null)" != "$$PLACE" ]; then \
+	  echo "removing .venv: it is incomplete, or was made for another folder than $$PLACE"; rm -rf .venv; fi; \
+	uv=$$(.ci/find-uv); echo "setting up .venv from requirements.lock (some GB, once)"; \
 	[ -x $(BIN)/python ] || "$$uv" venv --quiet --python 3.11 .venv; \
 	"$$uv" pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock; \
 	"$$uv" pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .; \
-	touch $@
+	printf %s "$$PLACE" > $@
 
 demo: setup ## Run the main job on the embedded sample, or on SOURCE and ROOT
-	@$(BIN)/python -m flows.pipeline $(FLOW_OPTIONS)
+	@$(BIN)/python -m flows.pipeline $${GIVEN_SOURCE:+--source "$$GIVEN_SOURCE"} $${GIVEN_ROOT:+--root "$$GIVEN_ROOT"} \
+	  $${GIVEN_NAME:+--name "$$GIVEN_NAME"} $${GIVEN_SET:+--set "$$GIVEN_SET"}
 
 test: setup ## Run the tests (all but the long ones)
 	@$(BIN)/python -m pytest -m "not long" $(TESTS)
@@ -60,8 +77,11 @@ docs: setup ## Build the documentation site into site/
 serve-flows: setup ## Serve flows on this machine: Prefect's server, UI and worker, and MLflow's page
 	@$(BIN)/python -m flows.server.serve
 
-serve-ui: setup ## Show curves and models on http://127.0.0.1:5000
-	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow/mlflow.db}"
+serve-ui: setup ## Show curves and models on http://127.0.0.1:5000, or on PORT
+	@$(BIN)/python -m flows.server.mlflow_pages ui $${GIVEN_PORT:+--port "$$GIVEN_PORT"}
+
+serve-model: setup ## Serve the registered MODEL on http://127.0.0.1:5001, or on PORT
+	@$(BIN)/python -m flows.server.mlflow_pages model "$$GIVEN_MODEL" $${GIVEN_PORT:+--port "$$GIVEN_PORT"}
 
 clean: ## Remove outputs and local stores; data, caches and .venv stay
 	rm -rf artifacts runs .prefect mlflow/mlflow.db mlflow/artifacts

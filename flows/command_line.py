@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import logging
+import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, get_args
+from typing import Annotated, Any, get_args
 
+import typer
 from prefect import Flow
 from prefect.client.schemas import State
 from prefect.logging.handlers import PrefectConsoleHandler
@@ -17,13 +19,29 @@ from rich.console import Console
 
 from flows.environment import REPOSITORY
 from flows.page.summary import print_summary
-from flows.run.folder import RunRequest, StageRequest
+from flows.run.estimate import preview
+from flows.run.folder import plan
+from flows.run.forms import Request, RunRequest
 from flows.run.runner import Ending
-from flows.tasks import RunnerName
+from flows.tasks import RUNNER, RunnerName
 from fuselip_core.config import parse_overrides
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, run_to_exit
 
-STOPPED = "stopped; the same command goes on from what is done"
+STOPPED = "stopped; the same command resumes it"
+
+
+class Stopped(FuselipError):
+    """A signal ended the flow; the exit code is a shell's for that signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(STOPPED)
+        self.exit_code = 128 + number
+
+
+class WrongOption(FuselipError):
+    """An option's value does not fit its field."""
+
+    exit_code = 2
 
 
 def run_from_command_line(flow: Flow[Any, Any], kind: type[BaseModel], arguments: Sequence[str] | None = None) -> None:
@@ -31,22 +49,72 @@ def run_from_command_line(flow: Flow[Any, Any], kind: type[BaseModel], arguments
 
     The exit code is 0 if all went well, 1 with one line on stderr if not, 2 for a wrong option.
     """
-    options = vars(_parser(flow, kind).parse_args(arguments))
-    runner = options.pop("runner", None)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=(flow.description or "").partition("Args:")[0])(_command(flow, kind))
+    run_to_exit(lambda: app(args=arguments, prog_name=f"python -m flows.{flow.name.replace('-', '_')}"))
+
+
+def _command(flow: Flow[Any, Any], kind: type[BaseModel]) -> Any:
+    """A function for Typer with an option for each field of `kind`, as Prefect's form has them."""
+
+    def command(**given: Any) -> None:
+        runner = given.pop("runner", None)
+        _run(flow, _request(kind, given), [runner] if runner else [])
+
+    options = [_option(name, field) for name, field in kind.model_fields.items()]
+    if "runner" in flow.parameters.properties:
+        help_text = "Where stages run: in processes on this machine, or in the project's containers."
+        options.append(_parameter("runner", RunnerName, RUNNER, typer.Option("--runner", help=help_text)))
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    return command
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    if name == "overrides":
+        text = "Any other setting; may be repeated. `fuselip recipes show NAME` lists them."
+        return _parameter(name, list[str] | None, None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help=text))
+    flag = f"--{name.replace('_', '-')}"
+    kinds = [each for each in (get_args(field.annotation) or (field.annotation,)) if each is not type(None)]
+    base = field.annotation if isinstance(field.default, bool | tuple) else kinds[0]
+    text = field.description
+    if isinstance(field.default, bool):
+        return _parameter(name, bool, field.default, typer.Option(f"{flag}/--no-{flag[2:]}", help=text))
+    if isinstance(field.default, tuple):
+        return _parameter(name, list[str] | None, None, typer.Option(flag, help=text))
+    while hasattr(base, "__metadata__"):  # what only the form needs to know
+        base = base.__origin__
+    return _parameter(name, base | None, None, typer.Option(flag, help=text, show_default=False))
+
+
+def _parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _request(kind: type[BaseModel], given: dict[str, Any]) -> BaseModel:
+    """The request that the options mean; raises FuselipError for the first one that is wrong."""
+    given = {name: value for name, value in given.items() if value not in (None, [])}
+    if texts := given.pop("overrides", None):
+        # One text may hold several, as SET="train.steps=5 train.init=my folder" does.
+        texts = [each for text in texts for each in re.split(r"\s+(?=[a-z_]+(?:\.\w+)+=)", text.strip())]
+        given["overrides"] = parse_overrides(texts)
     try:
-        request = _read(kind, options)
-        # Looked at before Prefect's server starts, which takes a while.
-        if isinstance(request, RunRequest | StageRequest):
-            request.plan(REPOSITORY)
+        return kind.model_validate(given)
     except ValidationError as error:
         wrong = error.errors()[0]
-        _fail(f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}", code=2)
-    except FuselipError as error:
-        _fail(str(error), code=error.exit_code)
-    _say_once(terminal=sys.stderr.isatty())
-    state = _run(flow, [request, *([runner] if runner else [])])
+        option = "--" + ".".join(map(str, wrong["loc"])).replace("_", "-")
+        raise WrongOption(f"{option}: {wrong['msg']}, not {wrong['input']!r}") from error
+
+
+def _run(flow: Flow[Any, Any], request: BaseModel, more: list[Any]) -> None:
+    # Checked before Prefect's server starts, which takes a while.
+    planned = plan(REPOSITORY, request).run if isinstance(request, Request) else None
+    if planned and isinstance(request, RunRequest) and request.dry_run:
+        Console().print(preview(planned), highlight=False, markup=False, soft_wrap=True)
+        return
+    _quiet(terminal=sys.stderr.isatty())
+    state = _state(flow, [request, *more])
     if not state.is_completed():
-        _fail(state.message or str(state.name), code=1)
+        raise FuselipError(state.message or str(state.name))
     ending = state.result()
     if isinstance(ending, Ending):
         print_summary(ending, Console())
@@ -54,71 +122,34 @@ def run_from_command_line(flow: Flow[Any, Any], kind: type[BaseModel], arguments
         Console().print(state.message, highlight=False, markup=False, soft_wrap=True)
 
 
-def _run(flow: Flow[Any, Any], arguments: list[Any]) -> State[Any]:
+def _state(flow: Flow[Any, Any], arguments: list[Any]) -> State[Any]:
     """The flow's last state; SIGTERM and Ctrl-C end its stage, and then this process with one sentence."""
     # Ending this process must end the stage it waits for: an exception does, the signal's default would not.
-    signal.signal(signal.SIGTERM, _raise_exit)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        state: State[Any] = flow(*arguments, return_state=True)  # type: ignore[assignment]
-    except KeyboardInterrupt:
-        _fail(STOPPED, code=128 + signal.SIGINT)
+        return flow(*arguments, return_state=True)  # type: ignore[return-value]
+    except KeyboardInterrupt as error:
+        raise Stopped(signal.SIGINT) from error
     except SystemExit as end:
         if end.code != 128 + signal.SIGTERM:
             raise
-        _fail(STOPPED, code=128 + signal.SIGTERM)
-    return state
+        raise Stopped(signal.SIGTERM) from end
 
 
-def _parser(flow: Flow[Any, Any], kind: type[BaseModel]) -> argparse.ArgumentParser:
-    """An option for each plain field of `kind`; fields of its sections are set by --set."""
-    description = (flow.description or "").partition("Args:")[0]
-    parser = argparse.ArgumentParser(prog=f"python -m flows.{flow.name}", description=description)
-    schema = kind.model_json_schema()["properties"]
-    for name, field in schema.items():
-        if "$ref" in field or name == "overrides":
-            continue
-        option = {"dest": name, "default": argparse.SUPPRESS, "help": field.get("description", "").replace("%", "%%")}
-        if field.get("type") == "boolean":
-            option["action"] = argparse.BooleanOptionalAction
-        elif field.get("type") == "array":
-            option["action"] = "append"
-        else:
-            option |= {"choices": field.get("enum"), "metavar": None if "enum" in field else name.upper()}
-        parser.add_argument(f"--{name.replace('_', '-')}", **option)
-    if any("$ref" in field for field in schema.values()):
-        parser.add_argument("--set", action="append", metavar="SECTION.FIELD=VALUE", help="correction of a field")
-    if "runner" in flow.parameters.properties:
-        parser.add_argument("--runner", choices=get_args(RunnerName), default="process", help="where stages run")
-    return parser
-
-
-def _read(kind: type[BaseModel], options: dict[str, Any]) -> BaseModel:
-    overrides = options.pop("set", None) or []
-    if "overrides" in kind.model_fields:
-        return kind.model_validate({**options, "overrides": overrides})
-    return kind.model_validate({**options, **parse_overrides(overrides)})
-
-
-def _say_once(terminal: bool) -> None:
-    """Keeps from Prefect's console, not from its server, what is said here: why a flow failed, as its last sentence.
+def _quiet(terminal: bool) -> None:
+    """Keeps from the console, not from Prefect's server, what this process says itself: errors of flows and tasks.
 
     On a terminal also the lines of a stage, which writes there itself.
     """
 
     def is_new(record: logging.LogRecord) -> bool:
-        said = str(record.msg).startswith(("Finished in state Failed(", "Task run failed with state: Failed("))
-        return not said and not (terminal and getattr(record, "shown", False))
+        if record.name.endswith(".stage"):
+            return not terminal
+        return not (
+            record.name.startswith(("prefect.flow_runs", "prefect.task_runs")) and record.levelno >= logging.ERROR
+        )
 
     for name in ("", "prefect"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, PrefectConsoleHandler):
                 handler.addFilter(is_new)
-
-
-def _raise_exit(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
-def _fail(sentence: str, code: int) -> NoReturn:
-    Console(stderr=True).print(f"error: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(code)

@@ -1,4 +1,4 @@
-"""Fetches a data set and lets DVC version it. ``python -m flows.download --help``."""
+"""Fetches a data set and keeps its version with DVC. ``python -m flows.download --help``."""
 
 from __future__ import annotations
 
@@ -18,40 +18,37 @@ from pydantic import Field, WithJsonSchema
 
 from flows.command_line import run_from_command_line
 from flows.environment import REPOSITORY
-from flows.page.flow_run import flow_url, rename_flow_run, sign
+from flows.page.flow_run import flow_url, name_flow_run, sign
 from flows.page.progress import ProgressArtifact
 from flows.run.child import stream
-from flows.run.forms import Form, without_empty
+from flows.run.forms import Form, empty
 from flows.run.lock import dvc_lock
 from flows.run.runner import LastLines, stage_environment
-from flows.tasks import INTERRUPTED, RunnerName, error_of, may_pass, task_log
+from flows.tasks import INTERRUPTED, RUNNER, RunnerName, error_of, may_pass, stoppable, task_log
 from fuselip_core.errors import Interrupted
+from fuselip_core.files import read_json
 
 # Read as it is: the worker's image has not all that fuselip_core/data/download/hosts.py needs.
-ORIGINS = json.loads((files("fuselip_core.data.download") / "origins.json").read_text(encoding="utf-8"))
+ORIGINS = read_json(Path(str(files("fuselip_core.data.download") / "origins.json")))
 KNOWN = "; ".join(f"{name}: {origin['note']}" for name, origin in ORIGINS.items())
 Source = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "examples": list(ORIGINS)})]
 RETRY_AFTER: list[float] = [60, 600]
 
 
 class DownloadRequest(Form):
-    """What is fetched, and where to."""
+    """What to fetch, and where to."""
 
     source: Source = Field(
         "rocov2", description=f"Name of a data set, hub:OWNER/NAME, zenodo:RECORD, or an address. Names: {KNOWN}."
     )
     folder: Path = Field(Path("ROCOv2_data"), description="Folder of the files, from the repository's root.")
-    revision: str | None = Field(
-        None,
-        description="Commit, branch or tag of a Hub data set; its main branch if empty.",
-        json_schema_extra=without_empty,
-    )
-    include: tuple[str, ...] = Field((), description="Globs of files to fetch; the data set's own choice if empty.")
+    revision: str | None = empty("Commit, branch or tag of a Hub data set. Empty: its main branch.")
+    include: tuple[str, ...] = Field((), description="Globs of files to fetch. Empty: the data set's own choice.")
     verify: bool = Field(False, description="Check the checksums of files that are there already.")
     keep_version: bool = Field(
         True,
-        description="Let DVC keep this version (`dvc add`), so that a model can be made again from the same bytes; "
-        "takes the data set's size once more where the file system can't share blocks.",
+        description="Keep this version with DVC (`dvc add`), so that a model can be made again from the same bytes; "
+        "it takes the data set's size a second time unless the file system shares blocks.",
     )
 
     def words(self) -> list[str]:
@@ -66,21 +63,21 @@ ROCOV2 = DownloadRequest()
 
 
 @flow(name="download")
-def download(request: DownloadRequest = ROCOV2, runner: RunnerName = "process") -> Any:
-    """Fetches a data set whole, goes on where an earlier run stopped, and lets DVC keep the version.
+def download(request: DownloadRequest = ROCOV2, runner: RunnerName = RUNNER) -> Any:
+    """Fetches a data set, resumes an interrupted download, and keeps the version with DVC.
 
     Args:
-        request: What is fetched, and where to.
+        request: What to fetch, and where to.
         runner: Where it runs: in a process on the worker's machine, or in the project's download container there.
     """
     sign()
-    rename_flow_run(f"download-{request.source.split(':')[-1].strip('/').split('/')[-1]}")
+    name_flow_run("download", request.source.split(":")[-1].strip("/").split("/")[-1])
     if error := _misplaced(request, runner):
         return Failed(message=error)
-    fetched = fetch_task(request, runner, return_state=True)
+    fetched: Any = fetch_task(request, runner, return_state=True)
     if error := error_of(fetched):
         return Failed(message=error)
-    kept = keep_task(request.folder, return_state=True) if _is_ours(request) and request.keep_version else None
+    kept: Any = keep_task(request.folder, return_state=True) if _is_ours(request) and request.keep_version else None
     if kept and (error := error_of(kept)):
         return Failed(message=error)
     _publish(fetched.result(), kept)
@@ -95,8 +92,9 @@ def download(request: DownloadRequest = ROCOV2, runner: RunnerName = "process") 
     retry_delay_seconds=RETRY_AFTER,
     retry_condition_fn=may_pass,
 )
+@stoppable
 def fetch_task(request: DownloadRequest, runner: RunnerName) -> Any:
-    """Completes with what the verb says of the data set; a network that fails is tried again later."""
+    """Completes with the download's summary; a network failure is tried again later."""
     module = "flows.run.container" if runner == "docker" else "fuselip_core"
     progress = ProgressArtifact("download", task_log())
     lines = LastLines(progress)
@@ -110,8 +108,9 @@ def fetch_task(request: DownloadRequest, runner: RunnerName) -> Any:
 
 
 @task(name="keep", task_run_name="keep", cache_policy=NO_CACHE)
+@stoppable
 def keep_task(folder: Path) -> Any:
-    """Lets DVC keep the version: ``<folder>.dvc`` names its bytes, and is there to be committed."""
+    """Keeps the version with DVC: ``<folder>.dvc`` names its bytes; commit it."""
     lines = LastLines(task_log())
     command = [sys.executable, "-m", "dvc", "add", "--quiet", str(folder)]
     with dvc_lock(REPOSITORY, f"{folder}.dvc (process {os.getpid()})", lines) as descriptor:

@@ -1,4 +1,4 @@
-"""Measures the encoder of a run that was trained before. ``python -m flows.evaluate --help``."""
+"""Measures the encoder of an earlier run. ``python -m flows.evaluate --help``."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from typing import Any
 from prefect import flow
 
 from flows.command_line import run_from_command_line
-from flows.run.folder import StageRequest
-from flows.run.forms import EvaluateCorrections
-from flows.tasks import RunnerName, finish, run_stages
+from flows.run.forms import Split, StageRequest, empty
+from flows.tasks import RUNNER, RunnerName, finish, run_stages
+from fuselip_core.config import merge
 
 
 class EvaluateRequest(StageRequest):
-    """Which run is measured, and how."""
+    """Which run to measure, and on which split."""
 
-    evaluate: EvaluateCorrections = EvaluateCorrections()
+    split: Split | None = empty("Split to evaluate on. Empty: the run's.")
+
+    def corrections(self) -> dict[str, Any]:
+        """Settings that the request changes, by section."""
+        return merge({"evaluate": {"split": self.split}} if self.split else {}, super().corrections())
 
 
-LAST_RUN = EvaluateRequest()
+ROOT_PIPELINE = EvaluateRequest()
 
 
 @flow(name="evaluate")
-def evaluate(request: EvaluateRequest = LAST_RUN, runner: RunnerName = "process") -> Any:
+def evaluate(request: EvaluateRequest = ROOT_PIPELINE, runner: RunnerName = RUNNER) -> Any:
     """Measures a trained encoder beside chance and controls.
 
     Args:
-        request: Which run, and what is to be different from its settings.
+        request: Which run to measure, and on which split.
         runner: Where the stage runs: in a process on the worker's machine, or in the project's container there.
     """
     return finish(run_stages(request, ("evaluate",), runner))

@@ -7,19 +7,20 @@ from typing import Any
 from prefect import flow
 
 from flows.command_line import run_from_command_line
-from flows.run.folder import STAGES, RunRequest
-from flows.tasks import RunnerName, finish, run_stages
+from flows.run.folder import STAGES
+from flows.run.forms import RunRequest
+from flows.tasks import RUNNER, RunnerName, finish, run_stages
 
-WHOLE_RUN = RunRequest()
+ROOT_PIPELINE = RunRequest()
 
 
 @flow(name="pipeline")
-def pipeline(request: RunRequest = WHOLE_RUN, runner: RunnerName = "process") -> Any:
-    """From raw data to a registered model; a stage whose inputs have not changed is not run again.
+def pipeline(request: RunRequest = ROOT_PIPELINE, runner: RunnerName = RUNNER) -> Any:
+    """From raw data to a registered model; a stage whose inputs have not changed is skipped.
 
     Args:
-        request: What is trained, on what. Everything empty is the pipeline of params.yaml.
-        runner: Where stages run: in a process on the worker's machine, or in the project's containers there.
+        request: What to train, on which data.
+        runner: Where stages run: in processes on the worker's machine, or in the project's containers there.
     """
     return finish(run_stages(request, STAGES, runner))
 

@@ -11,19 +11,17 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from flows.command_line import run_from_command_line
-from flows.page.flow_run import rename_flow_run
-from flows.run.forms import Form, without_empty
+from flows.page.flow_run import name_flow_run
+from flows.run.forms import Form, empty
 from flows.tasks import error_of
 from fuselip_core.errors import FuselipError
 
 
 class PromoteRequest(Form):
-    """Which version the alias is to mean."""
+    """Which version the alias shall point to."""
 
     name: str = Field("fuselip-rocov2", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model.")
-    version: int | None = Field(
-        None, ge=1, description="Version to promote; the newest if empty.", json_schema_extra=without_empty
-    )
+    version: int | None = empty("Version to promote. Empty: the newest.", ge=1)
     alias: str = Field(
         "champion", pattern=r"^[a-z][a-z0-9_-]*$", description="Alias to move; what is served follows it."
     )
@@ -38,19 +36,19 @@ def promote(request: PromoteRequest = NEWEST) -> Any:
     """Moves an alias of MLflow's registry, back as well as forward.
 
     Args:
-        request: Which version the alias is to mean.
+        request: Which version the alias shall point to.
     """
-    rename_flow_run(f"promote-{request.name}")
+    name_flow_run("promote", request.name)
     moved = alias_task(request, return_state=True)
     if error := error_of(moved):
         return Failed(message=error)
-    create_markdown_artifact(key="promotion", markdown=f"{moved.message}\n", description="What the alias means now")
+    create_markdown_artifact(key="promotion", markdown=f"{moved.message}\n", description="Where the alias points now")
     return Completed(message=moved.message)
 
 
 @task(name="alias", task_run_name="alias", cache_policy=NO_CACHE)
 def alias_task(request: PromoteRequest) -> Any:
-    """Completes with what the alias means now and meant before."""
+    """Completes with the alias' version, now and before."""
     from fuselip_core.registry.register import promote as move
 
     try:

@@ -2,71 +2,86 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from prefect import task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
+from prefect.states import Cancelled, Completed, Failed
 
 from flows.environment import REPOSITORY
 from flows.page.artifacts import publish
-from flows.page.flow_run import flow_url, name_flow_run, sign
+from flows.page.flow_run import flow_url, name_flow_run, run_name, sign
 from flows.page.progress import ProgressArtifact
 from flows.run.container import ContainerRunner
-from flows.run.folder import Plan, Run
+from flows.run.estimate import preview
+from flows.run.folder import Run, plan
+from flows.run.forms import Request, RunRequest, StageRequest
 from flows.run.gpu import gpu_slot
 from flows.run.lock import run_lock
 from flows.run.runner import Ending, OnLine, Outcome, ProcessRunner, Runner
 from flows.run.sample_data import ensure_sample
 from fuselip_core.errors import FuselipError, sentence_of
+from fuselip_core.files import find_json
 
 RunnerName = Literal["process", "docker"]
+# What the form shows and what an empty field means: the workers of docker/compose.yaml say `docker`.
+RUNNER: RunnerName = "docker" if os.environ.get("FUSELIP_RUNNER") == "docker" else "process"
 # Only what another try can mend is tried again: a stage that was asked to stop and saved its state, as on a machine
 # that is taken away; a download whose host does not answer. The waits are in seconds.
 INTERRUPTED = "Interrupted"
 RETRY_AFTER: list[float] = [10, 60, 300]
 
 
-class Request(Protocol):
-    """What a flow is asked for; see flows/run/folder.py."""
-
-    def plan(self, repository: Path) -> Plan:
-        """The run that is meant, checked and not written yet."""
-
-
 def run_stages(request: Request, stages: Sequence[str], runner_name: RunnerName) -> Ending:
     """Runs `stages` in order until one fails; called from within a flow. Another flow on the same run waits."""
     sign()
+    # Until the run is known, and for good if the request is wrong.
+    name_flow_run(str(flow_run.get_flow_name()), _asked_for(request))
     owner = f"flow run {flow_run.get_name()} (process {os.getpid()})"
     try:
-        folder = request.plan(REPOSITORY).run.folder
-        with run_lock(REPOSITORY, folder, owner, get_run_logger().info):
+        run = plan(REPOSITORY, request).run
+        if isinstance(request, RunRequest) and request.dry_run:
+            name_flow_run("dry-run", run_name(run, with_data=False))
+            create_markdown_artifact(key="dry-run", markdown=preview(run), description=f"What {run.name} would be")
+            return Ending(run, (), dry=True)
+        with run_lock(REPOSITORY, run.folder, owner, get_run_logger().info):
             # Planned again: the flow that held the lock may have changed the run.
-            return _run_stages(request.plan(REPOSITORY).write(), stages, make_runner(runner_name))
+            return _run_stages(plan(REPOSITORY, request).write(), stages, make_runner(runner_name))
     except (FuselipError, OSError) as wrong:
         return Ending(None, (), sentence_of(wrong))
 
 
+def _asked_for(request: Request) -> str | None:
+    """The request in a word, for the name of a flow run."""
+    if isinstance(request, StageRequest):
+        return request.run
+    assert isinstance(request, RunRequest)
+    return request.name or request.recipe or request.source
+
+
 def _run_stages(run: Run, stages: Sequence[str], runner: Runner) -> Ending:
     outcomes: list[Outcome] = []
-    name_flow_run(run, with_data="prepare" not in stages)
+    name_flow_run(run_name(run, with_data="prepare" not in stages))
     if "prepare" in stages and (error := error_of(data_task(run, return_state=True))):
         return Ending(run, (), error)
     for stage in stages:
         force = stage == "register" and _lost_from_registry(run)
-        state = stage_task.with_options(name=stage, task_run_name=stage)(stage, run, runner, force, return_state=True)
+        state: Any = stage_task.with_options(name=stage, task_run_name=stage)(
+            stage, run, runner, force, return_state=True
+        )
         if error := error_of(state):
             return Ending(run, tuple(outcomes), error)
         outcomes.append(state.result())
         if stage == "prepare":
-            name_flow_run(run, with_data=True)
+            name_flow_run(run_name(run, with_data=True))
     return Ending(run, tuple(outcomes))
 
 
@@ -74,6 +89,8 @@ def finish(ending: Ending) -> State[Any]:
     """The flow's last state: failed with the stage's sentence, or completed with the Ending and its artifacts made."""
     if ending.error:
         return Failed(message=ending.error)
+    if ending.dry:
+        return Completed(message="dry run: the settings are among the artifacts; nothing was run", data=ending)
     if ending.run:
         publish(ending.run)
     return Completed(message=", ".join(f"{each.stage} {each.status}" for each in ending.outcomes), data=ending)
@@ -90,7 +107,28 @@ def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
     return state.name == INTERRUPTED
 
 
+def stoppable(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a task that is asked to stop end as cancelled; without this, Prefect would report a crash in red."""
+
+    @functools.wraps(work)
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return work(*arguments, **options)
+        except (TerminationSignal, KeyboardInterrupt) as stop:
+            return Cancelled(message="stopped", data=stop)
+
+    return run
+
+
+def error_of(state: Any) -> str | None:
+    """What a failed task says; None for one that went well. Where a task was stopped, the flow ends with it."""
+    if state.is_cancelled():
+        raise state.data
+    return None if state.is_completed() else state.message or state.name
+
+
 @task(name="data", task_run_name="data", cache_policy=NO_CACHE)
+@stoppable
 def data_task(run: Run) -> Any:
     """Draws the sample where it is missing and compares it with data.dvc; other data must be there already."""
     prepare = run.settings.prepare
@@ -104,6 +142,7 @@ def data_task(run: Run) -> Any:
 
 
 @task(cache_policy=NO_CACHE, retries=len(RETRY_AFTER), retry_delay_seconds=RETRY_AFTER, retry_condition_fn=may_pass)
+@stoppable
 def stage_task(stage: str, run: Run, runner: Runner, force: bool = False) -> Any:
     """One DVC stage; completes with its Outcome, or fails with its error sentence."""
     progress = ProgressArtifact(stage, task_log())
@@ -116,21 +155,16 @@ def stage_task(stage: str, run: Run, runner: Runner, force: bool = False) -> Any
 
 
 def task_log() -> OnLine:
-    """Passes lines to the task's log; `shown` tells flows/command_line.py that a terminal has them already."""
-    logger = get_run_logger()
-    return lambda line: logger.info("%s", line, extra={"shown": True})
-
-
-def error_of(state: State[Any]) -> str | None:
-    """What a failed task says; None for one that went well."""
-    return None if state.is_completed() else state.message or state.name
+    """Passes a stage's lines to the task's log; by the logger's name a console can tell them from Prefect's own."""
+    adapter: Any = get_run_logger()
+    lines = type(adapter)(adapter.logger.getChild("stage"), extra=adapter.extra)
+    return lambda line: lines.info("%s", line)
 
 
 def _lost_from_registry(run: Run) -> bool:
     """Whether an earlier registration is gone, as after the store in mlflow/ was removed: DVC can't see that."""
-    try:
-        registered = json.loads((run.artifacts / "registered.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    registered = find_json(run.artifacts / "registered.json")
+    if not registered:
         return False
     from fuselip_core.registry.register import is_registered
 

@@ -7,13 +7,11 @@ stage of the pipeline then finds all codes there and only adds the texts.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from distributed import LocalCluster
 from prefect import Flow, flow, task
 from prefect.cache_policies import NO_CACHE
@@ -21,7 +19,7 @@ from prefect.futures import wait
 from prefect_dask import DaskTaskRunner
 
 from fuselip_core.config import Settings, load_settings
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import run_to_exit
 
 RETRIES = 2
 
@@ -62,23 +60,17 @@ def _on(scheduler: str) -> Flow[[Settings], int]:
     return tokenize_map.with_options(task_runner=runner)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Tokenizes what the command line's settings mean; an error is one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m flows.tokenize_map", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--settings", type=Path, default=Path("params.yaml"), help="settings file of the run")
-    parser.add_argument("--workers", type=int, default=2, help="processes on this machine")
-    parser.add_argument("--scheduler", help="address of a Dask scheduler, in place of processes here")
-    options = parser.parse_args(arguments)
-    try:
-        settings = load_settings(options.settings)
-        settings = settings.model_copy(update={"artifacts": settings.artifacts.resolve()})
-        images = tokenize_with(settings, options.workers, options.scheduler)
-    except (FuselipError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 1
-    sys.stdout.write(f"{images} images tokenized; the tokenize stage adds the texts\n")
-    return 0
+def main(
+    settings: Annotated[Path, typer.Option(help="Settings file of the run.")] = Path("params.yaml"),
+    workers: Annotated[int, typer.Option(help="Processes on this machine.")] = 2,
+    scheduler: Annotated[str | None, typer.Option(help="Dask scheduler to use instead, tcp://host:8786.")] = None,
+) -> None:
+    """Turn images into codes on many processes or machines."""
+    run = load_settings(settings)
+    run = run.model_copy(update={"artifacts": run.artifacts.resolve()})
+    images = tokenize_with(run, workers, scheduler)
+    typer.echo(f"{images} images tokenized; the tokenize stage adds the texts")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_to_exit(lambda: typer.run(main))

@@ -1,4 +1,4 @@
-"""From raw data to a trained encoder, neither measured nor registered yet. ``python -m flows.train --help``."""
+"""From raw data to a trained encoder, neither evaluated nor registered. ``python -m flows.train --help``."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 from prefect import flow
 
 from flows.command_line import run_from_command_line
-from flows.run.folder import RunRequest
-from flows.tasks import RunnerName, finish, run_stages
+from flows.run.folder import STAGES
+from flows.run.forms import RunRequest
+from flows.tasks import RUNNER, RunnerName, finish, run_stages
 
-STAGES = ("prepare", "codebook", "tokenize", "train")
-WHOLE_RUN = RunRequest()
+ROOT_PIPELINE = RunRequest()
 
 
 @flow(name="train")
-def train(request: RunRequest = WHOLE_RUN, runner: RunnerName = "process") -> Any:
-    """Trains an encoder; the flows evaluate and register go on with the run of the same name.
+def train(request: RunRequest = ROOT_PIPELINE, runner: RunnerName = RUNNER) -> Any:
+    """Trains an encoder; the flows evaluate and register continue with the run of the same name.
 
     Args:
-        request: What is trained, on what. Everything empty is the pipeline of params.yaml.
-        runner: Where stages run: in a process on the worker's machine, or in the project's containers there.
+        request: What to train, on which data.
+        runner: Where stages run: in processes on the worker's machine, or in the project's containers there.
     """
-    return finish(run_stages(request, STAGES, runner))
+    return finish(run_stages(request, STAGES[: STAGES.index("evaluate")], runner))
 
 
 if __name__ == "__main__":

@@ -342,7 +342,7 @@ _SECTION_FIELDS = {"register_" if name == "register" else name for name in SECTI
 def check_run_name(name: str) -> None:
     """Raises SettingsError for a name that is not one folder's."""
     if not re.fullmatch(NAME_PATTERN, name):
-        raise SettingsError(f"'{name}' can't name a run; use letters, digits, dots, dashes and underscores")
+        raise SettingsError(f"'{name}' can't name a run; use the letters a-z, digits, dots, dashes and underscores")
 
 
 def load_settings(

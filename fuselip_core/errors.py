@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class FuselipError(ValueError):
@@ -36,3 +39,18 @@ def _of_system(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write or read{place}; change its owner or mode, or choose another folder"
     return f"{error.strerror or error}{place}; run again with --debug for the traceback"
+
+
+def run_to_exit(work: Callable[[], object], debug: bool = False) -> NoReturn:
+    """Ends this process after `work`: with its exit code if it returns one, or with one line on stderr if it fails.
+
+    The only place that turns an error into an exit code. With `debug` the traceback is shown instead.
+    """
+    try:
+        code = work()
+    except Exception as error:
+        if debug:
+            raise
+        sys.stderr.write(f"error: {sentence_of(error)}\n")
+        code = error.exit_code if isinstance(error, FuselipError) else 1
+    sys.exit(code if isinstance(code, int) else 0)

@@ -160,12 +160,13 @@ def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> N
     """Through all that stands between: DVC's process, DVC, the shell, the client of the engine."""
     client = engine()
     image_of("download")
-    from flows.run.folder import RunRequest, open_run_folder
+    from flows.run.folder import plan
+    from flows.run.forms import RunRequest
 
     repository = copy_repository(tmp_path / "repository")
     (repository / "fuselip_core" / "stages.py").write_text(AT_WORK)
     (tmp_path / "sample").mkdir()
-    run = open_run_folder(repository, RunRequest(source="phantom", root=tmp_path / "sample", name="boxed"))
+    run = plan(repository, RunRequest(source="phantom", root=tmp_path / "sample", name="boxed")).write()
     mine = {"label": f"fuselip.repository={repository}"}
     lines: list[str] = []
 
@@ -186,13 +187,14 @@ def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> N
 def test_a_stage_in_a_container_is_up_to_date_for_dvc(tmp_path: Path) -> None:
     """The real prepare stage in the download image, then DVC's word on it, with and without containers."""
     image_of("download")
-    from flows.run.folder import RunRequest, open_run_folder
+    from flows.run.folder import plan
+    from flows.run.forms import RunRequest
     from flows.run.runner import ProcessRunner
 
     repository = copy_repository(tmp_path / "repository")
     draw_data_set(tmp_path / "sample", 0, {"train": 8, "valid": 4, "test": 4})
     request = RunRequest(source="phantom", root=tmp_path / "sample", name="boxed")
-    run = open_run_folder(repository, request)
+    run = plan(repository, request).write()
     lines: list[str] = []
     outcome = ContainerRunner().run("prepare", run, lines.append)
     assert outcome.status == "done", lines

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -21,12 +22,14 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_stack import Served
 from repository_copy import copy_of, dvc
 
+from flows import command_line
 from flows import tasks as steps
 from flows.page.summary import next_commands, registered_line
 from flows.pipeline import pipeline
 from flows.run.child import stream
-from flows.run.dvc_stage import UNCHANGED, _exit_code
-from flows.run.folder import STAGES, RunRequest, open_run_folder, plan_run
+from flows.run.dvc_stage import UNCHANGED
+from flows.run.folder import STAGES, plan
+from flows.run.forms import RunRequest
 from flows.run.lock import dvc_lock
 from flows.run.runner import Ending, LastLines, ProcessRunner, stage_environment
 from flows.run.sample_data import ensure_sample
@@ -65,15 +68,15 @@ def bare(tmp_path: Path, repository: Path) -> Path:
 
 @pytest.mark.parametrize("request_", [RunRequest(), RunRequest(source="phantom"), RunRequest(recipe="sample")])
 def test_plain_request_is_the_root_pipeline(bare: Path, request_: RunRequest) -> None:
-    run = open_run_folder(bare, request_)
+    run = plan(bare, request_).write()
     assert (run.folder, run.dvc_file, run.artifacts) == (bare, "dvc.yaml", bare / "artifacts")
     assert not (bare / "runs").exists()
 
 
 def test_other_source_gets_a_folder_of_its_own(bare: Path) -> None:
     (bare / "images").mkdir()
-    request = RunRequest(source="rocov2", root=bare / "images", overrides=("train.steps=7",))
-    run = open_run_folder(bare, request)
+    request = RunRequest(source="rocov2", root=bare / "images", overrides={"train.steps": 7})
+    run = plan(bare, request).write()
     assert run.dvc_file == "runs/rocov2/dvc.yaml"
     assert run.settings.train.steps == 7 and run.settings.recipe == "rocov2-tiny"
     written = yaml.safe_load((run.folder / "params.yaml").read_text())
@@ -86,23 +89,23 @@ def test_other_source_gets_a_folder_of_its_own(bare: Path) -> None:
 def test_relative_root_is_meant_from_the_current_folder(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (bare / "deep" / "images").mkdir(parents=True)
     monkeypatch.chdir(bare / "deep")
-    run = open_run_folder(bare, RunRequest(source="rocov2", root=Path("images")))
+    run = plan(bare, RunRequest(source="rocov2", root=Path("images"))).write()
     assert str(run.settings.prepare.root) == "deep/images"
 
 
 def test_variant_of_the_root_keeps_its_corrections(bare: Path) -> None:
     params = yaml.safe_load((bare / "params.yaml").read_text())
     (bare / "params.yaml").write_text(yaml.safe_dump({**params, "codebook": {"steps": 3}}))
-    run = open_run_folder(bare, RunRequest(overrides=("train.steps=7",), name="mine"))
+    run = plan(bare, RunRequest(overrides={"train.steps": 7}, name="mine")).write()
     assert (run.name, run.settings.codebook.steps, run.settings.train.steps) == ("mine", 3, 7)
-    again = open_run_folder(bare, RunRequest(overrides=("train.batch_size=5",), name="mine"))
+    again = plan(bare, RunRequest(overrides={"train.batch_size": 5}, name="mine")).write()
     assert again.settings.train.steps != 7, "a request is whole: nothing is left of an earlier one"
 
 
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (RunRequest(overrides=("train.stepz=1",)), "did you mean steps"),
+        (RunRequest(overrides={"train.stepz": 1}), "did you mean steps"),
         (RunRequest(source="rocov2", root=Path("/nowhere")), "no data set folder /nowhere"),
         (RunRequest(source="vqa-rad"), "make demo SOURCE=vqa-rad ROOT="),
         (RunRequest(recipe="nope"), "unknown recipe 'nope'"),
@@ -111,13 +114,13 @@ def test_variant_of_the_root_keeps_its_corrections(bare: Path) -> None:
 )
 def test_wrong_request_is_one_sentence(bare: Path, request_: RunRequest, words: str) -> None:
     with pytest.raises(FuselipError) as caught:
-        open_run_folder(bare, request_)
+        plan(bare, request_).write()
     assert words in str(caught.value)
 
 
 def test_wrong_request_leaves_no_folder(bare: Path) -> None:
     with pytest.raises(SettingsError):
-        open_run_folder(bare, RunRequest(overrides=("train.steps=0",)))
+        plan(bare, RunRequest(overrides={"train.steps": 0})).write()
     assert not (bare / "runs").exists()
 
 
@@ -142,14 +145,6 @@ def test_error_line_is_the_message_and_else_the_last(said: list[str]) -> None:
     other = LastLines(said.append)
     other("only this")
     assert other.message(139) == "ended with code 139; its last lines were: only this"
-
-
-@pytest.mark.parametrize(("words", "code"), [("exited with 75", 75), ("exited with -9", 137), ("", 1)])
-def test_exit_code_of_a_stage_is_read_from_dvcs_words(
-    words: str, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _exit_code(f"failed to run: fuselip train, {words}") == code
-    assert ("out of memory" in capsys.readouterr().err) == (code == 137)
 
 
 def test_child_is_asked_to_stop_and_may_save_its_state(tmp_path: Path) -> None:
@@ -229,7 +224,7 @@ def calls(folder: Path) -> list[str]:
 
 
 def test_stage_runs_once_and_again_after_its_parameter_changes(copy: Path, said: list[str]) -> None:
-    run = open_run_folder(copy, RunRequest())
+    run = plan(copy, RunRequest()).write()
     runner = ProcessRunner()
     assert runner.run("prepare", run, said.append).status == "done"
     assert runner.run("prepare", run, said.append).status == "unchanged"
@@ -237,20 +232,38 @@ def test_stage_runs_once_and_again_after_its_parameter_changes(copy: Path, said:
     assert calls(copy) == ["prepare", "prepare"]
     params = yaml.safe_load((copy / "params.yaml").read_text())
     (copy / "params.yaml").write_text(yaml.safe_dump({**params, "prepare": {"root": "data", "limit": 5}}))
-    assert runner.run("prepare", open_run_folder(copy, RunRequest()), said.append).status == "done"
+    assert runner.run("prepare", plan(copy, RunRequest()).write(), said.append).status == "done"
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [
+        (signal.SIGKILL, "failed", "by SIGKILL; most likely this machine ran out of memory"),
+        (signal.SIGTERM, "interrupted", "by SIGTERM; the same command resumes it"),
+    ],
+)
+def test_a_stage_that_a_signal_ends_says_which(
+    copy: Path, said: list[str], number: signal.Signals, status: str, words: str
+) -> None:
+    """The exit code comes all the way up from the shell, through DVC."""
+    stages = copy / "fuselip_core" / "stages.py"
+    ends = f"os.kill(os.getpid(), {int(number)})"
+    stages.write_text(stages.read_text().replace('note("calls", stage)', ends))
+    outcome = ProcessRunner().run("prepare", plan(copy, RunRequest()).write(), said.append)
+    assert outcome.status == status and f"the stage was ended from outside {words}" in outcome.message
 
 
 @pytest.mark.parametrize(("how", "status"), [("fail", "failed"), ("interrupt", "interrupted")])
 def test_failing_stage_tells_its_own_sentence(copy: Path, said: list[str], how: str, status: str) -> None:
     (copy / "order").write_text(f"prepare {how}")
-    outcome = ProcessRunner().run("prepare", open_run_folder(copy, RunRequest()), said.append)
+    outcome = ProcessRunner().run("prepare", plan(copy, RunRequest()).write(), said.append)
     assert (outcome.status, outcome.message) == (status, "no luck in prepare; try again")
     assert not [line for line in said if "Traceback" in line]
     assert not (copy / "artifacts" / "prepared").exists()
 
 
 def test_what_dvc_itself_refuses_is_one_line(copy: Path, said: list[str]) -> None:
-    outcome = ProcessRunner().run("codebook", open_run_folder(copy, RunRequest()), said.append)
+    outcome = ProcessRunner().run("codebook", plan(copy, RunRequest()).write(), said.append)
     assert outcome.status == "failed"
     assert outcome.message.startswith("DVC: ") and "artifacts/prepared" in outcome.message
 
@@ -258,41 +271,41 @@ def test_what_dvc_itself_refuses_is_one_line(copy: Path, said: list[str]) -> Non
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"stages: ["])
 def test_a_damaged_lock_is_one_line_with_its_remedy(copy: Path, said: list[str], content: bytes) -> None:
     (copy / "dvc.lock").write_bytes(content)
-    outcome = ProcessRunner().run("prepare", open_run_folder(copy, RunRequest()), said.append)
+    outcome = ProcessRunner().run("prepare", plan(copy, RunRequest()).write(), said.append)
     assert outcome.status == "failed"
-    assert outcome.message.startswith("DVC: ") and "bring dvc.lock back with git, or delete it" in outcome.message
+    assert outcome.message.startswith("DVC: ") and "restore dvc.lock with git, or delete it" in outcome.message
     assert not [line for line in said if "Traceback" in line]
-    with pytest.raises(FuselipError, match=r"dvc\.lock is damaged; bring it back"):
-        open_run_folder(copy, RunRequest(name="variant"))
+    with pytest.raises(FuselipError, match=r"restore dvc\.lock with git, or delete it"):
+        plan(copy, RunRequest(name="variant")).write()
 
 
 @pytest.mark.parametrize("content", [b"outs:\n- md5: a1\n", b"\xff\xfe", b""])
 def test_a_damaged_data_dvc_is_one_sentence(copy: Path, said: list[str], content: bytes) -> None:
     (copy / "data.dvc").write_bytes(content)
-    with pytest.raises(FuselipError, match=r"bring data\.dvc back"):
+    with pytest.raises(FuselipError, match=r"restore data\.dvc with git"):
         ensure_sample(copy, said.append)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "remedy"),
     [
-        ("dvc.yaml", b"\xff\xfe", "bring dvc.yaml back with git"),
-        ("dvc.yaml", b"stages: [", "bring dvc.yaml back with git"),
-        ("params.yaml", b"recipe: sample\n", "bring params.yaml back with git"),
+        ("dvc.yaml", b"\xff\xfe", "restore dvc.yaml with git"),
+        ("dvc.yaml", b"stages: [", "restore dvc.yaml with git"),
+        ("params.yaml", b"recipe: sample\n", "restore params.yaml with git"),
     ],
 )
 def test_a_damaged_pipeline_is_one_line(copy: Path, said: list[str], name: str, content: bytes, remedy: str) -> None:
     (copy / name).write_bytes(content)
-    outcome = ProcessRunner().run("prepare", open_run_folder(copy, RunRequest()), said.append)
+    outcome = ProcessRunner().run("prepare", plan(copy, RunRequest()).write(), said.append)
     assert outcome.status == "failed" and outcome.message.startswith("DVC: ") and outcome.message.endswith(remedy)
     assert not [line for line in said if "Traceback" in line]
 
 
 def test_a_damaged_file_of_a_run_is_written_anew(bare: Path) -> None:
-    run = open_run_folder(bare, RunRequest(name="mine"))
+    run = plan(bare, RunRequest(name="mine")).write()
     whole = (run.folder / "params.yaml").read_bytes()
     (run.folder / "params.yaml").write_bytes(b"\xff\xfe")
-    open_run_folder(bare, RunRequest(name="mine"))
+    plan(bare, RunRequest(name="mine")).write()
     assert (run.folder / "params.yaml").read_bytes() == whole
 
 
@@ -310,7 +323,7 @@ def test_child_is_told_the_flow_run_and_finds_this_code(tmp_path: Path) -> None:
 def test_changed_data_is_refused_and_named(copy: Path, said: list[str]) -> None:
     assert ensure_sample(copy, said.append) is False
     (copy / "data" / "file.txt").write_text("other")
-    with pytest.raises(FuselipError, match=r"data/ is not what data\.dvc names"):
+    with pytest.raises(FuselipError, match=r"data/ differs from data\.dvc"):
         ensure_sample(copy, said.append)
 
 
@@ -370,7 +383,7 @@ def test_second_flow_skips_what_is_done(again: tuple[Path, Run]) -> None:
 
 def test_variant_starts_from_the_root_and_runs_what_is_behind_its_change(again: tuple[Path, Run]) -> None:
     folder, run = again
-    state = run(overrides=("train.steps=7",))
+    state = run(overrides={"train.steps": 7})
     assert statuses(state.result()) == ["unchanged", "unchanged", "unchanged", "done", "done", "done"]
     assert (folder / "runs" / "phantom" / "artifacts" / "model" / "made").read_text() == "train 7"
     assert (folder / "artifacts" / "model" / "made").read_text() != "train 7"
@@ -407,7 +420,7 @@ def test_interrupted_stage_is_tried_again_and_a_failing_one_is_not(
 
 def test_wrong_request_fails_the_flow_before_anything_runs(again: tuple[Path, Run]) -> None:
     folder, run = again
-    state = run(overrides=("train.steps=0",))
+    state = run(overrides={"train.steps": 0})
     assert state.is_failed() and "train.steps" in state.message
     assert calls(folder) == []
 
@@ -451,19 +464,76 @@ def test_model_line_says_why_the_alias_stayed() -> None:
     assert registered_line({}) == ""
 
 
-def test_next_commands_name_the_model_and_the_store(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{bare}/mlflow/mlflow.db")
-    commands = next_commands(open_run_folder(bare, RunRequest()), {"name": "m", "alias": "champion"})
-    assert "sqlite:///mlflow/mlflow.db" in commands[0] and "models:/m@champion" in commands[1]
+def test_next_commands_name_the_model(bare: Path) -> None:
+    commands = next_commands(plan(bare, RunRequest()).run, {"name": "m", "alias": "champion"})
+    assert commands[0].startswith("make serve-ui ")
+    assert commands[1].startswith("make serve-model MODEL=models:/m@champion ")
     assert commands[2].startswith("make demo SET=")
 
 
-def test_the_next_command_says_again_what_the_run_corrects(bare: Path) -> None:
-    asked = ("codebook.steps=3", "train.mixture={caption: 1.0}", "train.steps=6")
-    run = open_run_folder(bare, RunRequest(name="short", overrides=asked))
+def test_the_next_command_repeats_what_the_run_corrects(bare: Path) -> None:
+    asked = {"codebook.steps": 3, "train.mixture": {"caption": 1.0}, "train.steps": 6, "train.init": "my o'brien's"}
+    run = plan(bare, RunRequest(name="short", overrides=asked)).write()
     words = shlex.split(next_commands(run, {"name": "m", "alias": None})[2].partition("    #")[0])
     assert words[:3] == ["make", "demo", "NAME=short"]
-    overrides = tuple(words[3].removeprefix("SET=").split(" "))  # as make does
-    again = plan_run(bare, RunRequest(name="short", overrides=overrides)).run.settings
+    again = request_of(["--name", "short", "--set", words[3].removeprefix("SET=")])
     longer = run.settings.train.model_copy(update={"steps": 12})
-    assert again == run.settings.model_copy(update={"train": longer})
+    assert plan(bare, again).run.settings == run.settings.model_copy(update={"train": longer})
+
+
+# The command line
+
+
+def request_of(arguments: list[str]) -> RunRequest:
+    """The request that the options of ``python -m flows.pipeline`` mean."""
+    found: list[RunRequest] = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(command_line, "_run", lambda flow, request, more: found.append(request))
+        command_line.run_from_command_line(pipeline, RunRequest, arguments)
+    assert ended.value.code == 0
+    return found[0]
+
+
+def test_options_arrive_whole() -> None:
+    words = ["--root", "my o'brien", "--set", "train.init=röntgen $1 train.steps=5", "--set", "prepare.limit=2"]
+    request = request_of(words)
+    assert request.root == Path("my o'brien")
+    assert request.overrides == {"train": {"init": "röntgen $1", "steps": 5}, "prepare": {"limit": 2}}
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        (["NAME=röntgen 1"], "error: 'röntgen 1' can't name a run; use the letters a-z, digits, dots, dashes"),
+        (["SOURCE=rocov2", 'ROOT=my o\'brien "x" $(y)'], 'my o\'brien "x" $(y); name the folder of your rocov2 files'),
+        (["SET=train.stepz=1"], "train.stepz: there is no such field; did you mean steps?"),
+    ],
+)
+def test_make_hands_names_and_paths_over_whole(repository: Path, variables: list[str], wanted: str) -> None:
+    """The recipe's line in a shell, with this process's environment in place of one that make would set up."""
+    makefile = (repository / "Makefile").read_text().replace("demo: setup", "demo:")
+    command = ["make", "-f", "-", f"BIN={Path(sys.executable).parent}", "demo", *variables]
+    done = subprocess.run(command, cwd=repository, input=makefile, capture_output=True, text=True)
+    assert done.returncode and wanted in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_environment_that_moved_is_made_anew(repository: Path, tmp_path: Path) -> None:
+    """Its programs and its link to the code name the place for which it was made."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        (tmp_path / name).write_bytes((repository / name).read_bytes())
+    (tmp_path / ".ci").mkdir()
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\nif [ "$1" = venv ]; then mkdir -p .venv/bin; ln -sf /bin/true .venv/bin/python; fi\n')
+    (tmp_path / ".ci" / "find-uv").write_text(f"#!/bin/sh\necho {shlex.quote(str(uv))}\n")
+    for path in (uv, tmp_path / ".ci" / "find-uv"):
+        path.chmod(0o755)
+
+    def setup(folder: Path) -> str:
+        return subprocess.run(["make", "setup"], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+    assert "setting up" in setup(tmp_path)
+    (tmp_path / ".venv" / "old").touch()
+    assert "setting up" not in setup(tmp_path) and (tmp_path / ".venv" / "old").exists()
+    moved = copy_of(tmp_path, tmp_path.with_name("moved, o'brien (röntgen)"))
+    assert "removing .venv" in setup(moved) and not (moved / ".venv" / "old").exists()
+    assert "setting up" not in setup(moved)

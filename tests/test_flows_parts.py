@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from PIL import Image
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Crashed, Pending, Running
 from prefect.types._datetime import now
-from prefect_stack import wait_until
+from prefect_stack import free_port, wait_until
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -30,17 +32,21 @@ from flows.page.flow_run import LABEL, run_name
 from flows.page.progress import ProgressArtifact
 from flows.page.summary import print_summary
 from flows.promote import PromoteRequest
-from flows.run.folder import RunRequest, open_run_folder, plan_run
-from flows.run.forms import TrainCorrections
+from flows.run.estimate import estimates, preview
+from flows.run.folder import plan
+from flows.run.forms import RunRequest, StageRequest
 from flows.run.lock import run_lock
-from flows.run.processes import Process, children_of, is_starting_here, parent_of
+from flows.run.processes import Process, children_of, processes_of
 from flows.run.runner import Ending, Outcome, _status
 from flows.server import recover, serve
-from flows.server.serve import silence
+from flows.server.ports import mlflow_page, require_free, served_once
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.comparisons import comparison_rows
+from fuselip_core.files import write_json
 from fuselip_core.registry.register import promote
 from fuselip_core.tracking.services import mlflow_client
+
+REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -55,67 +61,125 @@ def bare(tmp_path: Path, repository: Path) -> Path:
 # Forms
 
 
-def test_a_form_shows_ranges_choices_and_what_recipes_have() -> None:
-    fields = TrainCorrections.model_json_schema()["properties"]
-    steps, precision = fields["steps"], fields["precision"]
-    assert (steps["type"], steps["minimum"]) == ("integer", 1) and "default" not in steps
-    assert "in sample" in steps["description"]
-    assert precision["enum"] == ["auto", "float32", "bfloat16"]
-    request = RunRequest.model_json_schema()
-    assert "sample" in request["properties"]["recipe"]["enum"]
-    assert request["$defs"]["Train"]["additionalProperties"] is False
+def test_the_form_is_short_and_names_each_thing_once() -> None:
+    fields = RunRequest.model_json_schema()["properties"]
+    first = ["recipe", "size", "source", "root", "name", "steps", "epochs", "split", "overrides", "dry_run"]
+    assert list(fields) == first
+    assert "$defs" not in RunRequest.model_json_schema(), "no section within the form"
+    assert (fields["steps"]["type"], fields["steps"]["minimum"]) == ("integer", 1)
+    assert "sample" in fields["recipe"]["enum"] and fields["split"]["enum"] == ["dev", "valid", "test"]
 
 
-def test_a_form_shows_no_value_that_it_would_send_though_nobody_gave_it() -> None:
-    """A part within a section too: `prepare.dicom` with defaults would put a folder's own dicom.yaml aside."""
-    parts = RunRequest.model_json_schema()["$defs"]
-    assert [
-        name for name, part in parts.items() if any("default" in each for each in part["properties"].values())
-    ] == []
-    assert "Empty: file." in parts["Dicom"]["properties"]["window"]["description"]
-    assert RunRequest.model_validate({"prepare": {"dicom": {}}}).corrections() == {}
-    request = RunRequest.model_validate({"prepare": {"dicom": {"window": "lung"}}})
-    assert request.corrections() == {"prepare": {"dicom": {"window": "lung"}}}
-    with pytest.raises(ValidationError):
-        RunRequest.model_validate({"prepare": {"dicom": {"windows": "lung"}}})
+@pytest.mark.parametrize("kind", [RunRequest, EvaluateRequest, StageRequest, DownloadRequest, PromoteRequest])
+def test_a_form_shows_no_value_that_is_not_used(kind: type[Any]) -> None:
+    """An empty field means the recipe's value, whichever recipe it is: no default is shown for it."""
+    for name, field in kind.model_json_schema()["properties"].items():
+        optional = kind.model_fields[name].default is None
+        assert ("default" not in field) == optional, name
+        assert ("Empty:" in field["description"]) == (optional or name == "include"), name
 
 
 def test_a_form_keeps_limits_and_writes_down_only_what_is_filled() -> None:
     with pytest.raises(ValidationError):
-        RunRequest.model_validate({"train": {"steps": 0}})
-    request = RunRequest.model_validate({"size": "small", "train": {"steps": 5}, "overrides": ["train.steps=7"]})
+        RunRequest.model_validate({"steps": 0})
+    with pytest.raises(ValidationError):
+        RunRequest.model_validate({"stepz": 5})
+    request = RunRequest.model_validate({"size": "small", "steps": 5, "overrides": {"train.steps": 7}})
     assert request.model_dump(exclude_defaults=True) == {
         "size": "small",
-        "train": {"steps": 5},
-        "overrides": ("train.steps=7",),
+        "steps": 5,
+        "overrides": {"train": {"steps": 7}},
     }
     assert request.corrections() == {"model": {"size": "small"}, "train": {"steps": 7}}, "overrides win"
 
 
+def test_overrides_may_be_nested_or_dotted(bare: Path) -> None:
+    given = {"train.steps": 5, "train": {"batch_size": 8}, "prepare.dicom.window": "lung"}
+    wanted = {"train": {"steps": 5, "batch_size": 8}, "prepare": {"dicom": {"window": "lung"}}}
+    assert RunRequest(overrides=given).corrections() == wanted
+    mixture = {"train.mixture.caption": 1.0, "train.mixture.vqa": 0.5}
+    assert RunRequest(overrides=mixture).overrides == {"train": {"mixture": {"caption": 1.0, "vqa": 0.5}}}
+    with pytest.raises(FuselipError, match=r"train\.stepz: there is no such field; did you mean steps\?"):
+        plan(bare, RunRequest(overrides={"train.stepz": 5}))
+    with pytest.raises(FuselipError, match="steps and epochs are both given"):
+        plan(bare, RunRequest(steps=5, epochs=1.0))
+
+
+def test_length_and_split_become_settings(bare: Path) -> None:
+    settings = plan(bare, RunRequest(epochs=2.0, split="valid")).run.settings
+    assert (settings.train.steps, settings.train.epochs, settings.evaluate.split) == (None, 2.0, "valid")
+    assert plan(bare, RunRequest(steps=9)).run.settings.train.steps == 9
+
+
 def test_fields_of_a_form_become_the_runs_settings(bare: Path) -> None:
     request = RunRequest.model_validate(
-        {"recipe": "rocov2-tiny", "size": "tiny", "root": bare / "images", "evaluate": {"examples": 3}}
+        {"recipe": "rocov2-tiny", "size": "tiny", "root": bare / "images", "overrides": {"evaluate.examples": 3}}
     )
-    plan = plan_run(bare, request)
+    planned = plan(bare, request)
     assert not (bare / "runs").exists(), "a plan writes nothing"
-    run = plan.write()
+    run = planned.write()
     assert run.folder.name == "rocov2-tiny-tiny" and run.settings.evaluate.examples == 3
-    assert open_run_folder(bare, request).settings == run.settings
+    assert plan(bare, request).write().settings == run.settings
+
+
+@pytest.mark.parametrize(
+    ("request_", "on_the_form", "as_option"),
+    [
+        (
+            RunRequest(source="rocov2", root=Path("/nowhere")),
+            "the field Root",
+            "--root (make demo SOURCE=rocov2 ROOT=...)",
+        ),
+        (StageRequest(run="nope"), "the field Run may be", "--run may be"),
+        (RunRequest(source="slake"), "with the field Recipe", "with --recipe"),
+    ],
+)
+def test_messages_name_the_fields_of_the_place_where_they_are_read(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, request_: Any, on_the_form: str, as_option: str
+) -> None:
+    with pytest.raises(FuselipError) as caught:
+        plan(bare, request_)
+    assert as_option in str(caught.value)
+    monkeypatch.setattr("prefect.runtime.deployment.id", "a-deployment", raising=False)
+    with pytest.raises(FuselipError) as caught:
+        plan(bare, request_)
+    assert on_the_form in str(caught.value) and "--" not in str(caught.value)
+
+
+def test_a_dry_run_shows_what_would_be(bare: Path) -> None:
+    run = plan(bare, RunRequest(steps=100, overrides={"train.batch_size": 60})).run
+    text = preview(run)
+    assert "training: 100 steps of 60 pairs" in text and "time: unknown until a first run" in text
+    assert "  steps: 100  # " in text
+    write_json(bare / "artifacts" / "metrics.json", {"train/pairs_per_second": 50.0})
+    write_json(bare / "artifacts" / "model" / "config.json", {"width": 128})
+    assert "time: about 2.0 min of training" in preview(run), "100 steps of 60 pairs, 50 pairs a second"
+    other = plan(bare, RunRequest(overrides={"model.family": "siglip-sf"})).run
+    assert "no estimate for the family siglip-sf" in preview(other)
+
+
+def test_memory_is_estimated_near_what_was_measured(bare: Path) -> None:
+    """benchmarks/README.md: small at a batch of 32 takes 3.5 GB with all libraries, base at 16 takes 3.3 GB."""
+    for size, batch, measured in (("small", 32, 3.5), ("base", 16, 3.3)):
+        run = plan(bare, RunRequest(size=size, overrides={"train.batch_size": batch})).run
+        line = next(line for line in estimates(run) if line.startswith("memory"))
+        estimated = float(line.split("about ")[1].split(" GB")[0])
+        assert 0.75 * measured < estimated + 0.7 < 1.25 * measured, line
 
 
 def test_source_without_a_recipe_of_its_own_asks_for_one(bare: Path) -> None:
-    with pytest.raises(FuselipError, match="no recipe is meant for slake; name one with --recipe"):
-        plan_run(bare, RunRequest(source="slake", root=bare / "images"))
+    with pytest.raises(FuselipError, match="slake has no recipe of its own; choose one with --recipe"):
+        plan(bare, RunRequest(source="slake", root=bare / "images"))
 
 
 def test_an_earlier_run_is_opened_again_with_what_it_had(bare: Path) -> None:
-    made = open_run_folder(bare, RunRequest(source="rocov2", root=bare / "images", overrides=("train.steps=7",)))
-    request = EvaluateRequest.model_validate({"run": "rocov2", "evaluate": {"split": "test"}})
-    again = request.plan(bare).write()
+    made = plan(bare, RunRequest(source="rocov2", root=bare / "images", overrides={"train.steps": 7})).write()
+    request = EvaluateRequest.model_validate({"run": "rocov2", "split": "test"})
+    again = plan(bare, request).write()
     assert again.settings.train == made.settings.train and again.settings.evaluate.split == "test"
-    assert EvaluateRequest.model_validate({"run": "rocov2"}).plan(bare).run.settings == again.settings
-    with pytest.raises(FuselipError, match=r"there is no run .*/nope; there are: rocov2"):
-        EvaluateRequest.model_validate({"run": "nope"}).plan(bare)
+    assert plan(bare, EvaluateRequest.model_validate({"run": "rocov2"})).run.settings == again.settings
+    with pytest.raises(FuselipError, match=r"there is no run .*/nope; --run may be: rocov2"):
+        plan(bare, EvaluateRequest.model_validate({"run": "nope"}))
 
 
 # Turns and processes
@@ -147,17 +211,18 @@ def test_a_process_is_told_from_its_successor() -> None:
         here = Process(socket.gethostname(), child.pid, started_of(child.pid))
         assert here.lives and here.is_here and Process.read(str(here)) == here
         assert not Process(here.host, here.pid, "1").lives
-        assert child.pid in children_of(parent_of(child.pid) or 0)
-        assert is_starting_here("7")  # type: ignore[arg-type]
+        assert child.pid in children_of(Process.current().pid)
+        assert [process.pid for process in processes_of("7")] == [child.pid]  # type: ignore[arg-type]
     finally:
         child.kill()
     wait_until(lambda: not here.lives, "the end of the process, whose remains are still there")
     child.wait()
-    assert not here.lives and Process.read("nonsense") is None and parent_of(child.pid) is None
+    assert not here.lives and Process.read("nonsense") is None and children_of(child.pid) == []
 
 
 def started_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    """The kernel's ticks, 100 a second, as seconds after boot."""
+    return f"{int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]) / 100:.2f}"
 
 
 @pytest.mark.parametrize(("code", "status"), [(0, "done"), (3, "unchanged"), (75, "interrupted"), (143, "interrupted")])
@@ -202,10 +267,11 @@ def test_a_run_that_its_worker_never_started_is_lost_after_a_while() -> None:
     assert reason(recover.PENDING_SECONDS + 60) == "its worker took it and never started it"
 
 
-def test_a_run_that_crashes_again_before_it_begins_is_not_forgotten() -> None:
+def test_a_run_that_crashes_before_it_begins_is_not_forgotten() -> None:
     run = flow_run(Crashed(), None)
-    assert recover._loss(run, (), print) is None, "never signed, so none of ours"
-    run.labels[recover.RECOVERIES] = "1"
+    run.work_pool_name = "docker"
+    assert recover._loss(run, (), print) is None, "a worker of another kind judges that"
+    run.work_pool_name = recover.POOL
     assert recover._loss(run, (), print) == "it crashed before it began"
     run.labels[recover.RECOVERIES] = str(recover.MOST_STARTS)
     assert recover._loss(run, (), print) is None
@@ -214,30 +280,51 @@ def test_a_run_that_crashes_again_before_it_begins_is_not_forgotten() -> None:
 # Serving
 
 
-def test_a_taken_port_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+@pytest.mark.parametrize(
+    ("command", "way_out"),
+    [
+        (["serve", "--port"], ".venv/bin/python -m flows.server.serve --port"),
+        (["mlflow_pages", "ui", "--port"], "make serve-ui PORT="),
+        (["mlflow_pages", "model", "models:/m@champion", "--port"], "make serve-model MODEL=models:/m@champion PORT="),
+    ],
+)
+def test_a_taken_port_is_one_sentence_with_the_way_out(tmp_path: Path, command: list[str], way_out: str) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert serve.main(["--port", str(port)]) == 1
-    assert f"port {port} is taken" in capsys.readouterr().err
+        code, said = server(tmp_path, *command, str(port))
+    separator = " " if way_out.endswith("port") else ""
+    assert code == 1 and said.endswith(f"; end it, or choose another port: {way_out}{separator}{port + 1}")
+    assert re.match(rf"error: port {port} is taken by \S+ \(process {os.getpid()}\); ", said) and "\n" not in said
 
 
-def test_a_checkout_is_served_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def server(home: Path, module: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and stderr of a command of flows/server."""
+    command = [sys.executable, "-m", f"flows.server.{module}", *arguments]
+    environment = {**os.environ, "PREFECT_HOME": str(home)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    return done.returncode, done.stderr.strip()
+
+
+def test_a_checkout_is_served_once(tmp_path: Path) -> None:
     """On other ports too: two servers would share one database, and two workers one queue."""
-    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    with serve.served_once(tmp_path, 4200):
-        assert serve.main(["--port", "4201", "--mlflow-port", "5001"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: this checkout is being served already, on http://127.0.0.1:4200; ")
-    assert len(said.splitlines()) == 1
-    with serve.served_once(tmp_path, 4201):
+    with served_once(tmp_path, "http://127.0.0.1:4200", "http://127.0.0.1:5000"):
+        code, said = server(tmp_path, "serve", "--port", "4201", "--mlflow-port", "5001")
+        assert code == 1 and len(said.splitlines()) == 1
+        assert said.startswith("error: this checkout is served already on http://127.0.0.1:4200; ")
+        code, said = server(tmp_path, "mlflow_pages", "ui")
+        assert (code, said) == (1, "error: `make serve-flows` shows this page already: open http://127.0.0.1:5000")
+    assert mlflow_page(tmp_path) is None
+
+
+def test_files_that_a_killed_server_left_lock_nothing(tmp_path: Path) -> None:
+    write_json(tmp_path / "served.json", {"prefect": "http://127.0.0.1:4200", "mlflow": "http://127.0.0.1:5000"})
+    (tmp_path / "served.lock").touch()
+    assert mlflow_page(tmp_path) is None
+    with served_once(tmp_path, "http://127.0.0.1:4201", "http://127.0.0.1:5001"):
         pass
+    require_free(free_port(), "")
 
 
 def test_a_stack_replaces_what_it_may_and_ends_everything(tmp_path: Path) -> None:
@@ -254,20 +341,12 @@ def test_a_stack_replaces_what_it_may_and_ends_everything(tmp_path: Path) -> Non
     assert pids and not pids & set(children_of(Process.current().pid))
 
 
-def test_pages_lose_the_key_of_the_counting_service(tmp_path: Path) -> None:
-    key = "0123456789abcdef" * 2
-    (tmp_path / "a.js").write_text(f"amplitude;function u(){{return`{key}`}}")
-    (tmp_path / "b.js").write_text(f"function u(){{return`{key}`}}")
-    assert silence(tmp_path) == 1 and silence(tmp_path) == 0
-    assert key not in (tmp_path / "a.js").read_text() and key in (tmp_path / "b.js").read_text()
-
-
 # What a run's page shows
 
 
 @pytest.fixture
 def run(bare: Path) -> Any:
-    made = open_run_folder(bare, RunRequest(name="shown", overrides=("prepare.limit=9",)))
+    made = plan(bare, RunRequest(name="shown", overrides={"prepare.limit": 9})).write()
     (made.artifacts / "prepared").mkdir(parents=True)
     (made.artifacts / "prepared" / "manifest.json").write_text('{"data_version": "1a2b3c4d5e6f"}')
     return made
@@ -293,7 +372,7 @@ def test_pictures_are_made_small(tmp_path: Path) -> None:
         Image.new("RGB", (30, 15)).save(tmp_path / "report" / f"{name}.png")
     path, other = artifacts.pictures_of(tmp_path)
     assert path.parent.name == "codebook" and other.stem == "training", "the report's copy is not shown again"
-    head, _, content = artifacts.data_uri(path).partition(",")
+    head, _, content = artifacts.small_picture(path).partition(",")
     assert head == "data:image/png;base64"
     assert Image.open(io.BytesIO(base64.b64decode(content))).size == (900, 450)
 

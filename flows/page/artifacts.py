@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from pathlib import Path
@@ -20,6 +19,7 @@ from flows.page.summary import registered_line
 from flows.run.folder import Run
 from fuselip_core.evaluation.comparisons import Row, comparison_rows
 from fuselip_core.files import find_json
+from fuselip_core.html import data_uri
 from fuselip_core.tracking.run import run_of
 from fuselip_core.tracking.services import tracking_uri
 
@@ -36,7 +36,7 @@ SHOWN = {
 
 
 def publish(run: Run) -> None:
-    """Makes the artifacts of what the run has so far; called from within its flow."""
+    """Makes the artifacts of the run's results so far; called from within its flow."""
     metrics = find_json(run.artifacts / "metrics.json")
     rows = comparison_rows(metrics)
     mlflow_run = mlflow_url(run.artifacts)
@@ -51,7 +51,7 @@ def publish(run: Run) -> None:
         create_link_artifact(key="mlflow-run", link=mlflow_run, link_text="MLflow run", description="Curves and model")
     for path in pictures_of(run.artifacts):
         shown = f"{run.name}: {SHOWN.get(path.stem, path.stem)}"
-        create_image_artifact(image_url=data_uri(path), key=f"picture-{path.stem}", description=shown)
+        create_image_artifact(image_url=small_picture(path), key=f"picture-{path.stem}", description=shown)
 
 
 def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
@@ -70,13 +70,13 @@ def results_page(run: Run, rows: list[Row], metrics: dict[str, float]) -> str:
 
 
 def mlflow_url(artifacts: Path, part: str = "") -> str | None:
-    """Address of the page of the run that trained the model, or of a part; None if no MLflow page is known to run.
+    """Address of the MLflow page of the run that trained the model, or of a part; None if no such page is known.
 
-    That of a tracking server, or of a page that shows this machine's store, named by ``FUSELIP_MLFLOW_UI``.
+    ``FUSELIP_MLFLOW_UI`` names the page for a browser: a tracking server may have another name inside its network.
     """
     known = run_of(artifacts)
     uri = tracking_uri()
-    base = uri if uri.startswith("http") else os.environ.get("FUSELIP_MLFLOW_UI")
+    base = os.environ.get("FUSELIP_MLFLOW_UI") or (uri if uri.startswith("http") else None)
     if not base or known.get("mlflow_uri") != uri:
         return None
     place = f"experiments/{known['mlflow_experiment_id']}/runs/{known['mlflow_run_id']}"
@@ -91,14 +91,14 @@ def pictures_of(artifacts: Path) -> list[Path]:
     return list(reversed(by_name.values()))[:MOST_PICTURES]
 
 
-def data_uri(path: Path) -> str:
+def small_picture(path: Path) -> str:
     """The picture itself as an address, made smaller where it is large."""
     with Image.open(path) as picture:
         small = picture.convert("RGB")
     small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     stream = io.BytesIO()
     small.save(stream, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return data_uri(stream.getvalue(), "png")
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a flow run is called on its page: recipe, size and version of the data."""
+"""What a flow run is called on its page, and which process runs it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,17 @@ LABEL = "fuselip.process"
 
 
 def run_name(run: Run, with_data: bool) -> str:
-    """``rocov2-tiny-small-1a2b3c4d``; without the data's version while it may still change."""
+    """``rocov2-tiny-small-1a2b3c4d``: recipe, size, and the data's version unless it may still change."""
     recipe, size = run.settings.recipe, run.settings.model.size
     name = recipe if recipe.endswith(f"-{size}") else f"{recipe}-{size}"
     version = find_json(run.artifacts / "prepared" / "manifest.json").get("data_version") if with_data else None
     return f"{name}-{str(version)[:8]}" if version else name
 
 
-def name_flow_run(run: Run, with_data: bool) -> None:
-    """Gives the current flow run the name of its run."""
-    rename_flow_run(run_name(run, with_data))
-
-
-def rename_flow_run(name: str) -> None:
-    """Gives the current flow run this name, if there is one."""
+def name_flow_run(*parts: str | None) -> None:
+    """Names the current flow run, if there is one; the start of its id at the end keeps the names distinct."""
     if run_id := flow_run.get_id():
+        name = "-".join(part for part in (*parts, run_id[:6]) if part)
         with get_client(sync_client=True) as client:
             client.set_flow_run_name(UUID(run_id), name)
 

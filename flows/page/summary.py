@@ -15,7 +15,6 @@ from flows.run.runner import Ending
 from fuselip_core.config import SECTIONS, read_corrections
 from fuselip_core.evaluation.comparisons import Row, comparison_rows
 from fuselip_core.files import find_json
-from fuselip_core.tracking.services import tracking_uri
 
 SAID_ELSEWHERE = ("prepare.source", "prepare.root", "train.steps", "train.epochs")
 
@@ -56,17 +55,16 @@ def print_summary(ending: Ending, console: Console) -> None:
 
 def next_commands(run: Run, registered: dict[str, Any]) -> list[str]:
     """The three commands a user would type next; they work as they stand, in the repository's root."""
-    uri = tracking_uri().replace(f"{run.repository}/", "")
-    model = f"models:/{registered.get('name')}@{registered['alias'] if registered.get('alias') else 'candidate'}"
+    model = f"models:/{registered.get('name')}@{registered.get('alias') or 'candidate'}"
     return [
-        f".venv/bin/mlflow ui --backend-store-uri {uri}    # curves and models, on http://127.0.0.1:5000",
-        f"MLFLOW_TRACKING_URI={uri} .venv/bin/mlflow models serve -m {model} --env-manager local -p 5001",
+        "make serve-ui    # curves and models, on http://127.0.0.1:5000",
+        f"make serve-model MODEL={model}    # answers on http://127.0.0.1:5001",
         f"{_longer(run)}    # only the stages behind the change run",
     ]
 
 
 def _longer(run: Run) -> str:
-    """The command that trains twice as long; what else the run corrects is said again, or it would be taken back."""
+    """The command that trains twice as long; it repeats the run's other corrections, which would be lost otherwise."""
     train, prepare = run.settings.train, run.settings.prepare
     steps = f"train.steps={2 * train.steps}" if train.steps else f"train.epochs={2 * (train.epochs or 1):g}"
     words = ["make", "demo"]

@@ -7,15 +7,16 @@ The registry and this checkout stay as they are. Exit codes: 0 the same, 1 not t
 
 from __future__ import annotations
 
-import argparse
 import math
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,7 @@ from flows.reproduce.restore import Recorded, read_recorded, restore
 from flows.run.child import stream
 from flows.run.runner import LastLines, stage_environment
 from fuselip_core.config import load_settings
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, run_to_exit
 from fuselip_core.files import find_json, write_json
 from fuselip_core.registry.state import results_of
 from fuselip_core.tracking.services import repository_root
@@ -42,24 +43,24 @@ class Difference:
     repeated: float | None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Reproduces the model named on the command line; an error is one line on stderr."""
-    options = _parser().parse_args(arguments)
+def main(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    into: Annotated[Path | None, typer.Option(help="Folder to make. Empty: beside this repository.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the raw data set. Empty: the recorded one.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest difference of a metric that counts as none.")] = 0.0,
+) -> None:
+    """Make a registered model once more from its recorded state, and compare."""
     # Ending this process ends the stage it waits for: an exception does, the signal's default would not.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            recorded = read_recorded(options.model, Path(folder))
-            repository = repository_root()
-            name = f"{repository.name}-{recorded.name}-v{recorded.version}"
-            target = (options.into or repository.parent / name).resolve()
-            run_folder = restore(recorded, repository, target, options.root)
-            _warn_of_other_libraries(recorded, repository, target)
-            _repeat(run_folder, target)
-            return _report(recorded, run_folder, target, options.tolerance)
-    except (FuselipError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        recorded = read_recorded(model, Path(folder))
+        repository = repository_root()
+        name = f"{repository.name}-{recorded.name}-v{recorded.version}"
+        target = (into or repository.parent / name).resolve()
+        run_folder = restore(recorded, repository, target, root)
+        _warn_of_other_libraries(recorded, repository, target)
+        _repeat(run_folder, target)
+        _report(recorded, run_folder, target, tolerance)
 
 
 def differences(recorded: Mapping[str, float], repeated: Mapping[str, float], tolerance: float) -> list[Difference]:
@@ -78,15 +79,6 @@ def _close(before: float | None, after: float | None, tolerance: float) -> bool:
     return abs(before - after) <= tolerance or (math.isnan(before) and math.isnan(after))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fuselip reproduce", description=__doc__)
-    parser.add_argument("model", help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    parser.add_argument("--into", type=Path, help="folder to make; beside this repository if not given")
-    parser.add_argument("--root", type=Path, help="folder of the raw data set; the recorded one if not given")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="difference of a metric that is none; 0 if empty")
-    return parser
-
-
 def _repeat(run_folder: Path, target: Path) -> None:
     """Every stage up to evaluate, whatever DVC has in its caches."""
     address = f"{(run_folder / 'dvc.yaml').relative_to(target)}:evaluate"
@@ -103,7 +95,7 @@ def _write(line: str) -> None:
     sys.stderr.flush()
 
 
-def _report(recorded: Recorded, run_folder: Path, target: Path, tolerance: float) -> int:
+def _report(recorded: Recorded, run_folder: Path, target: Path, tolerance: float) -> None:
     """Prints and keeps what is the same and what is not."""
     artifacts = target / load_settings(run_folder / "params.yaml").artifacts
     results, metrics = results_of(artifacts), find_json(artifacts / "metrics.json")
@@ -118,7 +110,7 @@ def _report(recorded: Recorded, run_folder: Path, target: Path, tolerance: float
         console.print(
             f"{recorded.title}: all {len(metrics)} metrics but for times are the same; {target}", soft_wrap=True
         )
-        return 0
+        return
     console.print(_table(found))
     first = f"; the first result that differs: {other[0]}" if other else ""
     raise FuselipError(
@@ -144,4 +136,4 @@ def _warn_of_other_libraries(recorded: Recorded, repository: Path, target: Path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_to_exit(lambda: typer.run(main))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import yaml
 from flows.run.runner import stage_environment
 from fuselip_core.config import SECTIONS
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import atomic_write
+from fuselip_core.files import atomic_write, read_json
 from fuselip_core.registry.register import fetch_state
 from fuselip_core.registry.state import OF_REPOSITORY, OF_RUN, PATCH
 
@@ -43,7 +42,9 @@ class Recorded:
 def read_recorded(uri: str, folder: Path) -> Recorded:
     """Fetches the state of the model that `uri` names into `folder`; raises FuselipError where there is none."""
     name, version, place = fetch_state(uri, folder)
-    parts = {name: _read_json(place / f"{name}.json") for name in ("state", "settings", "metrics")}
+    parts = {
+        name: read_json(place / f"{name}.json", "register the model again") for name in ("state", "settings", "metrics")
+    }
     return Recorded(name, version, place, **parts)
 
 
@@ -168,10 +169,6 @@ def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 def _last(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     return lines[-1] if lines else f"exit code {done.returncode}"
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write_yaml(path: Path, values: dict[str, Any]) -> None:

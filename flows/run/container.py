@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from flows.run.processes import Process
 from flows.run.runner import OnLine, ProcessRunner
 from fuselip_core.config import Settings, load_settings
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, run_to_exit
 from fuselip_core.registry.state import changes_of, commit_of
 
 if TYPE_CHECKING:
@@ -111,17 +111,12 @@ class ContainerRequest:
         return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> None:
     """``python -m flows.run.container train --settings params.yaml``: the verb of `fuselip` in its container."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
     repository = Path(os.environ.get("FUSELIP_REPOSITORY", Path.cwd()))
-    try:
-        client = connect()
-        sweep(client, repository, _write)
-        return run_container(client, request_for(client, words, repository), _write)
-    except FuselipError as error:
-        _write(f"error: {error}")
-        return error.exit_code
+    client = connect()
+    sweep(client, repository, _write)
+    sys.exit(run_container(client, request_for(client, sys.argv[1:], repository), _write))
 
 
 def connect() -> DockerClient:
@@ -338,4 +333,4 @@ def _write(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_to_exit(main)

@@ -1,44 +1,59 @@
 """One DVC stage in a process of its own: ``python -m flows.run.dvc_stage dvc.yaml:train``.
 
-DVC decides whether the stage is stale. Exit codes: 0 it ran, 3 nothing had changed, 75 it was asked to stop and saved
-its state, 1 it failed. Its own process, since DVC and the stage write to the terminal and are ended together.
+DVC decides whether the stage is stale. Exit codes: 0 it ran, 3 nothing had changed, else the stage's own (75: it was
+asked to stop and saved its state). A process of its own, since DVC and the stage write to the terminal and are ended
+together.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import logging
 import os
-import re
 import signal
 import sys
+from typing import Annotated, Any
+
+import typer
+
+from fuselip_core.errors import FuselipError, run_to_exit
 
 UNCHANGED = 3
 # Of Linux's prctl: the signal that this process gets when its parent ends.
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> int:
-    """Reproduces the stage named on the command line; an error is one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m flows.run.dvc_stage", description=__doc__)
-    parser.add_argument("address", help="dvc.yaml and stage, for example dvc.yaml:train")
-    parser.add_argument("--force", action="store_true", help="run the stage even if nothing has changed")
-    arguments = parser.parse_args()
+def main(
+    address: Annotated[str, typer.Argument(help="dvc.yaml and stage, for example dvc.yaml:train.")],
+    force: Annotated[bool, typer.Option("--force", help="Run the stage even if nothing has changed.")] = False,
+) -> None:
+    """Reproduce one DVC stage."""
     _end_with_parent()
-    from dvc.repo import Repo
-    from dvc.stage.exceptions import StageCmdFailedError
+    raise typer.Exit(reproduce(address, force))
 
+
+def reproduce(address: str, force: bool) -> int:
+    """Runs the stage if DVC finds it stale and returns the exit code; raises FuselipError for what DVC refuses."""
+    from dvc.repo import Repo
+    from dvc.stage import run as stage_run
+
+    class StageEnded(stage_run.StageCmdFailedError):
+        """How the stage's command ended: DVC's own exception has the exit code only in its wording."""
+
+        def __init__(self, command: str, status: int) -> None:
+            super().__init__(command, status)
+            self.status = status
+
+    stage_run.StageCmdFailedError = StageEnded
     logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         with Repo() as repo:
-            done = repo.reproduce(arguments.address, single_item=True, force=arguments.force)
+            done = repo.reproduce(address, single_item=True, force=force)
     except Exception as error:  # what DVC raises on a damaged file is not always its own
         last = _causes(error)[-1]
-        if isinstance(last, StageCmdFailedError):
-            return _exit_code(str(last))
-        sys.stderr.write(f"error: {dvc_sentence(error)}{_remedy(arguments.address, str(error))}\n")
-        return 1
+        if isinstance(last, StageEnded):
+            return _exit_code(last.status)
+        raise dvc_problem(error) from error
     return 0 if done else UNCHANGED
 
 
@@ -59,46 +74,55 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def _exit_code(sentence: str) -> int:
-    """The stage's exit code, which DVC tells only in words; as in a shell, 128 and more for one ended by a signal.
+def _exit_code(status: int) -> int:
+    """The stage's exit code; as in a shell, 128 and more for one that a signal ended.
 
-    A stage that ends with an error has said why. One ended from outside has not, so this says it.
+    A stage that ends with an error has said why. One that a signal ended has not, so this says it.
     """
-    found = re.search(r"exited with (-?\d+)$", sentence)
-    code = int(found[1]) if found else 1
-    if code >= 0:
-        return code
-    name = signal.Signals(-code).name
-    hint = "; most likely this machine ran out of memory" if code == -signal.SIGKILL else ""
-    sys.stderr.write(f"error: the stage was ended from outside by {name}{hint}; the same command goes on\n")
-    return 128 - code
+    if status >= 0:
+        return status
+    name = signal.Signals(-status).name
+    hint = "; most likely this machine ran out of memory" if status == -signal.SIGKILL else ""
+    sys.stderr.write(f"error: the stage was ended from outside by {name}{hint}; the same command resumes it\n")
+    return 128 - status
 
 
-def dvc_sentence(error: BaseException) -> str:
-    """What DVC says, with its reasons, on one line."""
-    reasons = dict.fromkeys(" ".join(str(cause).split()) for cause in _causes(error))
-    return f"DVC: {': '.join(reasons)}"
+def dvc_problem(error: Exception) -> FuselipError:
+    """What DVC says, with its causes, and what to do if a file of DVC is damaged."""
+    causes = _causes(error)
+    said = ": ".join(dict.fromkeys(" ".join(str(cause).split()) for cause in causes))
+    damaged = next((name for cause in causes if (name := _damaged_file(cause))), None)
+    if damaged is None:
+        return FuselipError(f"DVC: {said}")
+    if damaged.endswith("dvc.lock"):
+        return FuselipError(f"DVC: {said}; restore {damaged} with git, or delete it: outputs in DVC's cache are kept")
+    # A run's dvc.yaml is a copy of the root's.
+    name = "dvc.yaml" if damaged.endswith("dvc.yaml") else damaged
+    return FuselipError(f"DVC: {said}; restore {name} with git")
 
 
-def _remedy(address: str, said: str) -> str:
-    """What to do where DVC cannot read a file of its own."""
-    if "Could not find" in said:  # a value that dvc.yaml takes from params.yaml
-        return "; bring params.yaml back with git"
-    if "dvc.lock" in said:
-        lock = address.partition(":")[0].removesuffix("yaml") + "lock"
-        return f"; bring {lock} back with git, or delete it: what DVC's cache holds is not made anew"
-    if "dvc.yaml" in said:  # a run's is a copy of the root's
-        return "; bring dvc.yaml back with git"
-    return ""
+def _damaged_file(cause: Any) -> str | None:
+    """The file that DVC can't read, by the kind of its exception."""
+    from dvc.config import ConfigError
+    from dvc.parsing import ResolveError
+    from dvc.utils.serialize import ParseError
+    from dvc.utils.strictyaml import YAMLValidationError
+
+    if isinstance(cause, ParseError | YAMLValidationError):
+        name = os.path.normpath(cause.path)
+        # DVC names files from the current folder, which may be another than the repository.
+        return os.path.basename(name) if name.startswith("..") else name
+    if isinstance(cause, ResolveError):  # a value that dvc.yaml takes from params.yaml
+        return "params.yaml"
+    return ".dvc/config" if isinstance(cause, ConfigError) else None
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-    causes = []
-    while error:
-        causes.append(error)
-        error = error.__cause__
+def _causes(error: BaseException) -> list[BaseException]:
+    causes = [error]
+    while cause := causes[-1].__cause__:
+        causes.append(cause)
     return causes
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_to_exit(lambda: typer.run(main))

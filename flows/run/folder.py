@@ -8,42 +8,25 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
 
-from flows.run.forms import (
-    CodebookCorrections,
-    Corrections,
-    EvaluateCorrections,
-    Form,
-    ModelCorrections,
-    PrepareCorrections,
-    RecipeName,
-    RegisterCorrections,
-    RunName,
-    TokenizeCorrections,
-    TrainCorrections,
-    without_empty,
-)
+from flows.run.dvc_stage import dvc_problem
+from flows.run.forms import Request, RunRequest, StageRequest, field_of
 from flows.run.lock import dvc_lock
 from fuselip_core.config import (
     SECTIONS,
     Settings,
     SettingsError,
-    Size,
-    SourceName,
     check_run_name,
     check_settings,
     corrected_recipe,
     load_settings,
     merge,
-    parse_overrides,
     read_corrections,
     recipe_names,
 )
@@ -53,71 +36,6 @@ from fuselip_core.files import atomic_write
 STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
 RECIPE_OF_SOURCE: dict[str, str] = {"phantom": "sample", "rocov2": "rocov2-tiny", "vqa-rad": "vqa-rad"}
 logger = logging.getLogger("fuselip")
-
-
-class RunRequest(Form):
-    """What is to be trained, on what; everything empty is the pipeline of params.yaml in the repository's root."""
-
-    recipe: RecipeName | None = Field(
-        None, description="Recipe to start from; the source's if empty.", json_schema_extra=without_empty
-    )
-    size: Size | None = Field(
-        None, description="Size of the encoder; the recipe's if empty.", json_schema_extra=without_empty
-    )
-    source: SourceName | None = Field(
-        None, description="Kind of data set; the recipe's, or params.yaml's, if empty.", json_schema_extra=without_empty
-    )
-    root: Path | None = Field(
-        None, description="Folder of the raw data set; the recipe's if empty.", json_schema_extra=without_empty
-    )
-    name: RunName | None = Field(
-        None,
-        description="Folder below runs/; source, or recipe, and size if empty.",
-        json_schema_extra=without_empty,
-    )
-    prepare: PrepareCorrections = PrepareCorrections()
-    model: ModelCorrections = ModelCorrections()
-    codebook: CodebookCorrections = CodebookCorrections()
-    tokenize: TokenizeCorrections = TokenizeCorrections()
-    train: TrainCorrections = TrainCorrections()
-    evaluate: EvaluateCorrections = EvaluateCorrections()
-    register_: RegisterCorrections = Field(RegisterCorrections(), alias="register")
-    overrides: tuple[str, ...] = Field((), description="More corrections, such as train.steps=100; these win.")
-
-    def corrections(self) -> dict[str, Any]:
-        """Fields that differ from the recipe, by section; raises SettingsError for an override that can't be read."""
-        values: dict[str, Any] = {"model": {"size": self.size}} if self.size else {}
-        return merge(merge(values, _given(self)), parse_overrides(self.overrides))
-
-    def plan(self, repository: Path) -> Plan:
-        """The run that is meant, checked and not written yet; see `plan_run`."""
-        return plan_run(repository, self)
-
-
-class StageRequest(Form):
-    """A run that is there already, and what is to be different in the stage that runs again."""
-
-    run: RunName | None = Field(
-        None,
-        description="Folder below runs/; the pipeline in the repository's root if empty.",
-        json_schema_extra=without_empty,
-    )
-
-    def corrections(self) -> dict[str, Any]:
-        """Fields that differ from what the run has, by section."""
-        return _given(self)
-
-    def plan(self, repository: Path) -> Plan:
-        """The run with its corrections, checked and not written yet; see `plan_again`."""
-        return plan_again(repository, self.run, self.corrections())
-
-
-def _given(form: Form) -> dict[str, Any]:
-    """What the sections of a form correct, by section."""
-    parts = {section: getattr(form, "register_" if section == "register" else section, None) for section in SECTIONS}
-    return {
-        section: given for section, part in parts.items() if isinstance(part, Corrections) and (given := part.given())
-    }
 
 
 @dataclass(frozen=True)
@@ -151,7 +69,7 @@ class Plan:
     like_root: Settings | None = None
 
     def write(self) -> Run:
-        """Writes the run folder's files; a variant of the root's pipeline takes over what that has done."""
+        """Writes the run folder's files; a variant of the root's pipeline starts from the root's results."""
         run = self.run
         if self.values is None:
             return run
@@ -170,43 +88,50 @@ class Plan:
         return run
 
 
-def open_run_folder(repository: Path, request: RunRequest) -> Run:
-    """The run that `request` means, its settings checked and, for a run folder, its files written; see `plan_run`."""
-    return plan_run(repository, request).write()
+def plan(repository: Path, request: Request) -> Plan:
+    """The run that `request` means: the root's pipeline, or a folder runs/<name>/; checked, and not written yet.
 
-
-def plan_run(repository: Path, request: RunRequest) -> Plan:
-    """The run that `request` means: the root's pipeline, or a folder runs/<name>/.
-
-    Raises SettingsError for settings that are wrong and FuselipError for a data folder that is missing.
+    Raises SettingsError for wrong settings and FuselipError for a run or data folder that is missing.
     """
+    if isinstance(request, StageRequest):
+        return _plan_again(repository, request)
+    assert isinstance(request, RunRequest)
+    return _plan_run(repository, request)
+
+
+def _plan_run(repository: Path, request: RunRequest) -> Plan:
     root = load_settings(repository / "params.yaml")
     same_source = request.source in (None, root.prepare.source) and request.recipe in (None, root.recipe)
     if same_source and not request.corrections() and request.root is None and request.name is None:
-        plan = Plan(Run(repository, repository, root))
+        planned = Plan(Run(repository, repository, root))
     else:
         kind = request.source or request.recipe or root.prepare.source
         folder = _run_folder(repository, request.name or "-".join(filter(None, (kind, request.size))))
         values = _corrections(repository, request, root, same_source)
         values["artifacts"] = str(folder.relative_to(repository) / "artifacts")
-        plan = Plan(_checked(repository, folder, values), values, root if same_source else None)
-    _check_data_folder(plan.run)
-    return plan
+        planned = Plan(_checked(repository, folder, values), values, root if same_source else None)
+    settings = planned.run.settings.prepare
+    if settings.source != "phantom" and not (repository / settings.root).is_dir():
+        example = "" if field_of("root") != "--root" else f" (make demo SOURCE={settings.source} ROOT=...)"
+        raise FuselipError(
+            f"there is no data set folder {repository / settings.root}; name the folder of your {settings.source} "
+            f"files with {field_of('root')}{example}"
+        )
+    return planned
 
 
-def plan_again(repository: Path, name: str | None, corrections: Mapping[str, Any]) -> Plan:
-    """The run in runs/<name>/, or the root's if `name` is empty, with `corrections` to what its params.yaml says.
+def _plan_again(repository: Path, request: StageRequest) -> Plan:
+    """The run with the request's changes to what its params.yaml says.
 
-    The root's own params.yaml is never written: with corrections, a variant of it is meant. Raises FuselipError if
-    there is no such run.
+    The root's own params.yaml is never written: a changed root means a variant of it.
     """
-    if name is None:
-        return plan_run(repository, RunRequest.model_validate(corrections))
-    folder = _run_folder(repository, name)
+    if request.run is None:
+        return _plan_run(repository, RunRequest(overrides=request.corrections()))
+    folder = _run_folder(repository, request.run)
     if not (folder / "params.yaml").is_file():
         known = sorted(path.parent.name for path in (repository / "runs").glob("*/params.yaml"))
-        raise FuselipError(f"there is no run {folder}; there are: {', '.join(known) or 'none'}")
-    values = merge(read_corrections(folder / "params.yaml"), corrections)
+        raise FuselipError(f"there is no run {folder}; {field_of('run')} may be: {', '.join(known) or 'none yet'}")
+    values = merge(read_corrections(folder / "params.yaml"), request.corrections())
     return Plan(_checked(repository, folder, values), values)
 
 
@@ -226,74 +151,57 @@ def _corrections(repository: Path, request: RunRequest, root_settings: Settings,
         values = read_corrections(repository / "params.yaml")
         values["recipe"] = root_settings.recipe
     else:
-        values = {"recipe": request.recipe or _recipe_of(request.source or root_settings.prepare.source)}
+        source = request.source or root_settings.prepare.source
+        recipe = request.recipe or RECIPE_OF_SOURCE.get(source)
+        if recipe is None:
+            names = ", ".join(recipe_names())
+            raise SettingsError(f"{source} has no recipe of its own; choose one with {field_of('recipe')}: {names}")
+        values = {"recipe": recipe}
         if request.source:
             values["prepare"] = {"source": request.source}
     if request.root:
         root = request.root.expanduser()
-        values = merge(values, {"prepare": {"root": str(root if root.is_absolute() else _from(repository, root))}})
+        # A relative folder is meant from the current folder.
+        seen = str(root) if root.is_absolute() else os.path.relpath(root.absolute(), repository)
+        values = merge(values, {"prepare": {"root": seen}})
     return merge(values, request.corrections())
 
 
-def _recipe_of(source: str) -> str:
-    if source not in RECIPE_OF_SOURCE:
-        raise SettingsError(f"no recipe is meant for {source}; name one with --recipe: {', '.join(recipe_names())}")
-    return RECIPE_OF_SOURCE[source]
-
-
-def _from(repository: Path, path: Path) -> str:
-    """`path`, which is meant from the current folder, as seen from the repository."""
-    return os.path.relpath(path.absolute(), repository)
-
-
-def _check_data_folder(run: Run) -> None:
-    root = run.repository / run.settings.prepare.root
-    if run.settings.prepare.source != "phantom" and not root.is_dir():
-        raise FuselipError(
-            f"there is no data set folder {root}; name the folder of your {run.settings.prepare.source} files "
-            f"with --root (make demo SOURCE={run.settings.prepare.source} ROOT=...)"
-        )
-
-
 def _start_from_root(run: Run, root_artifacts: str) -> None:
-    """Takes over what the root pipeline has done, so that a changed parameter runs only the stages behind it.
+    """Takes over the root pipeline's results, so that a changed parameter runs only the stages behind it.
 
-    The root's lock, with its paths turned into this run's, lets DVC fetch equal outputs from its cache and see by
-    itself which stages differ.
+    The root's recorded hashes become those of this run's stages; DVC compares them with this run's settings, finds
+    the stages that differ, and fetches the outputs of the others from its cache.
     """
-    source, target = run.repository / "dvc.lock", run.folder / "dvc.lock"
-    if target.exists() or not source.exists():
-        return
-    settings = str((run.folder / "params.yaml").relative_to(run.repository))
-    artifacts = str(run.settings.artifacts)
-
-    def turned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {turned(key): turned(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [turned(item) for item in value]
-        if isinstance(value, str):
-            value = re.sub(rf"^{re.escape(root_artifacts)}(?=/)", artifacts, value)
-            return re.sub(r"(^|--settings )params\.yaml$", rf"\g<1>{settings}", value)
-        return value
-
-    try:
-        done = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError):
-        done = None
-    if not isinstance(done, dict):
-        raise FuselipError(f"{source} is damaged; bring it back with git, or delete it")
-    _write_if_changed(target, yaml.safe_dump(turned(done), sort_keys=False).encode())
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    # What the cache lacks is made anew.
-    with (
-        dvc_lock(run.repository, str(run.folder), logger.info),
-        contextlib.suppress(DvcException),
-        Repo(str(run.repository)) as repo,
-    ):
-        repo.checkout([str(run.folder / "dvc.yaml")], force=True)
+    if (run.folder / "dvc.lock").exists() or not (run.repository / "dvc.lock").exists():
+        return
+    settings, artifacts = str((run.folder / "params.yaml").relative_to(run.repository)), f"{run.settings.artifacts}/"
+
+    def at_root(path: str) -> str:
+        if path.startswith(artifacts):
+            return f"{root_artifacts}/{path.removeprefix(artifacts)}"
+        return "params.yaml" if path == settings else path
+
+    with dvc_lock(run.repository, str(run.folder), logger.info), Repo(str(run.repository)) as repo:
+        try:
+            done = {stage.name: stage for stage in repo.stage.load_all(str(run.repository / "dvc.yaml"))}
+            for stage in repo.stage.load_all(str(run.folder / "dvc.yaml")):
+                root = done[stage.name]
+                if root.cmd_changed or not all(out.hash_info for out in root.outs):
+                    continue
+                recorded = {item.def_path: item for item in (*root.deps, *root.outs)}
+                for item in (*stage.deps, *stage.outs):
+                    if its := recorded.get(at_root(item.def_path)):
+                        item.meta, item.hash_info = its.meta, its.hash_info
+                stage.dump(update_pipeline=False)
+        except Exception as error:  # what DVC raises on a damaged file is not always its own
+            raise dvc_problem(error) from error
+        # What the cache lacks is made anew.
+        with contextlib.suppress(DvcException):
+            repo.checkout([str(run.folder / "dvc.yaml")], force=True)
 
 
 def _write_if_changed(path: Path, content: bytes) -> None:

@@ -1,50 +1,31 @@
-"""Sections of settings as Prefect's forms show them: every field with its range, choices and meaning, and all empty.
-
-What a form leaves empty is the recipe's. Built from the sections of fuselip_core/config.py, so a field that is added
-there appears in the forms; its help says what each recipe has.
-"""
+"""What a flow is asked for: the same fields as a form in Prefect and as options of the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, Optional, get_args
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+from prefect.runtime import deployment
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
-    create_model,
     model_serializer,
 )
-from pydantic.fields import FieldInfo
 
-from fuselip_core.config import (
-    NAME_PATTERN,
-    CodebookSettings,
-    EvaluateSettings,
-    ModelSettings,
-    PrepareSettings,
-    RegisterSettings,
-    Section,
-    TokenizeSettings,
-    TrainSettings,
-    as_yaml,
-    read_recipe,
-    recipe_names,
-)
-
-LONGEST_VALUE = 40
+from fuselip_core.config import NAME_PATTERN, SettingsError, Size, SourceName, merge, recipe_names
 
 # The form offers and enforces these; elsewhere the settings' own check says what is wrong, with its remedy.
 RecipeName = Annotated[str, WithJsonSchema({"type": "string", "enum": recipe_names()})]
 RunName = Annotated[str, WithJsonSchema({"type": "string", "pattern": NAME_PATTERN})]
+Split = Literal["dev", "valid", "test"]
 
 
 class Form(BaseModel):
-    """Base of what a flow is asked for: unknown names are refused, and what is empty is not written down."""
+    """Base of all requests: unknown fields are refused, empty ones are not sent."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,87 +34,87 @@ class Form(BaseModel):
         return {name: value for name, value in serialize(self).items() if value is not None}
 
 
-class Corrections(Form):
-    """Base of the generated models: fields of one section, each empty unless corrected."""
+def empty(description: str, **limits: Any) -> Any:
+    """A field that may stay empty. Its schema has no null: Prefect's form would first ask if there is a value."""
 
-    def given(self) -> dict[str, Any]:
-        """The fields that are not empty, as plain values; a part of which every field is empty is empty too."""
-        parts = {name for name in type(self).model_fields if isinstance(getattr(self, name), Corrections)}
-        return {name: value for name, value in self.model_dump(mode="json").items() if value or name not in parts}
-
-
-def corrections_of(section: type[Section], name: str) -> type[Corrections]:
-    """A model with the fields of `section`, which stands in recipes as `name`; none is required, none has a default."""
-    fields: dict[str, Any] = {
-        field_name: (
-            Optional[_type_of(field, field_name)],  # noqa: UP045 - `|` can't be used on a value
-            Field(None, description=_help(field, name, field_name), json_schema_extra=without_empty),
-        )
-        for field_name, field in section.model_fields.items()
-    }
-    docstring = " ".join((section.__doc__ or "").split())
-    return create_model(name.capitalize(), __base__=Corrections, __doc__=docstring, **fields)
-
-
-def _type_of(field: FieldInfo, name: str) -> Any:
-    """The field's type with its limits, such as a range or a pattern.
-
-    A section within a section is all empty as well: the form sends the defaults that it shows, given or not.
-    """
-    match get_args(field.annotation):
-        case (type() as part, none) if none is type(None) and issubclass(part, Section):
-            return corrections_of(part, name)
-    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-
-
-def _help(field: FieldInfo, section: str, name: str) -> str:
-    """The field's meaning and the value of each recipe, which counts while the form leaves it empty."""
-    recipes_of: dict[str, list[str]] = {}
-    for recipe in recipe_names():
-        values = _recipe(recipe).get(section)
-        if isinstance(values, Mapping) and name in values:
-            text = as_yaml(values[name])
-            recipes_of.setdefault(text if len(text) <= LONGEST_VALUE else "a value of its own", []).append(recipe)
-    if not recipes_of:
-        # Of a part that recipes leave empty.
-        known = f" Empty: {as_yaml(field.default)}."
-    elif len(recipes_of) == 1:
-        known = f" Empty: {next(iter(recipes_of))}, as in all recipes."
-    else:
-        each = "; ".join(f"{value} in {', '.join(recipes)}" for value, recipes in recipes_of.items())
-        known = f" Empty: {each}."
-    return f"{field.description or ''}{known}"
-
-
-@cache
-def _recipe(name: str) -> Mapping[str, Any]:
-    """Read once: there is a help text for each of a hundred fields."""
-    return read_recipe(name)
-
-
-def without_empty(schema: dict[str, Any]) -> None:
-    """Makes a field's schema that of its type alone: the form of a nullable one would first ask if there is a value."""
-    schema.pop("default", None)
-    variants = [each for each in schema.get("anyOf", []) if each != {"type": "null"}]
-    if len(variants) == 1:
-        del schema["anyOf"]
+    def without_null(schema: dict[str, Any]) -> None:
+        schema.pop("default", None)
+        variants = [each for each in schema.pop("anyOf", []) if each != {"type": "null"}]
         schema.update(variants[0])
 
+    return Field(None, description=description, json_schema_extra=without_null, **limits)
 
-# Stated one by one rather than in a loop, so that they can be named in annotations; a type checker sees their base.
-if TYPE_CHECKING:
-    PrepareCorrections = Corrections
-    ModelCorrections = Corrections
-    CodebookCorrections = Corrections
-    TokenizeCorrections = Corrections
-    TrainCorrections = Corrections
-    EvaluateCorrections = Corrections
-    RegisterCorrections = Corrections
-else:
-    PrepareCorrections = corrections_of(PrepareSettings, "prepare")
-    ModelCorrections = corrections_of(ModelSettings, "model")
-    CodebookCorrections = corrections_of(CodebookSettings, "codebook")
-    TokenizeCorrections = corrections_of(TokenizeSettings, "tokenize")
-    TrainCorrections = corrections_of(TrainSettings, "train")
-    EvaluateCorrections = corrections_of(EvaluateSettings, "evaluate")
-    RegisterCorrections = corrections_of(RegisterSettings, "register")
+
+def _nested(given: dict[str, Any]) -> dict[str, Any]:
+    """``{"train.steps": 5}`` and ``{"train": {"steps": 5}}`` mean the same."""
+    nested: dict[str, Any] = {}
+    for name, value in given.items():
+        *sections, field = name.split(".")
+        part: Any = {field: value}
+        for section in reversed(sections):
+            part = {section: part}
+        nested = merge(nested, part, whole=())
+    return nested
+
+
+AnySettings = Annotated[
+    dict[str, Any],
+    AfterValidator(_nested),
+    Field(
+        description='Any other settings, such as {"train.batch_size": 64, "prepare.limit": 1000}; these win. '
+        "`fuselip recipes show NAME` lists them."
+    ),
+]
+
+
+class Request(Form):
+    """Base of what is asked of a run: how it differs from its recipe, or from what it was."""
+
+    def corrections(self) -> dict[str, Any]:
+        """Settings that the request changes, by section."""
+        return dict(getattr(self, "overrides", {}))
+
+
+class RunRequest(Request):
+    """What to train, on which data. An empty form means the pipeline of params.yaml in the repository's root."""
+
+    recipe: RecipeName | None = empty("Recipe to start from. Empty: the one meant for the source.")
+    size: Size | None = empty("Size of the encoder. Empty: the recipe's.")
+    source: SourceName | None = empty("Kind of data set. Empty: the recipe's, or the one in params.yaml.")
+    root: Path | None = empty("Folder of the raw data set. Empty: the recipe's.")
+    name: RunName | None = empty(
+        "Name of the run, a folder below runs/: letters a-z, digits, dots, dashes, underscores. "
+        "Empty: source (or recipe) and size."
+    )
+    steps: int | None = empty("Optimiser steps of the training. Empty: the recipe's length.", ge=1)
+    epochs: float | None = empty(
+        "Length of the training in epochs, instead of steps. Empty: the recipe's length.", gt=0
+    )
+    split: Split | None = empty("Split to evaluate on. Empty: the recipe's.")
+    overrides: AnySettings = {}
+    dry_run: bool = Field(
+        False, description="Only check the request, and show all settings with an estimate of memory and time."
+    )
+
+    def corrections(self) -> dict[str, Any]:
+        """Settings that the request changes, by section; raises SettingsError for a length that is given twice."""
+        if self.steps and self.epochs:
+            raise SettingsError("steps and epochs are both given; leave one empty")
+        values: dict[str, Any] = {"model": {"size": self.size}} if self.size else {}
+        if self.steps or self.epochs:
+            values["train"] = {"steps": self.steps} if self.steps else {"epochs": self.epochs}
+        if self.split:
+            values["evaluate"] = {"split": self.split}
+        return merge(values, self.overrides)
+
+
+class StageRequest(Request):
+    """A run that exists, and what to change for the stage that runs again."""
+
+    run: RunName | None = empty("Name of the run, a folder below runs/. Empty: the pipeline in the repository's root.")
+    overrides: AnySettings = {}
+
+
+def field_of(name: str) -> str:
+    """What a user calls the field `name` where they filled it in: on Prefect's form or on the command line."""
+    return f"the field {name.capitalize()}" if deployment.id else f"--{name}"

@@ -1,21 +1,19 @@
-"""Processes of this machine and whether they still run, read from /proc."""
+"""Processes of this machine and whether they still run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from uuid import UUID
 
-# Of /proc/<pid>/stat, counted from 0, and the states of a process of which only its parent's look is awaited.
-STATE, PARENT, START_TIME = 2, 3, 21
-ENDED = ("Z", "X")
+import psutil
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a machine. A number alone would not do: another process gets it later."""
+    """A process of a machine. The start time tells it from a later process with the same number."""
 
     host: str
     pid: int
@@ -43,48 +41,38 @@ class Process:
 
     @property
     def lives(self) -> bool:
-        """Whether it still runs; asked on its own machine."""
+        """Whether it still runs; only its own machine can tell."""
         return _started(self.pid) == self.started
 
 
-def is_starting_here(flow_run_id: UUID) -> bool:
-    """Whether some process of this machine was started for the flow run, as far as this user may see."""
-    wanted = f"PREFECT__FLOW_RUN_ID={flow_run_id}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if wanted in path.read_bytes().split(b"\0"):
-                return True
-        except OSError:
-            continue
-    return False
-
-
-def children_of(pid: int) -> list[int]:
-    """Processes of this machine that `pid` has started and that still run."""
+def processes_of(flow_run_id: UUID) -> list[psutil.Process]:
+    """Processes of this machine that were started for the flow run, as far as this user may see."""
     found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        fields = _fields(int(path.name))
-        if fields and int(fields[PARENT]) == pid and fields[STATE] not in ENDED:
-            found.append(int(path.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("PREFECT__FLOW_RUN_ID") == str(flow_run_id):
+                found.append(process)
     return found
 
 
-def parent_of(pid: int) -> int | None:
-    """The process that started `pid`, or inherited it; None if there is no such process."""
-    fields = _fields(pid)
-    return int(fields[PARENT]) if fields else None
+def children_of(pid: int) -> list[int]:
+    """Processes that `pid` has started and that still run."""
+    try:
+        children = psutil.Process(pid).children()
+    except psutil.NoSuchProcess:
+        return []
+    return [child.pid for child in children if _started(child.pid)]
 
 
 def _started(pid: int) -> str | None:
-    """When the process started, as the kernel counts; None if there is no such process, or only its remains."""
-    fields = _fields(pid)
-    return fields[START_TIME] if fields and fields[STATE] not in ENDED else None
+    """Start time in seconds after boot; None if the process has ended.
 
-
-def _fields(pid: int) -> list[str] | None:
-    """Fields of /proc/<pid>/stat but for the name, which may hold anything."""
+    Counted from boot: a clock that is set must not make a living process look like another one.
+    """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        return f"{process.create_time() - psutil.boot_time():.2f}"
+    except psutil.NoSuchProcess:
         return None
-    return [str(pid), "", *stat.rpartition(")")[2].split()]

@@ -42,6 +42,7 @@ class Ending:
     run: Run | None
     outcomes: tuple[Outcome, ...]
     error: str | None = None
+    dry: bool = False
 
 
 class Runner(Protocol):

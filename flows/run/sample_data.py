@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 
 from flows.run.child import OnLine, stream
-from flows.run.dvc_stage import dvc_sentence
+from flows.run.dvc_stage import dvc_problem
 from flows.run.lock import dvc_lock
 from flows.run.runner import LastLines, stage_environment
 from fuselip_core.errors import FuselipError
 
 
 def ensure_sample(repository: Path, on_line: OnLine) -> bool:
-    """Draws data/ if it is missing and makes sure that DVC knows it; returns whether it was drawn.
+    """Draws data/ if it is missing and adds it to DVC's cache; returns whether it was drawn.
 
-    Raises FuselipError if the bytes are not those that data.dvc names.
+    Raises FuselipError if the bytes differ from data.dvc.
     """
     # Another flow may be drawing it at this very moment: one draws, and the others find it.
     with dvc_lock(repository, "data.dvc", on_line) as lock:
@@ -32,24 +32,23 @@ def ensure_sample(repository: Path, on_line: OnLine) -> bool:
 def _compare(repository: Path) -> None:
     from dvc.repo import Repo
 
-    if not (repository / "data.dvc").read_bytes().strip():  # which DVC takes for nothing to compare
-        raise FuselipError("data.dvc is empty; bring data.dvc back with git")
-    target = str(repository / "data.dvc")  # whole, since DVC takes targets from the current folder
+    if not (repository / "data.dvc").read_bytes().strip():  # DVC finds nothing to compare in an empty file
+        raise FuselipError("data.dvc is empty; restore data.dvc with git")
+    target = str(repository / "data.dvc")  # a whole path, since DVC takes targets from the current folder
     try:
         with Repo(str(repository)) as repo:
-            status = repo.status(targets=[target])
-            if not status:
+            found = [each for parts in repo.status(targets=[target]).values() for each in parts]
+            outputs = {state for each in found for state in each.get("changed outs", {}).values()}
+            if outputs <= {"not in cache"}:
+                # Drawn here: the bytes are right, only the cache lacks them.
+                if outputs:
+                    repo.commit(target, force=True)
                 return
-            if "modified" not in str(status):
-                # Drawn here, so its bytes are right but not in the cache yet.
-                repo.commit(target, force=True)
-                return
-    except OSError:  # of the disk, and told as such
+    except OSError:  # the disk's, with a sentence of its own
         raise
     except Exception as error:  # what DVC raises on a damaged data.dvc is not always its own
-        damaged = ".dvc/config" if "config file" in str(error) else "data.dvc"
-        raise FuselipError(f"{dvc_sentence(error)}; bring {damaged} back with git") from error
+        raise dvc_problem(error) from error
     raise FuselipError(
-        "data/ is not what data.dvc names: this machine's Pillow draws other bytes, or files were changed; "
-        "remove data/ to draw it again, or accept it with `dvc add data`"
+        "data/ differs from data.dvc: this machine's Pillow draws other bytes, or files were changed; "
+        "remove data/ to draw it again, or accept it with `.venv/bin/dvc add data`"
     )

@@ -1,17 +1,16 @@
 """Puts flow runs whose process is gone back in the queue: ``python -m flows.server.recover [--every 30]``.
 
-A worker that is killed, a machine that restarts, a process that the kernel ends for want of memory: Prefect's server
-still calls such a run running, or calls it crashed and leaves it there. Here the run, not a copy of it, is scheduled
-again with its parameters; DVC skips the stages that are done, and a stage goes on from its checkpoint.
+A worker is killed, a machine restarts, the kernel ends a process for want of memory: Prefect's server still calls such
+a run running, or crashed, and leaves it there. This schedules the same run again with its parameters; DVC skips the
+finished stages, and a stage resumes from its checkpoint.
 
-No run is done twice. A run is only touched if the process that signed it (flows/presence.py) is gone, which its own
-machine knows for certain; of two of these commands one waits for the other; and what the old process left behind
-holds the run's lock (flows/run/lock.py) until it has ended.
+No run is done twice. A run is only touched if the process that signed it (flows/page/flow_run.py) is gone, which its
+own machine knows for certain; only one of these commands works at a time; and what the old process left behind holds
+DVC's lock (flows/run/lock.py) until it has ended.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -20,7 +19,11 @@ import time
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
+from typing import Annotated
 
+import psutil
+import typer
+from filelock import FileLock
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, FlowRunFilterState
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
@@ -31,10 +34,11 @@ from prefect.types._datetime import now
 from flows.environment import DEFAULTS
 from flows.page.flow_run import LABEL
 from flows.run.child import OnLine
-from flows.run.lock import only_one
-from flows.run.processes import Process, is_starting_here, parent_of
+from flows.run.processes import Process, processes_of
+from fuselip_core.errors import run_to_exit, sentence_of
 
 RECOVERIES = "fuselip.recoveries"
+POOL = "process"
 # Beyond so many starts a run is left alone: it crashes by itself.
 MOST_STARTS = 5
 # A worker that takes a run starts its process within seconds; one that was killed in between never does.
@@ -47,10 +51,11 @@ STATES = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.
 
 
 def recover(on_line: OnLine, gone: Collection[str] = (), settle_seconds: float = SETTLE_SECONDS) -> list[FlowRun]:
-    """Schedules again what has lost its process, and returns it; `gone` names machines that will not come back."""
+    """Schedules the runs that have lost their process again, and returns them; `gone` names machines given up."""
     recovered = []
     home = Path(os.environ.get("PREFECT_HOME", DEFAULTS["PREFECT_HOME"]))
-    with only_one(home, "recover"), get_client(sync_client=True) as client:
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "recover.lock"), get_client(sync_client=True) as client:
         suspects = {run.id: run.state_id for run in _unfinished(client) if _loss(run, gone, lambda line: None)}
         if suspects:
             time.sleep(settle_seconds)
@@ -59,13 +64,13 @@ def recover(on_line: OnLine, gone: Collection[str] = (), settle_seconds: float =
                 _finish_cancelling(client, run, on_line)
             elif (reason := _loss(run, gone, on_line)) and suspects.get(run.id) == run.state_id:
                 _schedule(client, run, reason)
-                on_line(f"{run.name}: {reason}; it goes on from its last checkpoint")
+                on_line(f"{run.name}: {reason}; it resumes from its last checkpoint")
                 recovered.append(run)
     return recovered
 
 
 def _unfinished(client: SyncPrefectClient) -> list[FlowRun]:
-    """Runs of deployments that are on their way, or ended without a word of their own."""
+    """Runs of deployments that are under way or crashed."""
     states = FlowRunFilterState(type=StateTypes(any_=STATES))
     wanted = FlowRunFilter(state=states, deployment_id=FlowRunFilterDeploymentId(is_null_=False))
     return client.read_flow_runs(flow_run_filter=wanted, limit=200)
@@ -78,12 +83,13 @@ def _loss(run: FlowRun, gone: Collection[str], on_line: OnLine) -> str | None:
         return None
     if run.state.is_pending():
         age = (now("UTC") - run.state.timestamp).total_seconds()
-        lost = age > PENDING_SECONDS and not is_starting_here(run.id)
+        lost = age > PENDING_SECONDS and not processes_of(run.id)
         return "its worker took it and never started it" if lost else None
     process = _process_of(run)
     if process is None:
-        # Recovered before and crashed before any process of ours had begun; others are not known here.
-        return "it crashed before it began" if run.state.is_crashed() and _recoveries(run) else None
+        # Killed while its process was starting. What a worker of another kind starts, only that can judge.
+        ours = run.state.is_crashed() and run.work_pool_name == POOL
+        return "it crashed before it began" if ours else None
     if not (process.is_here or process.host in gone):
         on_line(f"{run.name} is of {process.host}; if that machine will not come back, add --gone {process.host}")
         return None
@@ -93,7 +99,7 @@ def _loss(run: FlowRun, gone: Collection[str], on_line: OnLine) -> str | None:
 
 
 def _finish_cancelling(client: SyncPrefectClient, run: FlowRun, on_line: OnLine) -> None:
-    """Ends a run that is to be cancelled and whose worker has gone: no one else is left to do it."""
+    """Ends a run that is to be cancelled and whose worker is gone: nobody else would do it."""
     process = _process_of(run)
     if process is None or not process.is_here or not process.lives or not _is_orphan(process):
         # Its worker does it, or, where that is gone too, the server's own clock.
@@ -127,32 +133,30 @@ def _recoveries(run: FlowRun) -> int:
 
 
 def _is_orphan(process: Process) -> bool:
-    """Whether the worker that started the process is gone, so that another has inherited it."""
+    """Whether the worker that started the process is gone, so that another process has adopted it."""
     try:
-        return b"worker" not in Path(f"/proc/{parent_of(process.pid)}/cmdline").read_bytes()
-    except OSError:
+        parent = psutil.Process(process.pid).parent()
+        return parent is None or "worker" not in parent.cmdline()
+    except psutil.Error:
         return True
 
 
-def main() -> int:
-    """Recovers once, or again and again with --every."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.server.recover", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--every", type=float, metavar="SECONDS", help="go on until ended, with this pause")
-    parser.add_argument("--gone", action="append", default=[], metavar="HOST", help="machine that will not come back")
-    options = parser.parse_args()
+def main(
+    every: Annotated[float | None, typer.Option(metavar="SECONDS", help="Repeat until ended, with this pause.")] = None,
+    gone: Annotated[list[str] | None, typer.Option(metavar="HOST", help="Machine that will not come back.")] = None,
+) -> None:
+    """Put flow runs whose process is gone back in the queue."""
     while True:
         try:
-            recover(_say, options.gone)
+            recover(_say, gone or ())
         except Exception as error:
             # A server that is away or restarts must not end the watch.
-            if not options.every:
+            if not every:
                 raise
-            _say(f"error: {' '.join(str(error).split())}")
-        if not options.every:
-            return 0
-        time.sleep(options.every)
+            _say(f"error: {sentence_of(error)}")
+        if not every:
+            return
+        time.sleep(every)
 
 
 def _say(line: str) -> None:
@@ -161,4 +165,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_to_exit(lambda: typer.run(main))

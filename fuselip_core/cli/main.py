@@ -15,7 +15,7 @@ import typer
 from fuselip_core import config
 from fuselip_core.cli import data as data_cli
 from fuselip_core.cli import vqa as vqa_cli
-from fuselip_core.errors import FuselipError, sentence_of
+from fuselip_core.errors import FuselipError, run_to_exit
 from fuselip_core.tracking import telemetry
 
 STAGE_HELP = {
@@ -154,10 +154,4 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("fuselip").setLevel(logging.DEBUG if debug else logging.INFO)
-    try:
-        app(args=arguments, prog_name="fuselip")
-    except Exception as error:
-        if debug:
-            raise
-        typer.echo(f"error: {sentence_of(error)}", err=True)
-        sys.exit(error.exit_code if isinstance(error, FuselipError) else 1)
+    run_to_exit(lambda: app(args=arguments, prog_name="fuselip"), debug)
