@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -111,7 +112,7 @@ def _damaged_file(cause: Any) -> str | None:
     if isinstance(cause, ParseError | YAMLValidationError):
         name = os.path.normpath(cause.path)
         # DVC names files from the current folder, which may be another than the repository.
-        return os.path.basename(name) if name.startswith("..") else name
+        return Path(name).name if name.startswith("..") else name
     if isinstance(cause, ResolveError):  # a value that dvc.yaml takes from params.yaml
         return "params.yaml"
     return ".dvc/config" if isinstance(cause, ConfigError) else None
