@@ -4,7 +4,7 @@
     python benchmarks/compare_families.py prepare                    # prepare, codebook, tokenize: once a data set
     python benchmarks/compare_families.py try DATA FAMILY field=value ...    # one training, measured on held-out pairs
     python benchmarks/compare_families.py run [NAME ...]             # some runs, or all that are still to do
-    python benchmarks/compare_families.py table                      # mean and spread, into README.md
+    python benchmarks/compare_families.py table                      # mean and spread, into docs/results.md
 
 Every run trains a model of size tiny through the project's own stages on the pairs, codes and pictures that all runs of
 its data set share, for as many steps as fit into `--seconds` of one core: a step of each family is timed once a data
@@ -209,19 +209,17 @@ class Comparison:
 
 
 def write_tables(comparison: Comparison) -> None:
-    """Writes the tables between their marks in README.md, or prints them where it has none."""
+    """Writes the tables between their marks in docs/results.md."""
     results: dict[tuple[str, str], Results] = {}
     for run in all_runs():
         if comparison.result(run).is_file():
             results.setdefault((run.data, run.label), []).append(json.loads(comparison.result(run).read_text("utf-8")))
     text = "\n".join([*comparison_table(results), *adaptation_table(results), *codes_table(results)])
     print(text)
-    readme = REPOSITORY / "README.md"
-    page = readme.read_text(encoding="utf-8")
+    page = REPOSITORY / "docs" / "results.md"
     block = f"<!-- families -->\n{text}\n<!-- /families -->"
     marked = re.compile(r"<!-- families -->.*?<!-- /families -->", re.DOTALL)
-    if marked.search(page):
-        readme.write_text(marked.sub(lambda _: block, page), encoding="utf-8")
+    page.write_text(marked.sub(lambda _: block, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def field_and_value(word: str) -> tuple[str, Any]:
