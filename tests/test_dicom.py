@@ -748,6 +748,55 @@ def test_text_from_a_table_by_what_is_closest(tmp_path: Path) -> None:
     assert "4 of 5 rows of the table of texts name a file that is used" in listing.notes
 
 
+def test_rows_that_cannot_be_trusted_are_set_aside_by_their_number(tmp_path: Path) -> None:
+    for number, name in enumerate(("a", "b", "one/same", "two/same", "c")):
+        study = "1.2.3" if name in "ac" else generate_uid()
+        save(picture(np.array([[0, number]], np.uint8), StudyInstanceUID=study), tmp_path / f"{name}.dcm")
+    (tmp_path / "text.csv").write_text(
+        "file, StudyInstanceUID, text, split\n"
+        "a.dcm, 1.2.3, text of a, test\n"
+        "b.dcm,, first text of b, val\n"
+        "b.dcm,, second text of b,\n"  # row 3: which of the two is right?
+        "same.dcm,, text of one of two,\n"
+        "c.dcm,, an unquoted, comma, train\n"  # line 6
+        "one\\same.dcm,, the first of two, train\n"
+        "b.dcm,, first text of b, validation\n"  # says the same again
+        "a.dcm,, text of a, hold-out\n"
+        ",, of nobody,\n"
+    )
+    listing = list_dicom(tmp_path)
+    texts = {pair.query.image: pair.target.text for pair in listing.pairs}
+    found = {
+        image.place.file.relative_to(tmp_path).as_posix(): (texts.get(image.image_id), image.split)
+        for image in listing.images
+    }
+    assert found["a.dcm"] == ("text of a", "test") and found["b.dcm"] == ("first text of b", "valid")
+    assert found["one/same.dcm"] == ("the first of two", "train")
+    # Neither a text of another image of the study, nor one of a file of the same name.
+    assert found["c.dcm"][0] is None and found["two/same.dcm"][0] is None
+    assert sorted((entry.id, entry.reason) for entry in listing.set_aside) == [
+        ("text table, line 6", "bad_row"),
+        ("text table, row 3", "repeated_row"),
+        ("text table, row 8", "unknown_split"),
+        ("text table, row 9", "no_image_named"),
+    ]
+    assert "3 of 9 rows of the table of texts name a file that is used" in listing.notes
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "in", tmp_path / "Mustermann"
+    for number in range(6):
+        save(picture(np.array([[0, 9]], np.uint8)), (root if number < 3 else elsewhere / "deep") / f"{number}.dcm")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)
+    (elsewhere / "deep" / "up").symlink_to(root)
+    (root / "lost").symlink_to(tmp_path / "Huber")
+    listing = list_dicom(root)
+    assert sorted(image.place.file.name for image in listing.images) == [f"{number}.dcm" for number in range(6)]
+    assert any("lead nowhere" in note for note in listing.notes) and not listing.set_aside
+    assert not [note for note in listing.notes if "lost" in note or "Huber" in note]
+
+
 def test_settings_in_the_folder(tmp_path: Path) -> None:
     save(picture(np.array([[0, 9]], np.uint8), Modality="CT"), tmp_path / "a")
     (tmp_path / "dicom.yaml").write_text("window: bone\nframes: 2\n")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from fuselip_core.data.prepare.prepare import prepare_data
 from fuselip_core.data.prepare.rule_questions import known_values, questions_of
 from fuselip_core.data.shards.schemas import PAIR_SCHEMA
 from fuselip_core.data.sources.catalogue import list_source
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, sentence_of
+from fuselip_core.generation import questions
 from fuselip_core.generation.generated_questions import CaptionRow, Work, caption_rows, generate, judged
 from fuselip_core.generation.questions import Job, run_part
 
@@ -200,6 +202,26 @@ def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
     job = Job(write_table(tmp_path), tmp_path / "out", str(tmp_path / "nowhere"))
     with pytest.raises(FuselipError, match=r"cannot be loaded .* give a folder that holds one"):
         run_part(job, 0, 1)
+
+
+def test_several_processes_share_a_job_and_a_failed_one_is_one_sentence(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `fuselip vqa generate` does on two GPUs, here on processes of the CPU."""
+    monkeypatch.setattr(questions, "_gpus", lambda: 2)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    table = write_table(tmp_path, rows=6)
+    with pytest.raises(FuselipError) as caught:
+        questions.run(Job(table, tmp_path / "failed", str(tmp_path / "nowhere")))
+    said = sentence_of(caught.value)
+    assert re.match(r"writing questions failed on GPU [01]: the instruction model '.*' cannot be loaded", said)
+    assert said.endswith(f"the same command goes on from the finished parts in {tmp_path / 'failed'}")
+    assert "Traceback" not in said and "unforeseen" not in said
+    job = Job(table, tmp_path / "two", str(tiny_model), part_rows=2, batch_size=2, max_new_tokens=8)
+    assert questions.run(job)
+    assert run_part(replace(job, out=tmp_path / "one"), 0, 1)
+    for name in ("train.csv", "quarantine.jsonl", "manifest.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_killed_and_started_again_it_ends_as_if_never_killed(tmp_path: Path, tiny_model: Path) -> None:

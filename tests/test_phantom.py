@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fuselip_core.data.phantom import data_set
 from fuselip_core.data.phantom.anatomy import STUDIES, Lesion, Scene, draw
 from fuselip_core.data.phantom.canvas import LEFT, RIGHT
 from fuselip_core.data.phantom.data_set import draw_case, draw_data_set
@@ -139,3 +141,8 @@ def test_a_question_alone_does_not_tell_its_answer() -> None:
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="validation"):
         draw_data_set(tmp_path, counts={"validation": 1})
+
+
+def test_every_study_has_its_words() -> None:
+    words = json.loads((Path(data_set.__file__).with_name("phantom.json")).read_text(encoding="utf-8"))
+    assert set(words["studies"]) == set(STUDIES)

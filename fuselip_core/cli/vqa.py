@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from fuselip_core.errors import FuselipError
+from fuselip_core.files import read_json
 
-DEFAULT_MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 app = typer.Typer(help="Questions and answers made from captions.", no_args_is_help=True)
 
 
@@ -52,6 +52,6 @@ def generate(
     if not run(job):
         typer.echo(f"this process's share is done; {out} is complete when the other processes are", err=True)
         return
-    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(out / "manifest.json", "start the same command again")
     shown = {"folder": str(out), "counts": manifest["counts"], "quarantine": manifest["quarantine"]}
     typer.echo(json.dumps(shown, indent=2 if sys.stdout.isatty() else None))

@@ -27,9 +27,10 @@ from fuselip_core.data.pair import CLOSED_ANSWERS, DataError, Pair, Side, fault_
 from fuselip_core.data.prepare.rule_questions import known_values
 from fuselip_core.data.prepare.tables import write_pair_shard
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.sources.tables import read_table, split_of_name
+from fuselip_core.data.sources.tables import split_of_name
+from fuselip_core.data.table_reader import read_table
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import atomic_write, sha256_of, write_json
+from fuselip_core.files import atomic_write, read_json, sha256_of, write_json
 from fuselip_core.progress import track
 
 JOB, PARTS, QUARANTINE, MANIFEST = "job.json", "parts", "quarantine.jsonl", "manifest.json"
@@ -200,7 +201,7 @@ def _begin(out: Path, work: Work) -> None:
     if not path.exists():
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         write_json(path, described)
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path, "name another folder with --out")
     wrong = [
         f"{key} was {before.get(key)!r} and is {value!r}"
         for key, value in described.items()

@@ -7,12 +7,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fuselip_core.errors import FuselipError
+from fuselip_core.files import read_json
 from fuselip_core.generation.generated_questions import CaptionRow
 
 PROMPT = "question_prompt.json"
@@ -78,5 +79,4 @@ def prompt_digest() -> str:
 
 @functools.cache
 def _prompt_words() -> dict[str, str]:
-    path = Path(__file__).with_name(PROMPT)
-    return cast(dict[str, str], json.loads(path.read_text(encoding="utf-8")))
+    return read_json(Path(__file__).with_name(PROMPT))

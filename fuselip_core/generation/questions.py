@@ -11,8 +11,8 @@ from typing import Any
 
 from fuselip_core.data.pair import one_line
 from fuselip_core.data.prepare.rule_questions import questions_of
-from fuselip_core.data.sources.tables import read_table
-from fuselip_core.errors import FuselipError
+from fuselip_core.data.table_reader import read_table
+from fuselip_core.errors import FuselipError, sentence_of
 from fuselip_core.generation.generated_questions import CaptionRow, Work, Write, caption_rows, generate, version_of
 
 
@@ -38,12 +38,20 @@ def run(job: Job) -> bool:
     """The whole job: as the one process that torchrun started here, else one for each GPU; True if it is complete."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     gpus = _gpus() if job.model is not None else 0
-    if world == 1 and gpus > 1:
-        import torch.multiprocessing
+    if world > 1 or gpus < 2:
+        return run_part(job, rank, world)
+    from torch import multiprocessing
 
-        torch.multiprocessing.spawn(_one_of, args=(job, gpus), nprocs=gpus)
-        return run_part(job, 0, 1, write=_nothing_left)
-    return run_part(job, rank, world)
+    sentences = multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        multiprocessing.spawn(_one_of, args=(job, gpus, sentences), nprocs=gpus)
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        reason = "its process died, most likely for lack of memory; free some" if sentences.empty() else sentences.get()
+        raise FuselipError(
+            f"writing questions failed on GPU {error.error_index}: {reason}; the same command goes on from the "
+            f"finished parts in {job.out}"
+        ) from error
+    return run_part(job, 0, 1, write=_nothing_left)
 
 
 def run_part(job: Job, rank: int, world: int, write: Write | None = None) -> bool:
@@ -53,8 +61,12 @@ def run_part(job: Job, rank: int, world: int, write: Write | None = None) -> boo
     return generate(lambda: caption_rows(job.captions, names), write or _writer(job, rank), job.out, work)
 
 
-def _one_of(rank: int, job: Job, world: int) -> None:
-    run_part(job, rank, world)
+def _one_of(rank: int, job: Job, world: int, sentences: Any) -> None:
+    try:
+        run_part(job, rank, world)
+    except Exception as error:
+        sentences.put(sentence_of(error))
+        raise
 
 
 def _nothing_left(rows: Sequence[CaptionRow]) -> list[str]:

@@ -32,13 +32,13 @@ from fuselip_core.data.dicom.pixels import ValueRange, joint_range, lacks_window
 from fuselip_core.data.dicom.text_table import KEY_COLUMNS, TextTable
 from fuselip_core.data.pair import DataError, ImageEntry, Listing, SetAside, caption_pair, one_line, require_folder
 from fuselip_core.data.places import Place
+from fuselip_core.data.walk import files_below
 from fuselip_core.data.workers import process_pool
 from fuselip_core.files import read_json
 from fuselip_core.images import UnreadableImage
 from fuselip_core.progress import track
 
 SETTINGS_FILE, TEXT_FILE = "dicom.yaml", "text.csv"
-SPLITS = ("train", "valid", "test")
 FILES_A_WORKER = 64  # starting a process takes as long as reading so many
 
 
@@ -110,8 +110,11 @@ def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
     def set_aside(path: Path, split: str, reason: str, detail: str) -> None:
         listing.set_aside.append(SetAside(_file_id(pseudonyms, root, path), split, reason, detail))
 
+    for name, reason, detail in table.set_aside:
+        listing.set_aside.append(SetAside(name, "train", reason, detail))
     headers: list[DicomHeader] = []
-    for path in track(_files(root, settings), "read DICOM headers"):
+    broken_links: list[str] = []
+    for path in track(_files(root, settings, broken_links), "read DICOM headers"):
         try:
             headers.append(_header(path, settings))
         except UnreadableImage as error:
@@ -120,18 +123,19 @@ def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
     cases = group_cases(headers, pseudonyms)
     splits = split_cases(set(cases.values()), pseudonyms, settings.test_share, settings.valid_share)
     ranges = _series_ranges(headers, settings)
+    table.tell_apart(header.path.relative_to(root) for header in headers)
     seen: set[str] = set()
     for header in headers:
         case = cases[patient_key(header)]
-        name = header.path.relative_to(root)
-        row = table.row_of(name, header.keys)
-        split = row["split"] if row is not None and row["split"] in SPLITS else splits[case]
-        identity = header.keys["SOPInstanceUID"] or str(name)
+        path = header.path.relative_to(root)
+        row = table.row_of(path, header.keys)
+        split = (row.split if row is not None else "") or splits[case]
+        identity = header.keys["SOPInstanceUID"] or str(path)
         if identity in seen:
             set_aside(header.path, split, "repeated_id", "an instance listed before")
             continue
         seen.add(identity)
-        text = one_line(scrub(row["text"], header.known) if row is not None else header.caption)
+        text = one_line(scrub(row.text, header.known) if row is not None else header.caption)
         for place in _places(header, ranges.get(header.series), settings):
             image_id = pseudonyms.of("image", f"{identity}#{place.frame}")
             image = ImageEntry(image_id, split, case=case, place=place, modality=header.modality)
@@ -139,6 +143,8 @@ def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
             if text:
                 listing.pairs.append(caption_pair(image, text))
     _note(listing, flagged, table, len(splits), settings)
+    if broken_links:  # whose names may name people
+        listing.notes.append("some links in the DICOM folder lead nowhere; `find -L FOLDER -type l` names them")
     return listing
 
 
@@ -203,18 +209,10 @@ def _table_path(root: Path, settings: DicomSettings) -> Path | None:
     return root / TEXT_FILE if (root / TEXT_FILE).exists() else None
 
 
-def _files(root: Path, settings: DicomSettings) -> list[Path]:
+def _files(root: Path, settings: DicomSettings, broken_links: list[str] | None = None) -> list[Path]:
     others = {root / SETTINGS_FILE, root / TEXT_FILE, root / "download.json"}
-    if settings.text is not None:
-        others.add(settings.text.resolve())
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.is_file()
-        and path not in others
-        and path.resolve() not in others
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    text = settings.text.resolve() if settings.text is not None else None
+    return [path for path in files_below(root, notes=broken_links) if path not in others and path.resolve() != text]
 
 
 def _header(path: Path, settings: DicomSettings) -> DicomHeader:

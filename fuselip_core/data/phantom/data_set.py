@@ -19,7 +19,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -30,10 +29,10 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from fuselip_core.data.phantom.anatomy import STUDIES, Lesion, Scene, draw
+from fuselip_core.data.phantom.anatomy import Lesion, Scene, draw
 from fuselip_core.data.phantom.canvas import RIGHT
 from fuselip_core.data.workers import process_pool
-from fuselip_core.files import atomic_write
+from fuselip_core.files import atomic_write, read_json
 from fuselip_core.progress import track
 
 COUNTS: Mapping[str, int] = {"train": 4000, "valid": 300, "test": 400}
@@ -263,6 +262,4 @@ def _choose(rng: np.random.Generator, options: Sequence[Any], shares: Sequence[f
 @functools.cache
 def _wording() -> dict[str, Any]:
     """Names, templates and codes; a data file, so that no word list lives in the code."""
-    wording = json.loads(Path(__file__).with_name("phantom.json").read_text(encoding="utf-8"))
-    assert set(wording["studies"]) == set(STUDIES)
-    return cast(dict[str, Any], wording)
+    return read_json(Path(__file__).with_name("phantom.json"))
