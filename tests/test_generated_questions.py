@@ -219,6 +219,7 @@ def test_several_processes_share_a_job_and_a_failed_one_is_one_sentence(
     assert "Traceback" not in said and "unforeseen" not in said
     job = Job(table, tmp_path / "two", str(tiny_model), part_rows=2, batch_size=2, max_new_tokens=8)
     assert questions.run(job)
+    monkeypatch.undo()
     assert run_part(replace(job, out=tmp_path / "one"), 0, 1)
     for name in ("train.csv", "quarantine.jsonl", "manifest.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
