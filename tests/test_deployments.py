@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -23,12 +25,13 @@ from prefect_stack import Served, wait_until
 from repository_copy import copy_of, dvc
 
 from flows.run.gpu import limit_name
-from flows.run.processes import Process
+from flows.run.processes import Process, processes_of
 
 # Whichever test comes first waits for the start of everything.
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 REPOSITORY = Path(__file__).parents[1]
 DEPLOYMENTS = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
+POD = REPOSITORY / "flows" / "pools" / "kubernetes.json"
 WANTED = {
     "download",
     "adapt-rocov2-small",
@@ -61,7 +64,7 @@ def test_parameters_fit_the_flow(deployment: dict[str, Any]) -> None:
 
 
 def test_what_a_pod_gets_is_known_to_its_pool() -> None:
-    template = json.loads((REPOSITORY / "flows" / "pools" / "kubernetes.json").read_text())
+    template = json.loads(POD.read_text())
     known = set(template["variables"]["properties"])
     manifest = json.dumps(template["job_configuration"])
     assert '"nvidia.com/gpu": "{{ gpus }}"' in manifest
@@ -70,6 +73,21 @@ def test_what_a_pod_gets_is_known_to_its_pool() -> None:
             assert set(each["work_pool"]["job_variables"]) <= known
             assert each["work_pool"]["job_variables"]["gpus"] >= 1
     assert all(f"{{{{ {name} }}}}" in manifest for name in known)
+    spec = template["job_configuration"]["job_manifest"]["spec"]
+    assert (spec["completions"], spec["parallelism"]) == (1, 1)
+    assert spec["template"]["spec"]["containers"][0]["name"] == "prefect-job"
+
+
+def test_the_kubernetes_worker_takes_the_pools_template() -> None:
+    """By the library's own check, which this project's environment lacks; `pip install prefect-kubernetes` for it."""
+    worker = pytest.importorskip("prefect_kubernetes.worker")
+    deployment = next(each for each in DEPLOYMENTS if each["work_pool"]["name"] == "kubernetes")
+    values = deployment["work_pool"]["job_variables"]
+    made = asyncio.run(
+        worker.KubernetesWorkerJobConfiguration.from_template_and_values(json.loads(POD.read_text()), values)
+    )
+    container = made.job_manifest["spec"]["template"]["spec"]["containers"][0]
+    assert container["image"] == "bacor_fuselip_worker" and container["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 # A worker that serves a copy with stand-ins for the stages
@@ -125,8 +143,8 @@ def test_only_this_machine_is_served(served: Served) -> None:
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        ({"train": {"steps": 0}}, "0 is less than the minimum of 1"),
-        ({"train": {"stepz": 1}}, "'stepz' was unexpected"),
+        ({"steps": 0}, "0 is less than the minimum of 1"),
+        ({"stepz": 1}, "'stepz' was unexpected"),
         ({"size": "huge"}, "'huge' is not one of"),
         ({"recipe": "nope"}, "'nope' is not one of"),
         ({"name": "../x"}, "does not match"),
@@ -139,9 +157,9 @@ def test_wrong_parameter_is_refused_before_there_is_a_run(served: Served, reques
 
 
 def test_worker_runs_a_deployment_and_leaves_its_results_on_the_page(served: Served) -> None:
-    run_id = served.start("pipeline/pipeline-nightly", request={"name": "first", "train": {"steps": 7}})
+    run_id = served.start("pipeline/pipeline-nightly", request={"name": "first", "steps": 7})
     run = served.wait(run_id, {"Completed"})
-    assert run["name"] == "sample-tiny-0d4a7e11"
+    assert run["name"] == f"sample-tiny-0d4a7e11-{run_id[:6]}"
     assert noted(served, "calls")[-3:] == ["train", "evaluate", "register"]
     assert (served.repository / "runs" / "first" / "artifacts" / "model" / "made").read_text() == "train 7"
     asked = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
@@ -163,13 +181,45 @@ def test_download_fetches_and_keeps_the_version(served: Served) -> None:
         run = served.wait(served.start("download/download", where, request=request), {"Completed"})
     message = failed["state"]["message"]
     assert "someone/nothing" in message and "Traceback" not in message
-    assert run["name"] == "download-pictures"
+    assert run["name"] == f"download-pictures-{run['id'][:6]}"
     folder = served.repository / request["folder"]
     assert {name: (folder / name).read_bytes() for name in files} == files
     assert "up to date" in dvc(served.repository, "status", "Pictures_data.dvc")
     asked = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
     found = {each["key"]: each for each in served.post("artifacts/filter", asked)}
     assert "version: `Pictures_data.dvc`" in found["download"]["data"]
+
+
+def logs_of(served: Served, run_id: str) -> list[dict[str, Any]]:
+    """What the page of a flow run shows as its log."""
+    return list(served.post("logs/filter", {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200}))
+
+
+@pytest.mark.parametrize(
+    ("request_", "name", "words"),
+    [
+        ({"source": "rocov2", "root": "/nowhere"}, "pipeline-rocov2", "of your rocov2 files with the field Root"),
+        ({"overrides": {"train.stepz": 1}, "name": "wrong"}, "pipeline-wrong", "did you mean steps?"),
+        ({"name": "wrong", "steps": 5, "epochs": 2}, "pipeline-wrong", "steps and epochs are both given"),
+    ],
+)
+def test_a_users_mistake_is_a_sentence_with_the_forms_fields(
+    served: Served, request_: dict[str, Any], name: str, words: str
+) -> None:
+    run_id = served.start("pipeline/pipeline-nightly", request=request_)
+    run = served.wait(run_id, {"Failed"})
+    assert words in run["state"]["message"] and "--" not in run["state"]["message"]
+    assert run["name"] == f"{name}-{run_id[:6]}", "a failed run too says what it was for"
+    assert not [each for each in logs_of(served, run_id) if "Traceback" in each["message"]]
+
+
+def test_a_dry_run_shows_the_settings_and_runs_nothing(served: Served) -> None:
+    request = {"name": "looked-at", "steps": 40, "overrides": {"train.batch_size": 32}, "dry_run": True}
+    run = served.wait(served.start("pipeline/pipeline-nightly", request=request), {"Completed"})
+    asked = {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}}
+    (shown,) = served.post("artifacts/filter", asked)
+    assert "training: 40 steps of 32 pairs" in shown["data"] and "  batch_size: 32  # " in shown["data"]
+    assert noted(served, "calls") == [] and not (served.repository / "runs" / "looked-at").exists()
 
 
 def test_cancelling_stops_the_stage_which_saves_its_state(served: Served) -> None:
@@ -182,6 +232,7 @@ def test_cancelling_stops_the_stage_which_saves_its_state(served: Served) -> Non
     assert noted(served, "saved") == [str(len(ticks))]
     child = int(ticks[-1].split(":")[2])
     assert not Path(f"/proc/{child}").exists()
+    assert not [each for each in logs_of(served, run_id) if "Crash" in each["message"] or each["level"] >= 50]
 
 
 def test_run_whose_process_is_killed_goes_on_from_its_checkpoint(served: Served) -> None:
@@ -197,6 +248,17 @@ def test_run_whose_process_is_killed_goes_on_from_its_checkpoint(served: Served)
     # The stage saw that its flow had gone, and saved; the second time it went on from there.
     assert len(noted(served, "saved")) == 1
     assert noted(served, "calls") == ["prepare", "prepare", "codebook", "tokenize", "train"]
+
+
+def test_a_run_whose_worker_is_killed_before_it_starts_is_run(served: Served) -> None:
+    """The worker has taken the run, and dies with the process that it has just started."""
+    run_id = served.start("train/train", request={"name": "not-begun"})
+    (process,) = wait_until(lambda: processes_of(UUID(run_id)), "the start of a process")
+    worker = process.parent()
+    for each in (worker, process):
+        each.kill()
+    run = served.wait(run_id, {"Completed"})
+    assert noted(served, "calls") == ["prepare", "codebook", "tokenize", "train"] and run["run_count"] <= 2
 
 
 def test_two_runs_take_turns_on_one_gpu(served: Served, tmp_path: Path, template: Path) -> None:

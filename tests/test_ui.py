@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from needs import missing
-from playwright.sync_api import Locator, Page, Request, WebSocket, expect, sync_playwright
+from playwright.sync_api import Page, Request, WebSocket, expect, sync_playwright
 from prefect_stack import Served
 
 from fuselip_core.data.phantom.data_set import draw_data_set
@@ -24,16 +25,15 @@ HERE = r"((https?|wss?)://127\.0\.0\.1[:/]|data:|blob:|about:)"
 PATIENCE_MS = 60_000
 RUN_SECONDS = 900.0
 NAME = "from-the-page"
-# Section, field and value, small enough for a test.
-FIELDS = (
-    ("Codebook", "Steps", "2"),
-    ("Codebook", "Batch Size", "16"),
-    ("Train", "Steps", "3"),
-    ("Train", "Batch Size", "16"),
-    ("Train", "Validate Every", "3"),
-    ("Train", "Checkpoint Every", "3"),
-    ("Evaluate", "Examples", "2"),
-)
+# Small enough for a test.
+OVERRIDES = {
+    "codebook.steps": 2,
+    "codebook.batch_size": 16,
+    "train.batch_size": 16,
+    "train.validate_every": 3,
+    "train.checkpoint_every": 3,
+    "evaluate.examples": 2,
+}
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path:
     # Anew: the refusal covers the button for as long as the pointer is there.
     open_form(page, served)
     fill_form(page, served)
-    page.screenshot(path=tmp_path / "form.png")
+    page.screenshot(path=tmp_path / "form.png", full_page=True)
     page.get_by_role("button", name="Submit").click()
     page.get_by_role("link", name="View run").click()
     page.wait_for_url("**/runs/flow-run/**")
     run_id = page.url.split("?")[0].rpartition("/")[2]
     asked = served.run(run_id)["parameters"]["request"]
     # A form that fills in what nobody gave would hide a recipe's values, or those of a data set's own settings.
-    assert {section: values for section, values in asked.items() if values} == wanted(served)
+    assert {name: value for name, value in asked.items() if value} == wanted(served)
     watch(page, served, run_id)
     expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text("the alias champion stays")
     page.screenshot(path=tmp_path / "logs.png")
@@ -129,10 +129,13 @@ def fill_form(page: Page, served: Served) -> None:
     say("fills the form")
     page.get_by_label("Select Recipe").click()
     page.get_by_role("option", name="sample", exact=True).click()
-    page.get_by_label("Root (Optional)").first.fill(str(served.repository / "images"))
-    for section, field, value in FIELDS:
-        field_of(page, section, field).fill(value)
-    page.get_by_label("Name (Optional)").first.fill(NAME)
+    page.get_by_label("Root (Optional)").fill(str(served.repository / "images"))
+    page.get_by_label("Name (Optional)").fill(NAME)
+    page.get_by_label("Steps (Optional)").fill("3")
+    editor = page.locator(".cm-content").first
+    editor.click()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.insert_text(json.dumps(OVERRIDES))
 
 
 def watch(page: Page, served: Served, run_id: str) -> None:
@@ -151,16 +154,9 @@ def watch(page: Page, served: Served, run_id: str) -> None:
     assert served.run(run_id)["state"]["name"] == "Completed"
 
 
-def field_of(page: Page, section: str, field: str) -> Locator:
-    """The input of a field, of which several sections may have one."""
-    group = "ancestor::div[contains(concat(' ', @class, ' '), ' group ')][1]"
-    place = page.locator(f"xpath=//label[text()='{section} (Optional)']/{group}")
-    return place.get_by_label(f"{field} (Optional)", exact=True)
-
-
 def assert_refused_by_the_form(page: Page) -> None:
     """A number out of range does not leave the page."""
-    steps = field_of(page, "Train", "Steps")
+    steps = page.get_by_label("Steps (Optional)")
     steps.fill("0")
     page.get_by_role("button", name="Submit").click()
     said = steps.evaluate("field => field.validationMessage")
@@ -171,7 +167,7 @@ def assert_refused_by_the_form(page: Page) -> None:
 def assert_refused_by_the_server(page: Page, served: Served) -> None:
     """What only the server checks is refused with the field's name, and there is no run of it."""
     before = count_runs(served)
-    page.get_by_label("Name (Optional)").first.fill("../x")
+    page.get_by_label("Name (Optional)").fill("../x")
     page.get_by_role("button", name="Submit").click()
     expect(page.get_by_text("Validation failed for field 'request.name'")).to_be_visible()
     assert count_runs(served) == before
@@ -182,11 +178,9 @@ def count_runs(served: Served) -> int:
 
 
 def wanted(served: Served) -> dict[str, Any]:
-    """The request that the form was filled with, but for its empty sections."""
-    request: dict[str, Any] = {"recipe": "sample", "name": NAME, "root": str(served.repository / "images")}
-    for section, field, value in FIELDS:
-        request.setdefault(section.lower(), {})[field.lower().replace(" ", "_")] = int(value)
-    return request
+    """The request that the form was filled with."""
+    root = str(served.repository / "images")
+    return {"recipe": "sample", "name": NAME, "root": root, "steps": 3, "overrides": OVERRIDES}
 
 
 def follow_to_mlflow(page: Page, served: Served, run_id: str, pictures: Path) -> None:
