@@ -6,13 +6,14 @@ import contextlib
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-ONE_SHOT = {"buckets", "deployments"}
+ONE_SHOT = {"buckets", "deployments", "store-folder"}
 
 
 @pytest.fixture
@@ -26,7 +27,17 @@ def services(text: str) -> dict[str, Any]:
 
 
 def test_the_whole_stack_is_there(services: dict[str, Any]) -> None:
-    assert set(services) == {"database", "store", "buckets", "mlflow", "prefect", "deployments", "worker", "models"}
+    assert set(services) == {
+        "database",
+        "store",
+        "store-folder",
+        "buckets",
+        "mlflow",
+        "prefect",
+        "deployments",
+        "worker",
+        "models",
+    }
     assert "@champion" in " ".join(services["models"]["command"])
 
 
@@ -45,6 +56,42 @@ def test_what_is_deployed_is_what_the_worker_runs(repository: Path, services: di
     pools = {declared[name]["work_pool"]["name"] for name in deployed}
     assert len(deployed) >= 5 and pools == {"process"}
     assert "--pool process" in services["worker"]["command"][-1]
+
+
+def test_every_deployment_works_with_what_the_form_shows(repository: Path, services: dict[str, Any]) -> None:
+    """The worker's image has no torch, so stages and downloads run in the project's images by default."""
+    for name in ("deployments", "worker"):
+        assert services[name]["environment"]["FUSELIP_RUNNER"] == "docker"
+    schema = "from flows.{0} import {0}; print({0}.parameters.properties['runner']['default'])"
+    for flow in ("pipeline", "download", "evaluate", "register", "train"):
+        command = [sys.executable, "-c", schema.format(flow)]
+        environment = {**os.environ, "FUSELIP_RUNNER": "docker"}
+        done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == "docker", done.stderr
+    declared = yaml.safe_load((repository / "prefect.yaml").read_text())["deployments"]
+    assert not [each["name"] for each in declared if each["parameters"].get("runner") == "process"]
+
+
+def test_no_service_has_more_rights_or_room_than_it_needs(repository: Path, services: dict[str, Any]) -> None:
+    assert "\nUSER 1000:1000\n" in (repository / "docker" / "Dockerfile.server").read_text()
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["mem_limit"] and service["logging"]["options"]["max-size"] == "10m", name
+        mine = service.get("user", "1000:1000" if service["image"] == "bacor_fuselip_server" else "root")
+        assert (mine == "root") == (name == "store-folder"), name
+        assert "PASSWORD" not in " ".join(service.get("command", [])), "every user of the machine could list it"
+
+
+def test_links_lead_where_a_browser_gets(services: dict[str, Any]) -> None:
+    ports = {name: services[name]["ports"][0].rpartition(":")[0] for name in ("prefect", "mlflow")}
+    stated = services["worker"]["environment"]
+    assert stated["PREFECT_UI_URL"] == f"http://{ports['prefect']}/v2"
+    assert stated["FUSELIP_MLFLOW_UI"] == f"http://{ports['mlflow']}"
+
+
+def test_the_workers_health_is_its_own(services: dict[str, Any]) -> None:
+    assert "--with-healthcheck" in services["worker"]["command"][-1]
+    assert "http://127.0.0.1:8080/health" in " ".join(services["worker"]["healthcheck"]["test"])
 
 
 def test_ports_are_this_machines_alone(services: dict[str, Any]) -> None:
@@ -97,7 +144,7 @@ def test_compose_itself_accepts_it(repository: Path, text: str, tmp_path: Path) 
         files = ["--env-file", str(tmp_path / "env"), "-f", str(docker / "compose.yaml")]
         done = subprocess.run([*command, *files, "config", "--quiet"], capture_output=True, text=True)
         assert (done.returncode == 0) == wanted, done.stderr
-    assert "in docker/.env" in done.stderr, "what is empty is not named"
+    assert "in compose.env" in done.stderr, "what is empty is not named"
 
 
 def answers(command: list[str]) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from stack import Stack, whole_stack
+from stack import REPOSITORY, Stack, _postgresql, whole_stack
 
 from flows.server.serve import POOL, prepare_server
 
@@ -78,6 +79,47 @@ def test_eight_runs_survive_the_death_of_a_worker(
     assert sorted(int(version.tags["number"]) for version in versions) == list(range(RUNS))
     kept = boto3.client("s3", endpoint_url=stack.store, **keys(stack)).list_objects_v2(Bucket="mlflow")
     assert sum(entry["Key"].endswith("/model.txt") for entry in kept["Contents"]) == RUNS
+
+
+def test_what_a_backup_saved_comes_back(stack: Stack, mlflow: MlflowClient, tmp_path: Path) -> None:
+    """docker/backup.sh and restore.sh as docs/flows.md says, with `docker compose exec` replaced by this machine."""
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "model.txt").write_text("model")
+    compose = tmp_path / "compose"
+    lines = (
+        "#!/bin/sh",
+        "shift 3",
+        f"export PATH={_postgresql()}:$PATH PGHOST=127.0.0.1 PGPORT={stack.ports['database']}",
+        f"export PGPASSWORD={stack.values['POSTGRES_PASSWORD']}",
+        f'[ "$1" != tar ] || {{ shift 3; set -- tar -C {files} "$@"; }}',
+        'exec "$@"',
+    )
+    compose.write_text("\n".join(lines))
+    compose.chmod(0o755)
+
+    def follow(script: str) -> None:
+        command = ["sh", REPOSITORY / "docker" / script, tmp_path / "saved"]
+        done = subprocess.run(command, env={**os.environ, "COMPOSE": str(compose)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    kept = mlflow.create_experiment("kept")
+    follow("backup.sh")
+    assert (tmp_path / "saved").stat().st_mode & 0o077 == 0
+    mlflow.create_experiment("later")
+    (files / "model.txt").unlink()
+    follow("restore.sh")
+    assert (files / "model.txt").read_text() == "model"
+    wait_until(lambda: answers(lambda: mlflow.get_experiment_by_name("kept")), stack)
+    assert mlflow.get_experiment_by_name("kept").experiment_id == kept
+    assert mlflow.get_experiment_by_name("later") is None
+
+
+def answers(ask: Callable[[], object]) -> bool:
+    """Whether the server has found its database again, whose connections the restoring has cut."""
+    with contextlib.suppress(Exception):
+        return bool(ask())
+    return False
 
 
 def test_the_servers_report_to_nobody(stack: Stack) -> None:
