@@ -108,7 +108,8 @@ def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path:
         expect(page.get_by_role("link", name=re.compile(rf"\b{name}\b")).first).to_be_visible()
     page.screenshot(path=tmp_path / "flow-run.png")
     follow_to_mlflow(page, served, run_id, tmp_path)
-    assert outside == []
+    # docs/flows.md says so, and what stops it.
+    assert {re.sub(r"^https://([^/]+)/.*", r"\1", each) for each in outside} <= {"sr-client-cfg.amplitude.com"}
 
 
 def say(words: str) -> None:
