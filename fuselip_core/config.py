@@ -54,6 +54,7 @@ ExtraPairs = Literal["sentences", "concepts", "questions", "statements", "edits"
 SourceName = Literal[
     "phantom",
     "rocov2",
+    "folder",
     "vqa-rad",
     "slake",
     "cc3m",

@@ -23,12 +23,11 @@ from PIL import Image
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.inspect.page import inspect_data
-from fuselip_core.data.pair import DataError
+from fuselip_core.data.pair import DataError, Listing
 from fuselip_core.data.prepare.prepare import prepare_data
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.sources.catalogue import list_source, source_names
 from fuselip_core.data.sources.rocov2 import PUBLISHED_COUNTS, list_rocov2
-from fuselip_core.data.sources.tables import json_array
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> np.ndarray:
@@ -87,11 +86,71 @@ def test_webdataset(tmp_path: Path) -> None:
     write_tar(root / "cc3m-validation-0000.tar", {**web_sample(90, "a dog"), **without_text})
     manifest, prepared = prepare("cc3m", root, tmp_path / "out", rows_per_shard=4)
     assert {split: prepared.image_count(split) for split in prepared.splits} == {"train": 6, "valid": 1}
-    assert manifest["quarantine"] == {"missing_caption": 1, "missing_image": 1}
+    assert manifest["quarantine"] == {"missing_caption": 1, "missing_image": 1, "unsafe_member": 1}
     first = next(prepared.iter_images("train")).to_pylist()[1]
     assert first["image_id"] == "cc3m-train-0000/00000001" and first["bytes"] == encoded(1)
     assert first["attribution"] == "http://pictures.example/00000001"
     assert prepared.pairs("train")["target_text"].to_pylist()[1] == "Übersicht 0 von 1 日本語"
+
+
+def texts_of(listing: Listing) -> dict[str | None, tuple[str, str | None]]:
+    """Image → split and caption."""
+    assert len({image.image_id for image in listing.images}) == len(listing.images) == len(listing.pairs)
+    return {pair.query.image: (pair.split, pair.target.text) for pair in listing.pairs}
+
+
+def test_archives_of_one_name_in_several_folders(tmp_path: Path) -> None:
+    """img2dataset numbers its archives from 0 in every folder: keys are told apart, folders are splits."""
+    root = tmp_path / "root"
+    for folder in ("part1", "part2", "val", "validation/a", "test"):
+        (root / folder).mkdir(parents=True)
+        write_tar(root / folder / "00000.tar", web_sample(0, f"of {folder}"))
+    (tmp_path / "far").mkdir()
+    write_tar(tmp_path / "far" / "00000.tar", web_sample(0, "of far"))
+    (root / "linked").symlink_to(tmp_path / "far")
+    listing = list_source("cc3m", root)
+    assert texts_of(listing) == {
+        "linked/00000/00000000": ("train", "of far"),
+        "part1/00000/00000000": ("train", "of part1"),
+        "part2/00000/00000000": ("train", "of part2"),
+        "test/00000/00000000": ("test", "of test"),
+        "val/00000/00000000": ("valid", "of val"),
+        "validation/a/00000/00000000": ("valid", "of validation/a"),
+    }
+    assert not listing.set_aside
+
+
+def test_every_member_of_an_archive_is_accounted_for(tmp_path: Path) -> None:
+    """A key twice, two images of a key, a mask between image and text, long texts and other files."""
+    members = [
+        ("a.jpg", encoded(1)), ("a.txt", b"first"),
+        ("b.jpg", encoded(2)), ("b.png", encoded(3)), ("b.seg.png", encoded(4)), ("b.cls", b"7"), ("b.txt", b"second"),
+        ("a.jpg", encoded(5)), ("a.txt", b"again"),
+        ("c.jpg", encoded(6)), ("c.txt", b"x" * (1 << 20) + b"x"),
+        ("1.5mm.jpg", encoded(7)), ("1.5mm.txt", b"third"), ("1.6mm.jpg", encoded(8)), ("1.6mm.txt", b"fourth"),
+    ]  # fmt: skip
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    listing = list_source("cc12m", tmp_path)
+    captions = {name: text for name, (_, text) in texts_of(listing).items()}
+    assert captions == {"t/a": "first", "t/b": "second", "t/1.5mm": "third", "t/1.6mm": "fourth"}
+    assert [(item.id, item.reason) for item in listing.set_aside] == [
+        ("t/b", "repeated_id"),
+        ("t/b.seg", "missing_caption"),
+        ("t/a", "repeated_id"),
+        ("t/c", "long_text"),
+        ("t/c", "missing_caption"),
+    ]
+    assert listing.notes == ["t.tar has members that are neither images nor texts and were not read: 1 .cls"]
+
+
+def test_a_pointer_of_git_lfs_in_place_of_an_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DataError, match="Git LFS"):
+        list_source("cc3m", tmp_path)
 
 
 def test_a_truncated_archive_gives_what_came_before(tmp_path: Path) -> None:
@@ -210,18 +269,6 @@ def test_visual_genome(tmp_path: Path) -> None:
         assert pair["query_image"] == "1"
         assert np.array_equal(np.asarray(images_of(prepared, "train")[pair["target_image"]]), np.asarray(cut))
     assert set(prepared.pairs("test")["target_text"].to_pylist()) == {None, "a dog"}
-
-
-def test_json_lists_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = [{"a": [1, {"b": "ü,] ["}]}, 12345, "text", [], None, {"c": 1.5e3}]
-    path = tmp_path / "list.json"
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
-    for size in (1, 3, 7, 1 << 20):
-        monkeypatch.setattr("fuselip_core.data.sources.tables.READ_BYTES", size)
-        assert list(json_array(path)) == values
-    path.write_text(json.dumps(values)[:-5])
-    with pytest.raises(DataError, match=r"list\.json"):
-        list(json_array(path))
 
 
 def test_slake(tmp_path: Path) -> None:
@@ -427,7 +474,7 @@ def test_a_folder_of_something_else_is_one_sentence(source: str, tmp_path: Path)
 )
 def test_tables_of_another_form_are_one_sentence(source: str, name: str, content: Any, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(DataError, match="not in the published form"):
+    with pytest.raises(DataError, match=r"not in the published form|must hold a list"):
         list_source(source, tmp_path)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fuselip_core.config import PrepareSettings
-from fuselip_core.data.pair import DataError, normalise_answer
+from fuselip_core.data.pair import DataError, answer_text
 from fuselip_core.data.phantom.data_set import draw_data_set
+from fuselip_core.data.prepare.extra_pairs import add_extra_pairs
 from fuselip_core.data.sources.catalogue import list_source
 from fuselip_core.data.sources.vqa_rad import list_vqa_rad
 
@@ -67,6 +68,7 @@ def test_what_is_said_about_an_image_becomes_pairs_of_the_image_alone(tmp_path: 
     root = write(tmp_path / "vqa", rows)
     settings = PrepareSettings(source="vqa-rad", root=root, extra_pairs=("statements", "concepts"))
     listing = list_source("vqa-rad", root, settings)
+    add_extra_pairs(root, listing, settings.extra_pairs)
     said = {(pair.kind, pair.split, pair.query.image, pair.target.text) for pair in listing.pairs if pair.kind != "vqa"}
     assert said == {
         ("statement", "train", "a", "Is this an MRI? no"),
@@ -147,8 +149,8 @@ def test_the_sample_brings_four_questions_an_image(tmp_path: Path) -> None:
 
 
 def test_answers_compare_as_strings() -> None:
-    assert normalise_answer(" Right  Lung\n") == normalise_answer("right lung")
-    assert normalise_answer(12) == "12"
+    assert answer_text(" Right  Lung\n") == answer_text("right lung")
+    assert answer_text(12) == "12"
 
 
 def test_a_missing_sample_says_how_to_draw_it(tmp_path: Path) -> None:

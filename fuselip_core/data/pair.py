@@ -8,9 +8,9 @@ images, shard by shard, where `Place` says they are. A crop or an edit of anothe
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from fuselip_core.data.places import Derived, Place
 from fuselip_core.data.spool import Spool
@@ -20,6 +20,13 @@ CLOSED_ANSWERS = frozenset({"yes", "no"})
 
 REMEDY = "download it there, or name its folder (--root of `fuselip data prepare`, else prepare.root)"
 SPLITS = ("train", "dev", "valid", "test")  # dev: held out of train for model selection, where a data set has no third
+SPLIT_OF = {name: name for name in SPLITS} | {
+    "training": "train",
+    "val": "valid",
+    "validate": "valid",
+    "validation": "valid",
+    "testing": "test",
+}
 
 # Whole captions that say nothing: forgotten form fields of teaching files and exports.
 _PLACEHOLDER = re.compile(
@@ -145,6 +152,14 @@ class Listing:
     concept_names: dict[str, str] = field(default_factory=dict)
     own_splits: bool = False
 
+    def bad_rows(self, path: Path, split: str = "train") -> Callable[[int, str], None]:
+        """What `read_table` calls for a bad row of the table `path`: it is set aside under its line number."""
+
+        def set_aside(line: int, fault: str) -> None:
+            self.set_aside.append(SetAside(f"{path.name}:{line}", split, "bad_row", f"line {line}: {fault}"))
+
+        return set_aside
+
 
 def caption_pair(image: ImageEntry, caption: str) -> Pair:
     """Image → caption."""
@@ -152,8 +167,12 @@ def caption_pair(image: ImageEntry, caption: str) -> Pair:
     return Pair(f"{image.image_id}/caption", image.split, "caption", image.image_id, image.case, *sides)
 
 
-def question_pair(image: ImageEntry, name: str, question: str, answer: str, answer_type: str) -> Pair:
-    """Image and question → answer; `name` tells the questions of a data set apart."""
+def question_pair(image: ImageEntry, name: str, question: str, answer: str, answer_type: str | None = None) -> Pair:
+    """Image and question → answer; `name` tells the questions of a data set apart.
+
+    answer_type: "closed" or "open"; without one, yes and no are closed.
+    """
+    answer_type = answer_type or ("closed" if answer in CLOSED_ANSWERS else "open")
     sides = Side(image=image.image_id, text=question), Side(text=answer)
     return Pair(name, image.split, "vqa", image.image_id, image.case, *sides, answer_type=answer_type)
 
@@ -190,7 +209,16 @@ def require_columns(columns: Sequence[str] | None, needed: Sequence[str], path: 
         )
 
 
-def normalise_answer(answer: object) -> str:
+def split_of_path(path: PurePath, default: str = "train") -> str:
+    """The split that a relative path tells by a word such as train or val in its name, else in the nearest folder's."""
+    for part in (path.stem, *(folder.name for folder in path.parents)):
+        words = re.split(r"[-_. ]", part.lower())
+        if split := next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None):
+            return split
+    return default
+
+
+def answer_text(answer: object) -> str:
     """Lower case on one line, so that equal answers are equal strings; numbers become their digits."""
     return one_line("" if answer is None else str(answer)).lower()
 

@@ -23,11 +23,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from fuselip_core.data.pair import CLOSED_ANSWERS, DataError, Pair, Side, fault_of_question, normalise_answer, one_line
+from fuselip_core.data.pair import (
+    CLOSED_ANSWERS,
+    DataError,
+    Pair,
+    Side,
+    answer_text,
+    fault_of_question,
+    one_line,
+    split_of_path,
+)
 from fuselip_core.data.prepare.rule_questions import known_values
 from fuselip_core.data.prepare.tables import write_pair_shard
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.data.sources.tables import split_of_name
 from fuselip_core.data.table_reader import read_table
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_write, read_json, sha256_of, write_json
@@ -79,7 +87,7 @@ def caption_rows(source: Path, names: Mapping[str, str] | None = None) -> Iterat
     With `names` (concept code → name) the rows of a prepared folder carry modality and concepts. Raises DataError.
     """
     if source.is_file():
-        split = split_of_name(source.stem)
+        split = split_of_path(Path(source.name))
         for row in read_table(source, ("path", "caption")):
             yield CaptionRow(row["path"].strip(), split, row["path"].strip(), one_line(row["caption"]))
         return
@@ -119,7 +127,7 @@ def judged(row: CaptionRow, text: str) -> Judged:
     pairs: dict[str, str] = {}
     set_aside = []
     for item in found:
-        question, answer = one_line(str(item.get("question") or "")), normalise_answer(item.get("answer"))
+        question, answer = one_line(str(item.get("question") or "")), answer_text(item.get("answer"))
         fault = _fault(question, answer, row, pairs)
         if fault:
             set_aside.append((fault, _shown(f"{question} | {answer}")))

@@ -28,8 +28,8 @@ from fuselip_core.data.pair import (
     question_pair,
 )
 from fuselip_core.data.prepare.rule_questions import questions_of
-from fuselip_core.data.sources.tables import read_table
 from fuselip_core.data.spool import Spool
+from fuselip_core.data.table_reader import read_table
 
 NAMES = "cui_mapping.csv"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fuselip_core.errors import FuselipError
+from fuselip_core.files import foreign_content
 
 GIGABYTE = 1 << 30
 # A local file header is 30 bytes and the name; members closer together than that share their bytes.
@@ -42,6 +43,9 @@ class Members:
 def open_archive(path: Path) -> zipfile.ZipFile:
     """The archive at `path`; raises ArchiveError if there is none that can be read."""
     try:
+        with path.open("rb") as stream:
+            if fault := foreign_content(stream.read(200)):
+                raise ArchiveError(f"{path} is no zip archive that can be read: it {fault}")
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ArchiveError(f"{path} is no zip archive that can be read ({error}); download it again") from None

@@ -10,21 +10,20 @@ from fuselip_core.config import PrepareSettings
 from fuselip_core.data.pair import DataError, Listing
 from fuselip_core.data.sources.conceptual_captions import list_web_captions, list_web_questions
 from fuselip_core.data.sources.evaluation_sets import list_imagenet, list_open_images, list_sugarcrepe, list_tgit
+from fuselip_core.data.sources.folder import list_folder
 from fuselip_core.data.sources.hq_edit import list_hq_edit
 from fuselip_core.data.sources.mmeb import list_mmeb
 from fuselip_core.data.sources.rocov2 import list_rocov2
 from fuselip_core.data.sources.slake import list_slake
 from fuselip_core.data.sources.visual_genome import list_visual_genome
-from fuselip_core.data.sources.vqa_rad import add_questions, list_vqa_rad
+from fuselip_core.data.sources.vqa_rad import list_vqa_rad
 
 
 def list_phantom(root: Path) -> Listing:
     """The embedded sample: ROCOv2's layout, and questions."""
     if not root.is_dir() or not any(root.iterdir()):
         raise DataError(f"no sample in {root}; draw it with `fuselip sample --out {root}`, or run `make demo`")
-    listing = list_rocov2(root)
-    add_questions(root, listing)
-    return listing
+    return list_rocov2(root)
 
 
 def list_dicom_folder(root: Path, settings: PrepareSettings) -> Listing:
@@ -37,6 +36,7 @@ def list_dicom_folder(root: Path, settings: PrepareSettings) -> Listing:
 SOURCES: Mapping[str, Callable[[Path], Listing]] = {
     "phantom": list_phantom,
     "rocov2": list_rocov2,
+    "folder": list_folder,
     "vqa-rad": list_vqa_rad,
     "slake": list_slake,
     "cc3m": list_web_captions,
@@ -70,7 +70,7 @@ def list_source(name: str, root: Path, settings: PrepareSettings | None = None) 
         with published_form(name, root):
             listing = SOURCES[name](root)
     if not listing.images:
-        raise DataError(f"{root} holds no image with a text that could be read as {name}; see the published layout")
+        raise DataError(f"{root} holds no image that could be read as {name}; see the published layout")
     return listing
 
 

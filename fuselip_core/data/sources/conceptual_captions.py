@@ -1,38 +1,44 @@
 """Image-text pairs from the web: CC3M and CC12M as WebDataset archives or as tables, and questions about them.
 
 - WebDataset, as `pixparse/cc3m-wds` and `cc12m-wds`: `cc3m-train-0000.tar` with `{key}.jpg`, `{key}.txt` and
-  `{key}.json` one after the other. Only the headers and texts are read here; images are read where they lie.
-- CSV: `train.csv`, `val.csv` with the columns path,caption (or path,question,answer), paths relative to the table.
+  `{key}.json` one after the other, in any folders; the file or its folder names the split. An image is known by its
+  archive and key. Only headers and texts are read here; images are read where they lie.
+- CSV (or TSV, JSON lines, Parquet): `train.csv`, `val.csv` with the columns path,caption (or path,question,answer),
+  paths relative to the table.
 """
 
 from __future__ import annotations
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fuselip_core.data.pair import (
-    CLOSED_ANSWERS,
     DataError,
     ImageEntry,
     Listing,
     SetAside,
+    answer_text,
     caption_pair,
     fault_of_question,
-    normalise_answer,
     one_line,
     question_pair,
     require_folder,
+    split_of_path,
 )
 from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import leaves_folder
-from fuselip_core.data.sources.tables import read_table, split_of_name
+from fuselip_core.data.table_reader import columns_of, read_table
+from fuselip_core.data.walk import files_below
+from fuselip_core.files import foreign_content
 from fuselip_core.images import SUFFIXES
 
 IMAGE_SUFFIXES = frozenset(SUFFIXES)
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 TEXT_SUFFIXES = frozenset({".txt", ".json"})
 MOST_TEXT_BYTES = 1 << 20  # a caption or its metadata; what is longer is no caption
 
@@ -41,9 +47,9 @@ def list_web_captions(root: Path) -> Listing:
     """CC3M or CC12M, from the archives below `root` or from its tables; raises DataError if it has neither."""
     require_folder(root, "CC3M or CC12M")
     listing = Listing()
-    archives = sorted(root.rglob("*.tar"))
+    archives = files_below(root, (".tar",), listing.notes)
     for archive in archives:
-        _list_archive(archive, listing)
+        _list_archive(root, archive, listing)
     for table, split in () if archives else tables_of(root, ("path", "caption")):
         _list_captions(table, split, listing)
     if not archives and not len(listing.images):
@@ -68,56 +74,88 @@ def list_web_questions(root: Path) -> Listing:
 
 @dataclass
 class _Sample:
-    """The members of an archive that share a key."""
+    """The members of an archive that share a key; `refused` are (reason, detail) of those that are not used."""
 
-    key: str
     image: Place | None = None
     texts: dict[str, bytes] = field(default_factory=dict)
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
 
-def _list_archive(path: Path, listing: Listing) -> None:
-    split = split_of_name(path.stem)
+def _list_archive(root: Path, path: Path, listing: Listing) -> None:
+    name = path.relative_to(root)
+    split, prefix = split_of_path(name), name.with_suffix("").as_posix()
+    others: Counter[str] = Counter()
+    seen: set[str] = set()
+    with path.open("rb") as stream:
+        if fault := foreign_content(stream.read(200)):
+            raise DataError(f"{path} {fault}")
     try:
-        for sample in samples_of(path):
-            _list_sample(path, split, sample, listing)
+        for key, sample in samples_of(path, others):
+            sample_id = f"{prefix}/{key}"
+            listing.set_aside.extend(SetAside(sample_id, split, *refused) for refused in sample.refused)
+            if key in seen:
+                listing.set_aside.append(SetAside(sample_id, split, "repeated_id", f"again in {name}"))
+            elif sample.image or sample.texts:
+                seen.add(key)
+                _list_sample(sample_id, split, sample, f"in {name}", listing)
     except (tarfile.TarError, OSError, EOFError) as error:
         # What came before the damage is good; images beyond it cannot be found.
-        listing.set_aside.append(SetAside(path.stem, split, "damaged_archive", f"{path.name}: {error}"))
+        listing.set_aside.append(SetAside(prefix, split, "damaged_archive", f"{name}: {error}"))
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        listing.notes.append(f"{name} has members that are neither images nor texts and were not read: {kinds}")
 
 
-def samples_of(path: Path) -> Iterator[_Sample]:
-    """The samples of a tar archive in their order; members that follow each other with one key are one sample."""
+def samples_of(path: Path, others: Counter[str]) -> Iterator[tuple[str, _Sample]]:
+    """Yields key and members of each sample of a tar archive, in its order; `others` counts members by suffix.
+
+    A key is a name without its last suffix. Names that agree up to the first dot, which is WebDataset's own key, may
+    come in any order as long as no other comes between.
+    """
     size = path.stat().st_size
-    sample: _Sample | None = None
+    group: dict[str, _Sample] = {}
+    current = ""
     with tarfile.open(path, "r:") as archive:
         while (member := archive.next()) is not None:
             vars(archive)["members"].clear()  # the library keeps them all, 1 KB each
-            suffix = PurePosixPath(member.name).suffix.lower()
-            # Links, devices and paths that leave the folder have no business among images and texts.
-            if not member.isreg() or leaves_folder(member.name) or suffix not in IMAGE_SUFFIXES | TEXT_SUFFIXES:
+            name = PurePosixPath(member.name)
+            suffix = name.suffix.lower()
+            if member.isdir():
+                continue
+            if name.name.startswith(".") or suffix not in IMAGE_SUFFIXES | TEXT_SUFFIXES:
+                others[suffix or "without suffix"] += 1
                 continue
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError("the archive ends inside a member")
-            key = member.name.removesuffix(PurePosixPath(member.name).suffix)
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    yield sample
-                sample = _Sample(key)
-            if suffix in IMAGE_SUFFIXES:
-                sample.image = Place(path, span=(member.offset_data, member.size))
-            elif member.size <= MOST_TEXT_BYTES and (stream := archive.extractfile(member)):
-                sample.texts[suffix] = stream.read()
-    if sample is not None:
-        yield sample
+            stem = str(name.parent / name.name.split(".")[0])
+            if stem != current:
+                yield from group.items()
+                group, current = {}, stem
+            sample = group.setdefault(member.name.removesuffix(name.suffix), _Sample())
+            _take(archive, member, suffix, path, sample)
+    yield from group.items()
 
 
-def _list_sample(path: Path, split: str, sample: _Sample, listing: Listing) -> None:
-    name = f"{path.stem}/{sample.key}"
+def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, path: Path, sample: _Sample) -> None:
+    """Adds an image or a text to its sample, or the reason why it is not used."""
+    if not member.isreg() or leaves_folder(member.name):
+        sample.refused.append(("unsafe_member", f"{member.name} is a link or device, or leaves the folder"))
+    elif (suffix in IMAGE_SUFFIXES and sample.image is not None) or suffix in sample.texts:
+        sample.refused.append(("repeated_id", f"{member.name} is another file of this key"))
+    elif suffix in IMAGE_SUFFIXES:
+        sample.image = Place(path, span=(member.offset_data, member.size))
+    elif member.size > MOST_TEXT_BYTES:
+        sample.refused.append(("long_text", f"{member.name} has {member.size:,} bytes"))
+    elif stream := archive.extractfile(member):
+        sample.texts[suffix] = stream.read()
+
+
+def _list_sample(name: str, split: str, sample: _Sample, place: str, listing: Listing) -> None:
     metadata = _metadata(sample.texts.get(".json", b""))
     caption = sample.texts[".txt"].decode("utf-8", "replace") if ".txt" in sample.texts else metadata.get("caption")
-    fault = "missing_image" if sample.image is None else "missing_caption" if caption is None else None
-    if fault or sample.image is None:
-        listing.set_aside.append(SetAside(name, split, fault or "missing_image", f"in {path.name}"))
+    if sample.image is None or caption is None:
+        fault = "missing_image" if sample.image is None else "missing_caption"
+        listing.set_aside.append(SetAside(name, split, fault, place))
         return
     url = metadata.get("url")
     image = ImageEntry(name, split, case=name, place=sample.image, attribution=str(url) if url else None)
@@ -139,12 +177,8 @@ def _metadata(data: bytes) -> dict[str, Any]:
 
 def tables_of(root: Path, columns: tuple[str, ...]) -> list[tuple[Path, str]]:
     """Tables directly in `root` that have `columns`, with the split that their name tells; raises DataError."""
-    found = []
-    for path in sorted(root.glob("*.csv")):
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            header = stream.readline(4096).strip().split(",")
-        if {name.strip('"') for name in header} >= set(columns):
-            found.append((path, split_of_name(path.stem)))
+    tables = (path for path in sorted(root.iterdir()) if path.suffix in TABLES)
+    found = [(path, split_of_path(Path(path.name))) for path in tables if set(columns_of(path)) >= set(columns)]
     if not found:
         raise DataError(f"{root} has no CSV table with the columns {','.join(columns)}; put it there")
     return found
@@ -170,7 +204,7 @@ def _first_time(path: str, seen: set[int]) -> bool:
 
 def _list_captions(table: Path, split: str, listing: Listing) -> None:
     seen: set[int] = set()
-    for row in read_table(table, ("path", "caption")):
+    for row in read_table(table, ("path", "caption"), bad_rows=listing.bad_rows(table, split)):
         path = row["path"].strip()
         image = entry_of(table, split, path)
         fault = _fault_of_path(path) if image is None else None if _first_time(path, seen) else "repeated_id"
@@ -183,9 +217,10 @@ def _list_captions(table: Path, split: str, listing: Listing) -> None:
 
 def _list_questions(table: Path, split: str, listing: Listing) -> None:
     seen: set[int] = set()
-    for number, row in enumerate(read_table(table, ("path", "question", "answer"))):
+    rows = read_table(table, ("path", "question", "answer"), bad_rows=listing.bad_rows(table, split))
+    for number, row in enumerate(rows):
         path = row["path"].strip()
-        question, answer = one_line(row["question"]), normalise_answer(row["answer"])
+        question, answer = one_line(row["question"]), answer_text(row["answer"])
         image = entry_of(table, split, path)
         fault = _fault_of_path(path) if image is None else fault_of_question(question, answer)
         if image is None or fault:
@@ -193,5 +228,4 @@ def _list_questions(table: Path, split: str, listing: Listing) -> None:
             continue
         if _first_time(path, seen):
             listing.images.append(image)
-        kind = "closed" if answer in CLOSED_ANSWERS else "open"
-        listing.pairs.append(question_pair(image, f"{path}/question-{number}", question, answer, kind))
+        listing.pairs.append(question_pair(image, f"{path}/question-{number}", question, answer))

@@ -11,7 +11,7 @@ Each lists its pictures once and its questions as Candidates; all of it is the s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ import numpy as np
 from fuselip_core.data.pair import Candidates, DataError, ImageEntry, Listing, SetAside, Side, require_folder
 from fuselip_core.data.places import Box, Derived, Place
 from fuselip_core.data.sources.conceptual_captions import list_web_captions
-from fuselip_core.data.sources.tables import _read_json
+from fuselip_core.data.table_reader import json_array
 from fuselip_core.data.transforms import FAMILIES, Edit, draw_edits
+from fuselip_core.data.walk import files_below
+from fuselip_core.files import read_json
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png"})
+DOWNLOAD_AGAIN = "download the published file again"
 OI_LISTS = {"oi-crop": "oi-crop.json", "oi-pos": "oi-crop-positional-v3.json"}
 TGIT_INDICES = "tgit-indices.txt"
 TGIT_QUESTIONS = 1000  # published: the first 1,000 of the list
@@ -46,7 +49,7 @@ class _Pictures:
 
 def _pictures_below(root: Path) -> dict[str, Path]:
     """File name → path of every picture below `root`."""
-    return {path.name: path for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES}
+    return {path.name: path for path in files_below(root, PICTURES)}
 
 
 # ---- Open Images -----------------------------------------------------------------------------------------------------
@@ -61,7 +64,7 @@ def list_open_images(root: Path) -> Listing:
     listing = Listing()
     files, pictures = _pictures_below(root), _Pictures(listing)
     for task, path in lists.items():
-        data = _read_json(path)["data"]
+        data = read_json(path, DOWNLOAD_AGAIN)["data"]
         # One list is grouped by label, the other is flat.
         entries = chain.from_iterable(data.values()) if isinstance(data, dict) else data
         for number, entry in enumerate(entries):
@@ -102,7 +105,7 @@ def list_sugarcrepe(root: Path) -> Listing:
     files, pictures = _pictures_below(root), _Pictures(listing)
     for path in lists:
         task = f"sugarcrepe/{path.stem}"
-        for key, entry in _read_json(path).items():
+        for key, entry in read_json(path, DOWNLOAD_AGAIN).items():
             name = f"{task}/{key}"
             if entry["filename"] not in files:
                 listing.set_aside.append(SetAside(name, "test", "missing_image", f"no picture {entry['filename']}"))
@@ -153,7 +156,7 @@ def list_tgit(root: Path) -> Listing:
     path = root / TGIT_INDICES
     if not path.exists():
         raise DataError(f"{root} lacks {TGIT_INDICES}; copy FuseLIP's published list there, beside CC3M's validation")
-    rows = _read_json(path)[:TGIT_QUESTIONS]
+    rows = list(islice(json_array(path), TGIT_QUESTIONS))
     wanted = set(rows)
     captions = list_web_captions(root)
     valid = (image for image in captions.images if image.split == "valid")

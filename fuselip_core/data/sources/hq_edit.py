@@ -21,10 +21,13 @@ from fuselip_core.data.pair import (
     SetAside,
     Side,
     one_line,
+    require_columns,
     require_folder,
+    split_of_path,
 )
 from fuselip_core.data.places import Place
-from fuselip_core.data.sources.tables import rows_of, split_of_name
+from fuselip_core.data.table_reader import columns_of, read_table
+from fuselip_core.data.walk import files_below
 
 TEXTS = ("edit", "inverse_edit", "output")
 IMAGES = ("input_image", "output_image")
@@ -33,18 +36,19 @@ IMAGES = ("input_image", "output_image")
 def list_hq_edit(root: Path) -> Listing:
     """Every row of the Parquet files below `root`; raises DataError if there are none or they lack a column."""
     require_folder(root, "HQ-Edit")
-    files = sorted(root.rglob("*.parquet"))
+    files = files_below(root, (".parquet",))
     if not files:
         raise DataError(f"{root} has no Parquet files; download them with `fuselip data download hq-edit`")
     listing = Listing()
     for path in files:
-        for row, values in enumerate(rows_of(path, TEXTS, IMAGES)):
+        require_columns(columns_of(path), IMAGES, path)
+        for row, values in enumerate(read_table(path, TEXTS)):
             _list_row(path, row, values, listing)
     return listing
 
 
 def _list_row(path: Path, row: int, values: Mapping[str, Any], listing: Listing) -> None:
-    name, split = f"{path.stem}/{row}", split_of_name(path.stem)
+    name, split = f"{path.stem}/{row}", split_of_path(Path(path.name))
     edit, inverse, description = (one_line(values[column] or "") for column in TEXTS)
     before, after = (
         ImageEntry(f"{name}/{column.split('_')[0]}", split, name, Place(path, row=row, column=column))

@@ -14,7 +14,7 @@ from typing import Any
 from fuselip_core.data.pair import Candidates, DataError, ImageEntry, Listing, SetAside, Side, one_line, require_folder
 from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import leaves_folder, open_archive, safe_members
-from fuselip_core.data.sources.tables import rows_of
+from fuselip_core.data.table_reader import read_table
 
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 MARKER = "<|image_1|>"
@@ -31,7 +31,7 @@ def list_mmeb(root: Path) -> Listing:
     places = _Places(root, listing)
     for path in files:
         task = f"mmeb/{path.parent.name}"
-        for number, values in enumerate(rows_of(path, COLUMNS)):
+        for number, values in enumerate(read_table(path, COLUMNS)):
             _list_row(f"{task}/{path.stem}/{number}", task, values, places, listing)
     if listing.candidates and not len(listing.images):
         listing.notes.append("no question of MMEB-eval names a picture")

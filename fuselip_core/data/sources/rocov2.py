@@ -2,35 +2,41 @@
 
 - Zenodo's: `{train,valid,test}_captions.csv`, `_concepts.csv`, `_concepts_manual.csv`, `license_information.csv`, and
   images in `<split>_images.zip` or in folders `<split>/` or `<split>_images/`;
+- ROCO version 1: `data/{train,validation,test}/radiology/`, whose tables name the pictures (roco.py);
 - older tools': `{train,validation,test}/ID.jpg` with the caption in `ID.jpg.txt`;
 - Hugging Face's: Parquet files `train-*.parquet` with image {bytes, path}, image_id, caption, cui.
+
+Questions about the images lie beside them, in any folder: `{train,valid,test}_questions.csv` with ID, Question, Answer.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, cast
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from fuselip_core.data.pair import (
     DataError,
     ImageEntry,
     Listing,
     SetAside,
+    answer_text,
     caption_pair,
+    fault_of_question,
     one_line,
+    question_pair,
     require_columns,
     require_folder,
+    split_of_path,
 )
 from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import open_archive, safe_members
-from fuselip_core.data.sources.tables import read_table
+from fuselip_core.data.sources.roco import list_roco, roco_tables
+from fuselip_core.data.table_reader import columns_of, read_table
+from fuselip_core.data.walk import files_below
+from fuselip_core.files import read_json
 from fuselip_core.images import SUFFIXES
 
 PUBLISHED_SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
@@ -46,6 +52,7 @@ def list_rocov2(root: Path) -> Listing:
     require_folder(root, "ROCOv2")
     listing = _list_layout(root)
     _compare_counts(listing)
+    add_questions(root, listing)
     return listing
 
 
@@ -56,9 +63,12 @@ def _list_layout(root: Path) -> Listing:
         return _list_parquet(root, parquet)
     if any(next((root / folder).glob("*.txt"), None) for folder in PUBLISHED_SPLITS if (root / folder).is_dir()):
         return _list_sidecars(root)
+    if tables := roco_tables(root):
+        return list_roco(root, tables)
     raise DataError(
         f"{root} has no known layout of ROCOv2: neither *_captions.csv (Zenodo), nor train-*.parquet (Hugging Face), "
-        "nor train/ID.jpg with ID.jpg.txt; compare it with the published file list"
+        "nor train/ID.jpg with ID.jpg.txt, nor train/radiology/captions.txt (ROCO version 1); compare it with the "
+        "published file list"
     )
 
 
@@ -76,7 +86,7 @@ def _compare_counts(listing: Listing) -> None:
 def list_zenodo(root: Path) -> Listing:
     """The published layout; images may be zipped or extracted, and any split may be missing."""
     listing = Listing()
-    licences = _read_licences(root / LICENCES)
+    licences = _read_licences(root / LICENCES, listing)
     for name, split in PUBLISHED_SPLITS.items():
         if (root / f"{name}_captions.csv").exists():
             _list_zenodo_split(root, name, split, licences, listing)
@@ -86,12 +96,13 @@ def list_zenodo(root: Path) -> Listing:
 def _list_zenodo_split(
     root: Path, name: str, split: str, licences: Mapping[str, Mapping[str, str]], listing: Listing
 ) -> None:
-    places, refused = _places(root, name)
+    places, refused = _places(root, name, listing.notes)
     listing.set_aside.extend(SetAside(item, split, *reason) for item, *reason in refused)
-    concepts = _read_concepts(root / f"{name}_concepts.csv")
-    manual = _read_concepts(root / f"{name}_concepts_manual.csv")
+    concepts = _read_concepts(root / f"{name}_concepts.csv", split, listing)
+    manual = _read_concepts(root / f"{name}_concepts_manual.csv", split, listing)
     seen: set[str] = set()
-    for row in read_table(root / f"{name}_captions.csv", ("ID", "Caption")):
+    captions = root / f"{name}_captions.csv"
+    for row in read_table(captions, ("ID", "Caption"), bad_rows=listing.bad_rows(captions, split)):
         identifier = row["ID"].strip()
         if identifier in seen:
             listing.set_aside.append(SetAside(identifier, split, "repeated_id", f"again in {name}_captions.csv"))
@@ -119,13 +130,12 @@ def _list_zenodo_split(
         listing.set_aside.append(SetAside(identifier, split, "missing_caption", f"not in {name}_captions.csv"))
 
 
-def _places(root: Path, name: str) -> tuple[dict[str, Place], list[tuple[str, str, str]]]:
+def _places(root: Path, name: str, notes: list[str]) -> tuple[dict[str, Place], list[tuple[str, str, str]]]:
     """Image id → place (an extracted folder is preferred to its archive); and (name, reason, detail) of the refused."""
     refused: list[tuple[str, str, str]] = []
     for folder in (root / name, root / f"{name}_images"):
         if folder.is_dir():
-            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-            return _by_id([(path, Place(path)) for path in files], refused), refused
+            return _by_id([(path, Place(path)) for path in files_below(folder, SUFFIXES, notes)], refused), refused
     archive = root / f"{name}_images.zip"
     if not archive.exists():
         raise DataError(
@@ -151,21 +161,42 @@ def _by_id(places: Sequence[tuple[PurePath, Place]], refused: list[tuple[str, st
     return first
 
 
-def _read_concepts(path: Path) -> dict[str, tuple[str, ...]]:
+def _read_concepts(path: Path, split: str, listing: Listing) -> dict[str, tuple[str, ...]]:
     """Image id → concept codes; nothing if the file is missing."""
     if not path.exists():
         return {}
     return {
-        row["ID"]: tuple(code.strip() for code in row["CUIs"].split(";") if code.strip())
-        for row in read_table(path, ("ID", "CUIs"))
+        row["ID"].strip(): tuple(code.strip() for code in row["CUIs"].split(";") if code.strip())
+        for row in read_table(path, ("ID", "CUIs"), bad_rows=listing.bad_rows(path, split))
     }
 
 
-def _read_licences(path: Path) -> dict[str, dict[str, str]]:
+def _read_licences(path: Path, listing: Listing) -> dict[str, dict[str, str]]:
     """Image id → its row; nothing if the file is missing (then every image is a case of its own)."""
     if not path.exists():
         return {}
-    return {row["ID"]: row for row in read_table(path, ("ID", "PMCID", "Attribution", "Link"))}
+    rows = read_table(path, ("ID", "PMCID", "Attribution", "Link"), bad_rows=listing.bad_rows(path))
+    return {row["ID"].strip(): row for row in rows}
+
+
+def add_questions(root: Path, listing: Listing) -> None:
+    """Adds the pairs of the tables `<split>_questions.csv`, in any folder, to a listing of their images."""
+    tables = [path for path in files_below(root, (".csv",)) if path.name.endswith("_questions.csv")]
+    if not tables:
+        return
+    images = {(image.split, image.image_id): image for image in listing.images}
+    counts: Counter[tuple[str, str]] = Counter()
+    for path in tables:
+        split = split_of_path(PurePath(path.name))
+        for row in read_table(path, ("ID", "Question", "Answer"), bad_rows=listing.bad_rows(path, split)):
+            key = (split, row["ID"].strip())
+            counts[key] += 1
+            name = f"{key[1]}/question-{counts[key]}"
+            question, answer = one_line(row["Question"]), answer_text(row["Answer"])
+            if fault := fault_of_question(question, answer) or (None if key in images else "missing_image"):
+                listing.set_aside.append(SetAside(name, split, fault, f"in {path.name}"))
+            else:
+                listing.pairs.append(question_pair(images[key], name, question, answer))
 
 
 def modality_of(codes: Sequence[str]) -> str | None:
@@ -176,8 +207,7 @@ def modality_of(codes: Sequence[str]) -> str | None:
 
 @functools.cache
 def _modalities() -> dict[str, str]:
-    path = Path(__file__).with_name("modalities.json")
-    return cast(dict[str, str], json.loads(path.read_text(encoding="utf-8")))
+    return read_json(Path(__file__).with_name("modalities.json"))
 
 
 def _list_sidecars(root: Path) -> Listing:
@@ -213,7 +243,7 @@ def _list_sidecar(path: Path, split: str, seen: set[str], listing: Listing) -> N
 def _parquet_files(root: Path) -> dict[str, list[Path]]:
     """Published split name → its Parquet files, wherever below `root` they are."""
     files: dict[str, list[Path]] = {}
-    for path in sorted(root.rglob("*.parquet")):
+    for path in files_below(root, (".parquet",)):
         name = path.name.split("-")[0].split(".")[0]
         if name in PUBLISHED_SPLITS:
             files.setdefault(name, []).append(path)
@@ -223,7 +253,7 @@ def _parquet_files(root: Path) -> dict[str, list[Path]]:
 def _list_parquet(root: Path, files: Mapping[str, Sequence[Path]]) -> Listing:
     """The Hub's files. They name no article; LICENCES beside them adds it."""
     listing = Listing()
-    licences = _read_licences(root / LICENCES)
+    licences = _read_licences(root / LICENCES, listing)
     if not licences:
         listing.notes.append(
             f"these files name no article; with {LICENCES} of the Zenodo record beside them, images of one article "
@@ -232,7 +262,8 @@ def _list_parquet(root: Path, files: Mapping[str, Sequence[Path]]) -> Listing:
     for name, paths in files.items():
         seen: set[str] = set()
         for path in paths:
-            for row, values in enumerate(_parquet_rows(path)):
+            require_columns(columns_of(path), HUB_COLUMNS, path)
+            for row, values in enumerate(read_table(path, ("image_id", "caption"), ("cui",))):
                 _list_parquet_row(path, row, PUBLISHED_SPLITS[name], values, licences, seen, listing)
     return listing
 
@@ -265,15 +296,3 @@ def _list_parquet_row(
     )
     listing.images.append(image)
     listing.pairs.append(caption_pair(image, one_line(values["caption"] or "")))
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file without their images."""
-    try:
-        with pq.ParquetFile(path) as file:
-            require_columns(file.schema_arrow.names, HUB_COLUMNS, path)
-            columns = [name for name in ("image_id", "caption", "cui") if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=4096, columns=columns):
-                yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no readable Parquet file ({error}); download it again") from error

@@ -17,15 +17,15 @@ from fuselip_core.data.pair import (
     ImageEntry,
     Listing,
     SetAside,
+    answer_text,
     fault_of_question,
-    normalise_answer,
     one_line,
     question_pair,
     require_folder,
 )
 from fuselip_core.data.places import Place
 from fuselip_core.data.sources.archives import leaves_folder, open_archive, safe_members
-from fuselip_core.data.sources.tables import read_questions
+from fuselip_core.data.table_reader import read_table
 
 SPLITS = {"train": "train", "validate": "valid", "validation": "valid", "test": "test"}
 ARCHIVE = "imgs.zip"
@@ -47,7 +47,7 @@ def list_slake(root: Path) -> Listing:
     others: Counter[str] = Counter()
     for split, path in files.items():
         seen: set[str] = set()
-        for row in read_questions(path, FIELDS):
+        for row in read_table(path, FIELDS, ("modality",), listing.bad_rows(path, split)):
             if row["q_lang"] == "en":
                 _list_question(root, members, split, row, seen, listing)
             else:
@@ -82,7 +82,7 @@ def _list_question(
     root: Path, members: Collection[str], split: str, row: Mapping[str, Any], seen: set[str], listing: Listing
 ) -> None:
     name, qid = str(row["img_name"]), f"slake/{row['qid']}"
-    question, answer = one_line(str(row["question"])), normalise_answer(row["answer"])
+    question, answer = one_line(str(row["question"])), answer_text(row["answer"])
     place = _place(root, members, name)
     fault = fault_of_question(question, answer) or ("outside_folder" if leaves_folder(name) else None)
     fault = fault or (None if place else "missing_image")

@@ -24,13 +24,14 @@ from fuselip_core.data.pair import (
     Pair,
     SetAside,
     Side,
+    answer_text,
     fault_of_question,
-    normalise_answer,
     one_line,
     require_folder,
 )
 from fuselip_core.data.places import Box, Derived, Place
-from fuselip_core.data.sources.tables import json_array
+from fuselip_core.data.table_reader import json_array
+from fuselip_core.data.walk import files_below
 
 GROUP = 4
 LEAST_PIXELS = 32  # a smaller side shows nothing; published as an option
@@ -43,7 +44,7 @@ def list_visual_genome(root: Path) -> Listing:
     """Regions and questions, whichever is there; raises DataError if neither is."""
     require_folder(root, "Visual Genome")
     listing = Listing()
-    places = {path.stem: path for path in sorted(root.rglob("*.jpg"))}
+    places = {path.stem: path for path in files_below(root, (".jpg",), listing.notes)}
     splits: dict[str, str] = {}
     found: list[tuple[str, Path, int | None]] = [
         (split, root / name, None) for split, name in LISTS if (root / name).exists()
@@ -119,7 +120,7 @@ def _list_questions(entry: dict[str, Any], places: dict[str, Path], splits: dict
     for number, group in enumerate(_groups(entry["qas"])):
         for item in group:
             name, qid = str(item["image_id"]), f"question-{item['qa_id']}"
-            question, answer = one_line(item["question"]), normalise_answer(item["answer"]).rstrip(".")
+            question, answer = one_line(item["question"]), answer_text(item["answer"]).rstrip(".")
             split = _picture(name, "train", places, splits, listing)
             fault = fault_of_question(question, answer) or (None if split else "missing_image")
             if fault or split is None:

@@ -1,26 +1,24 @@
-"""Questions about images: VQA-RAD as published, and tables of ID, Question, Answer beside an image data set."""
+"""VQA-RAD: questions about radiographs, as published."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fuselip_core.data.pair import (
-    CLOSED_ANSWERS,
     DataError,
     ImageEntry,
     Listing,
     SetAside,
+    answer_text,
     fault_of_question,
-    normalise_answer,
     one_line,
     question_pair,
     require_folder,
 )
 from fuselip_core.data.places import Place
-from fuselip_core.data.sources.tables import read_questions, read_table
+from fuselip_core.data.table_reader import Row, read_table
+from fuselip_core.data.walk import files_below
 
 VQA_RAD_FIELDS = ("qid", "phrase_type", "image_name", "image_case_url", "question", "answer", "answer_type")
 # What `image_organ` says, as UMLS concepts with their names.
@@ -35,16 +33,16 @@ def list_vqa_rad(root: Path) -> Listing:
     entry in each split that asks about it. A case is a MedPix case, or several where an image is given under several.
     """
     require_folder(root, "VQA-RAD")
-    rows = _read_rows(root)
-    places = {path.name: Place(path) for path in sorted(root.rglob("*")) if path.suffix.lower() in (".jpg", ".png")}
-    cases = _cases(rows)
     listing = Listing(concept_names=dict(ORGAN_NAMES))
+    rows = _read_rows(root, listing)
+    places = {path.name: Place(path) for path in files_below(root, (".jpg", ".png"), listing.notes)}
+    cases = _cases(rows)
     images: dict[tuple[str, str], ImageEntry] = {}
     seen: set[str] = set()
     for row in rows:
         name, qid = str(row["image_name"]), str(row["qid"])
         split = "test" if str(row["phrase_type"]).startswith("test") else "train"
-        question, answer = one_line(str(row["question"])), normalise_answer(row["answer"])
+        question, answer = one_line(str(row["question"])), answer_text(row["answer"])
         fault = fault_of_question(question, answer) or ("repeated_id" if qid in seen else None)
         fault = fault or (None if name in places else "missing_image")
         seen.add(qid)
@@ -71,36 +69,15 @@ def list_vqa_rad(root: Path) -> Listing:
     return listing
 
 
-def add_questions(root: Path, listing: Listing) -> None:
-    """Adds the pairs of `<split>_questions.csv` (ID, Question, Answer) to a listing of their images."""
-    images = {(image.split, image.image_id): image for image in listing.images}
-    counts: Counter[tuple[str, str]] = Counter()
-    for split in sorted({image.split for image in listing.images}):
-        path = root / f"{split}_questions.csv"
-        if not path.exists():
-            continue
-        for row in read_table(path, ("ID", "Question", "Answer")):
-            key = (split, row["ID"].strip())
-            counts[key] += 1
-            name = f"{key[1]}/question-{counts[key]}"
-            question, answer = one_line(row["Question"]), normalise_answer(row["Answer"])
-            fault = fault_of_question(question, answer) or (None if key in images else "missing_image")
-            if fault:
-                listing.set_aside.append(SetAside(name, split, fault, f"in {path.name}"))
-                continue
-            kind = "closed" if answer in CLOSED_ANSWERS else "open"
-            listing.pairs.append(question_pair(images[key], name, question, answer, kind))
-
-
-def _read_rows(root: Path) -> list[dict[str, Any]]:
+def _read_rows(root: Path, listing: Listing) -> list[Row]:
     files = sorted(root.glob("*.json"))
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
         raise DataError(f"{root} needs exactly one JSON file with VQA-RAD's questions (found: {found}); put it there")
-    return read_questions(files[0], VQA_RAD_FIELDS)
+    return list(read_table(files[0], VQA_RAD_FIELDS, ("image_organ",), listing.bad_rows(files[0])))
 
 
-def _cases(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _cases(rows: Sequence[Row]) -> dict[str, str]:
     """Image name → case. Cases that share an image are one case."""
     parent: dict[str, str] = {}
 
