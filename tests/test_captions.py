@@ -31,7 +31,7 @@ def zenodo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def content(listing: Listing) -> dict[str, tuple[str, bytes, str | None]]:
     """Image id → split, bytes, caption."""
     captions = {pair.query.image: pair.target.text for pair in listing.pairs}
-    with ImageReader(1 << 20) as reader:
+    with ImageReader() as reader:
         return {
             image.image_id: (image.split, reader.read(image.place), captions.get(image.image_id))
             for image in listing.images
@@ -90,7 +90,7 @@ def test_parquet_of_the_hub(zenodo: Path, tmp_path: Path) -> None:
     listing = list_rocov2(tmp_path)
     assert not listing.notes and all(image.case.startswith("PMC") for image in listing.images)
     assert {image.modality for image in listing.images} == {"CT"}
-    with ImageReader(1 << 20) as reader:  # a shard may begin in the middle of a file
+    with ImageReader() as reader:  # a shard may begin in the middle of a file
         last = [image for image in listing.images if image.split == "train"][-1]
         assert reader.read(last.place) == expected[last.image_id][1]
 
@@ -212,7 +212,7 @@ def test_roco_version_1_is_joined_through_its_tables(tmp_path: Path) -> None:
     ]
     captions = {(pair.split, pair.query.image): pair.target.text for pair in listing.pairs}
     assert captions["valid", "ROCO_1"] == "A text validation 1, with a comma"
-    with ImageReader(1 << 20) as reader:
+    with ImageReader() as reader:
         read = {(image.split, image.image_id): reader.read(image.place) for image in listing.images}
     assert read["test", "ROCO_1"] == b"test 1"
     reasons = [(item.id, item.reason) for item in listing.set_aside if item.split == "test"]

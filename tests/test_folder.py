@@ -6,12 +6,18 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
+from fuselip_core.config import PrepareSettings
 from fuselip_core.data.pair import DataError, Listing
+from fuselip_core.data.prepare.prepare import prepare_data
+from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.sources.catalogue import list_source
+from fuselip_core.errors import FuselipError
 
 HEADER = ("file_name", "text", "split", "case", "question", "answer")
 ROWS = [
@@ -116,6 +122,22 @@ def test_pictures_without_texts_are_an_archive(tmp_path: Path, names: tuple[str,
     listing = list_source("folder", tmp_path)
     assert [image.image_id for image in listing.images] == sorted(names) and not listing.pairs
     assert listing.notes == ["no metadata and no class folders: these pictures have no texts"]
+
+
+def test_an_archive_is_prepared(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        picture = Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC)
+        picture.save(tmp_path / "raw" / f"{number}.png")
+    settings = PrepareSettings.model_validate({"source": "folder", "root": tmp_path / "raw", "workers": 1})
+    manifest = prepare_data(settings, tmp_path / "out")
+    assert manifest["counts"] == {"train": {"images": 3, "cases": 3, "pairs": {}}}
+    prepared = PreparedData(tmp_path / "out")
+    assert prepared.image_count("train") == 3 and prepared.pairs("train").num_rows == 0
+    (tmp_path / "raw" / "metadata.csv").write_text("file_name,text\n0.png,n/a\n")
+    with pytest.raises(FuselipError, match="no usable pair"):
+        prepare_data(settings, tmp_path / "again")
 
 
 def test_a_table_without_texts_and_a_folder_without_pictures(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     work = work or target.with_name(f"{target.name}.partial")
     with reserved(target, settings.root):
         listing = list_source(settings.source, settings.root, settings)
+        archive = not listing.pairs and not listing.candidates
         with published_form(settings.source, settings.root):
             add_extra_pairs(settings.root, listing, settings.extra_pairs)
         plan = plan_splits(listing, settings)
@@ -77,7 +78,7 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
         origin = provenance_of(settings.root)
         open_work(work, key_of(plan, settings, tool_version(), origin))
         results = _write_images(plan, settings, work, origin)
-        manifest = _finish(plan, results, settings, work, origin)
+        manifest = _finish(plan, results, settings, work, origin, archive)
         replace_folder(work, target)
     return manifest
 
@@ -163,8 +164,13 @@ def _run(tasks: Iterator[ShardTask], count: int, workers: int) -> Iterator[Shard
             yield waiting.popleft().result()
 
 
-def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path, origin: Provenance) -> dict[str, Any]:
-    """Writes pairs, quarantine and manifest beside the image shards, and takes away what only a resumed run needs."""
+def _finish(
+    plan: Plan, results: Results, settings: PrepareSettings, work: Path, origin: Provenance, archive: bool
+) -> dict[str, Any]:
+    """Writes pairs, quarantine and manifest beside the image shards, and takes away what only a resumed run needs.
+
+    archive: the data set has no texts at all, so that its images alone are enough.
+    """
     tally = Tally(work, plan, results)
     shards = [_named(result) for split in plan.splits for result in results[split]]
     late: list[SetAside] = []
@@ -174,7 +180,7 @@ def _finish(plan: Plan, results: Results, settings: PrepareSettings, work: Path,
         shards += _write_candidates(split, plan, tally, work, late)
     from_shards = (item for split in plan.splits for part in results[split] for item in part.set_aside)
     reasons = _write_quarantine(work / QUARANTINE, chain(plan.set_aside, from_shards, late))
-    if not tally.usable:
+    if not tally.usable and not (archive and any(part["images"] for part in tally.counts.values())):
         said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items()) or "it has no texts"
         raise DataError(f"no usable pair is left of {settings.root} ({said}); {work / QUARANTINE} names each")
     manifest = {
