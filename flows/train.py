@@ -7,9 +7,9 @@ from typing import Any
 from prefect import flow
 
 from flows.command_line import run_from_command_line
-from flows.run.folder import STAGES
 from flows.run.forms import RunRequest
 from flows.tasks import RUNNER, RunnerName, finish, run_stages
+from fuselip_core.config import STAGES
 
 ROOT_PIPELINE = RunRequest()
 

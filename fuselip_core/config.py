@@ -18,12 +18,12 @@ from pydantic_core import ErrorDetails
 
 from fuselip_core.recipes.read import (
     RECIPE_FOLDER,
+    Layer,
     SettingsError,
-    corrected_recipe,
     merge,
     parse_overrides,
     read_corrections,
-    read_recipe,
+    recipe_layers,
     recipe_names,
     recipe_title,
 )
@@ -31,6 +31,7 @@ from fuselip_core.recipes.read import (
 __all__ = [
     "RECIPE_FOLDER",
     "SECTIONS",
+    "STAGES",
     "Settings",
     "SettingsError",
     "as_yaml",
@@ -39,14 +40,18 @@ __all__ = [
     "corrected_recipe",
     "describe_settings",
     "differences",
+    "layers_of",
     "load_settings",
     "merge",
     "parse_overrides",
     "read_corrections",
-    "read_recipe",
     "recipe_names",
     "recipe_title",
 ]
+
+# The pipeline, in order. Each name is a function in stages.py, a stage in dvc.yaml, a verb and a section of settings.
+STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
+SECTIONS = ("prepare", "model", *STAGES[1:])
 
 Size = Literal["tiny", "small", "base", "large"]
 Family = Literal["fuselip", "siglip-sf", "siglip-mlf"]
@@ -336,7 +341,6 @@ class Settings(BaseModel):
 
 # What a run may be called: it becomes a folder's name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-SECTIONS = ("prepare", "model", "codebook", "tokenize", "train", "evaluate", "register")
 _SECTION_FIELDS = {"register_" if name == "register" else name for name in SECTIONS}
 
 
@@ -358,15 +362,44 @@ def load_settings(
     `recipe`, `artifacts` and `size` replace the file's. Raises SettingsError naming the file, the field and what is
     allowed.
     """
-    corrections = merge(read_corrections(path) if path else {}, parse_overrides(overrides))
-    corrections["recipe"] = str(recipe or corrections.get("recipe", "sample"))
-    if size:
-        corrections = merge(corrections, {"model": {"size": size}})
-    values = corrected_recipe(corrections)
+    values = _merged(layers_of(path, overrides, recipe, size))
     if artifacts:
         values["artifacts"] = artifacts
-    origin = str(path or f"recipe {corrections['recipe']}")
+    origin = str(path or f"recipe {values['recipe']}")
     return check_settings(values, origin=f"{origin} and --set" if overrides else origin)
+
+
+def layers_of(
+    path: Path | None = None, overrides: Sequence[str] = (), recipe: str | None = None, size: str | None = None
+) -> list[Layer]:
+    """All sources of a run's settings, the weakest first; see load_settings."""
+    given = [
+        Layer(str(path), read_corrections(path) if path else {}),
+        Layer("--recipe", {"recipe": recipe} if recipe else {}),
+        Layer("--set", parse_overrides(overrides)),
+        Layer("--size", {"model": {"size": size}} if size else {}),
+    ]
+    return [*_recipe_layers(_merged(given)), *given]
+
+
+def corrected_recipe(corrections: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe that `corrections` name, at the size they name, with all of them made: every field, not checked."""
+    return _merged([*_recipe_layers(corrections), Layer("", corrections)])
+
+
+def _recipe_layers(corrections: Mapping[str, Any]) -> list[Layer]:
+    """Defaults, base and recipe, of the recipe and size that `corrections` name."""
+    model = corrections.get("model")
+    size = model.get("size") if isinstance(model, Mapping) else None
+    defaults = Settings().model_dump(mode="json", by_alias=True)
+    return [Layer("default", defaults), *recipe_layers(str(corrections.get("recipe", defaults["recipe"])), size)]
+
+
+def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = merge(values, layer.values)
+    return values
 
 
 def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
@@ -378,15 +411,28 @@ def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
         raise SettingsError(f"{origin}: {'; '.join(lines)}") from error
 
 
-def describe_settings(settings: Settings) -> str:
-    """Every field with its value and, as a comment, its meaning: valid YAML."""
-    lines = [f"recipe: {settings.recipe}"]
+def describe_settings(settings: Settings, layers: Sequence[Layer] = ()) -> str:
+    """Every field with its value and, as a comment, its meaning and where the value comes from: valid YAML."""
+    lines = [f"recipe: {settings.recipe}", f"artifacts: {settings.artifacts}"]
     for section, values in settings.model_dump(mode="json", by_alias=True, include=_SECTION_FIELDS).items():
         fields = _section_class(section).model_fields
         lines.append(f"{section}:")
         for name, value in values.items():
-            lines.append(f"  {name}: {as_yaml(value)}  # {fields[name].description}")
+            origin = f"[{_origin(layers, section, name)}] " if layers else ""
+            lines.append(f"  {name}: {as_yaml(value)}  # {origin}{fields[name].description}")
     return "\n".join(lines)
+
+
+def _origin(layers: Sequence[Layer], section: str, name: str) -> str:
+    """The last source that states the field, or that changes it by stating its alternative (steps for epochs)."""
+    origin, before = "", None
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = merge(values, layer.values)
+        value = values.get(section, {}).get(name)
+        if name in (layer.values.get(section) or {}) or value != before:
+            origin, before = layer.origin, value
+    return origin
 
 
 def differences(first: Settings, second: Settings) -> dict[str, tuple[str, str]]:

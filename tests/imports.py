@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from fuselip_core.config import STAGES
+
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("fuselip_core", "flows")
-STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
 # What a stage's output does not depend on: settings are parameters, the rest moves bytes or tells how far things are.
 WITHOUT_EFFECT = (
     "fuselip_core",
@@ -185,12 +186,13 @@ def arrows_between_rooms() -> dict[str, set[str]]:
 
 def write_deps(dvc_file: Path) -> None:
     """Replaces the code among each stage's `deps`; everything else in the file stays as it is."""
-    text = re.sub(r"\n      - fuselip_core/[^\n{$]*(?=\n)", "", dvc_file.read_text(encoding="utf-8"))
+    text = dvc_file.read_text(encoding="utf-8")
     for stage in STAGES:
-        lines = "".join(f"\n      - {path}" for path in code_of_stage(stage))
-        text = re.sub(
-            rf"(\n  {stage}:\n.*?\n    deps:(?:\n      - [^\n]*)*)", rf"\g<1>{lines}", text, count=1, flags=re.S
-        )
+        found = re.search(rf"\n  {stage}:\n.*?\n    deps:\n((?:      - [^\n]*\n)*)", text, flags=re.S)
+        assert found, f"dvc.yaml has no stage {stage} with deps"
+        others = [line for line in found[1].splitlines() if not line.startswith("      - fuselip_core/")]
+        lines = [*others, *(f"      - {path}" for path in code_of_stage(stage))]
+        text = text[: found.start(1)] + "".join(f"{line}\n" for line in lines) + text[found.end(1) :]
     dvc_file.write_text(text, encoding="utf-8")
 
 

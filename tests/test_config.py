@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,27 +15,64 @@ from fuselip_core.config import (
     SettingsError,
     describe_settings,
     differences,
+    layers_of,
     load_settings,
     merge,
     recipe_names,
 )
 from fuselip_core.data.transforms import FAMILIES, GENERAL
+from fuselip_core.recipes.read import recipe_layers
 
 
-@pytest.mark.parametrize("name", recipe_names())
-def test_recipe_states_every_field(name: str) -> None:
-    """A default that no recipe states would change runs behind DVC's back, which compares the recipes' values."""
-    stated = yaml.safe_load((RECIPE_FOLDER / f"{name}.yaml").read_text())
-    everything = Settings().model_dump(by_alias=True)
-    assert set(stated) == {*SECTIONS, "sizes"}
-    for section in SECTIONS:
-        assert set(stated[section]) == set(everything[section]), f"{name}: {section}"
+@pytest.mark.parametrize("name", ["base", *recipe_names()])
+def test_recipe_states_only_its_differences(name: str) -> None:
+    """What a recipe repeats from its parent, or from the defaults, would have to be changed in two places."""
+    without = Settings().model_dump(mode="json", by_alias=True)
+    layers = recipe_layers(name)
+    for layer in layers[:-2:2]:  # the others hold at one size
+        without = merge(without, layer.values)
+    for section, values in layers[-2].values.items():
+        repeated = [field for field, value in values.items() if without[section][field] == value]
+        assert not repeated, f"{name}: {section} repeats {repeated}"
+
+
+def test_recipes_fit_on_a_few_pages() -> None:
+    lines = [line for path in RECIPE_FOLDER.glob("*.yaml") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) < 450
+
+
+def test_every_value_names_its_source(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("recipe: fuselip-rocov2\ntrain: {batch_size: 96}\n")
+    overrides = ["train.warmup_steps=10", "evaluate.seed=3"]
+    layers = layers_of(path, overrides, size="base")
+    described = describe_settings(load_settings(path, overrides, size="base"), layers)
+    section, origins = "", {}
+    for line in described.splitlines():
+        if not line.startswith(" "):
+            section = line.partition(":")[0]
+        elif found := re.fullmatch(r"  (\w+): .*  # \[([^]]*)\] .*", line):
+            origins[f"{section}.{found[1]}"] = found[2]
+    fields = {f"{section}.{name}" for section in SECTIONS for name in Settings().model_dump(by_alias=True)[section]}
+    assert set(origins) == fields
+    expected = {
+        "prepare.limit": "default",
+        "tokenize.views": "base",
+        "train.epochs": "siglip-sf-rocov2",
+        "train.interpolate": "fuselip-rocov2",
+        "train.init": "fuselip-rocov2 at size base",
+        "train.batch_size": str(path),
+        "train.warmup_steps": "--set",
+        "train.warmup_share": "--set",  # emptied by warmup_steps
+        "model.size": "--size",
+    }
+    assert {name: origins[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_field_says_its_meaning(name: str) -> None:
-    described = describe_settings(load_settings(recipe=name))
-    assert "None" not in described
+    described = describe_settings(load_settings(recipe=name), layers_of(recipe=name))
+    assert "None" not in described and "[]" not in described.replace(": []", "")
     assert yaml.safe_load(described)["train"]["steps"] == load_settings(recipe=name).train.steps
     assert all("#" in line for line in described.splitlines() if line.startswith("  "))
 

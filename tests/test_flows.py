@@ -28,12 +28,12 @@ from flows.page.summary import next_commands, registered_line
 from flows.pipeline import pipeline
 from flows.run.child import stream
 from flows.run.dvc_stage import UNCHANGED
-from flows.run.folder import STAGES, plan
+from flows.run.folder import plan
 from flows.run.forms import RunRequest
 from flows.run.lock import dvc_lock
 from flows.run.runner import Ending, LastLines, ProcessRunner, stage_environment
 from flows.run.sample_data import ensure_sample
-from fuselip_core.config import SettingsError, load_settings
+from fuselip_core.config import STAGES, SettingsError, load_settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.comparisons import comparison_rows
 

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from imports import (
     REPOSITORY,
-    STAGES,
     arrows_between_files,
     arrows_between_rooms,
     circles,
@@ -25,7 +24,7 @@ from imports import (
     tree_of,
 )
 
-from fuselip_core.config import SECTIONS
+from fuselip_core.config import SECTIONS, STAGES
 
 MODULES = module_files()
 # Rooms from the ground up. A room imports its own modules and those of rooms below; data and model never meet.

@@ -49,6 +49,8 @@ def reproduce(address: str, force: bool) -> int:
     logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
         with Repo() as repo:
+            # First, since the stage's params are in the file that this stage writes.
+            repo.reproduce(settings_of(address), single_item=True)
             done = repo.reproduce(address, single_item=True, force=force)
     except Exception as error:  # what DVC raises on a damaged file is not always its own
         last = _causes(error)[-1]
@@ -56,6 +58,11 @@ def reproduce(address: str, force: bool) -> int:
             return _exit_code(last.status)
         raise dvc_problem(error) from error
     return 0 if done else UNCHANGED
+
+
+def settings_of(address: str) -> str:
+    """The address of the stage that resolves the settings for the one at `address`."""
+    return f"{address.rpartition(':')[0]}:settings"
 
 
 def _end_with_parent() -> None:

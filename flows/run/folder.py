@@ -33,7 +33,6 @@ from fuselip_core.config import (
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_write
 
-STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
 RECIPE_OF_SOURCE: dict[str, str] = {"phantom": "sample", "rocov2": "rocov2-tiny", "vqa-rad": "vqa-rad"}
 logger = logging.getLogger("fuselip")
 

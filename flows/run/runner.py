@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from flows.run.child import OnLine, stream
-from flows.run.dvc_stage import UNCHANGED
+from flows.run.dvc_stage import UNCHANGED, settings_of
 from flows.run.folder import Run
 from flows.run.lock import dvc_lock
 from fuselip_core.errors import Interrupted
@@ -85,7 +85,7 @@ def is_unchanged(repository: Path, address: str) -> bool:
     try:
         with Repo(str(repository)) as repo:
             # A whole path, since DVC takes targets from the current folder.
-            return not repo.status(targets=[str(repository / address)])
+            return not repo.status(targets=[str(repository / each) for each in (settings_of(address), address)])
     except Exception:
         # The stage's own process meets the same error, whatever it is, and says it.
         return False

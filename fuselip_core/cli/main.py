@@ -16,6 +16,7 @@ from fuselip_core import config
 from fuselip_core.cli import data as data_cli
 from fuselip_core.cli import vqa as vqa_cli
 from fuselip_core.errors import FuselipError, run_to_exit
+from fuselip_core.files import atomic_write
 from fuselip_core.tracking import telemetry
 
 STAGE_HELP = {
@@ -60,6 +61,11 @@ def _common(
     """FuseLIP adapted to radiology: one encoder for images, texts, and images with text."""
 
 
+def _settings_file(given: Path | None, recipe: str | None) -> Path | None:
+    found = Path("params.yaml")
+    return found if given is None and recipe is None and found.is_file() else given
+
+
 def _add_stage(name: str, help_text: str) -> None:
     @app.command(name, help=help_text)
     def run(
@@ -69,9 +75,7 @@ def _add_stage(name: str, help_text: str) -> None:
         size: SizeOption = None,
         artifacts: ArtifactsOption = None,
     ) -> None:
-        if settings is None and recipe is None and Path("params.yaml").is_file():
-            settings = Path("params.yaml")
-        values = config.load_settings(settings, overrides or (), recipe, artifacts, size)
+        values = config.load_settings(_settings_file(settings, recipe), overrides or (), recipe, artifacts, size)
         stages = importlib.import_module("fuselip_core.stages")
         summary = getattr(stages, name)(values)
         if os.environ.get("FUSELIP_SUMMARY") != "off":
@@ -80,6 +84,24 @@ def _add_stage(name: str, help_text: str) -> None:
 
 for _name, _help in STAGE_HELP.items():
     _add_stage(_name, _help)
+
+
+@app.command("settings")
+def show_settings(
+    settings: SettingsOption = None,
+    overrides: SetOption = None,
+    recipe: RecipeOption = None,
+    size: SizeOption = None,
+    out: Annotated[Path | None, typer.Option(help="File to write instead; DVC compares its values.")] = None,
+) -> None:
+    """Print every field of a run with its value, its source and its meaning."""
+    path = _settings_file(settings, recipe)
+    values = config.load_settings(path, overrides or (), recipe, size=size)
+    if out is None:
+        typer.echo(config.describe_settings(values, config.layers_of(path, overrides or (), recipe, size)))
+    else:
+        with atomic_write(out) as partial:
+            partial.write_text(config.describe_settings(values) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -129,8 +151,8 @@ def show_recipe(
     name: Annotated[str, typer.Argument(help="Recipe to print.")],
     size: SizeOption = None,
 ) -> None:
-    """Every field of a recipe with its value and meaning."""
-    typer.echo(config.describe_settings(config.load_settings(recipe=name, size=size)))
+    """Print every field of a recipe with its value, its source and its meaning."""
+    show_settings(recipe=name, size=size)
 
 
 @recipes.command("diff")

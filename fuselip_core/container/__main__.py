@@ -26,7 +26,7 @@ from fuselip_core import config
 from fuselip_core.cli import main as cli
 from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
 from fuselip_core.container.mounts import require_data, require_writable, sole_user
-from fuselip_core.container.skip_done import STAGES, own_shards, run_stages
+from fuselip_core.container.skip_done import own_shards, run_stages
 from fuselip_core.errors import FuselipError, Interrupted, sentence_of
 from fuselip_core.files import atomic_folder
 
@@ -130,12 +130,12 @@ def download(words: list[str]) -> None:
 
 def train(words: list[str]) -> None:
     """Adapts the encoder to the mounted data set: all stages, from what an earlier run has finished."""
-    _run(words, "train", STAGES)
+    _run(words, "train", config.STAGES)
 
 
 def tokenize(words: list[str]) -> None:
     """Prepares the mounted data set and makes its tokens; a later `train` with the same settings goes on from them."""
-    _run(words, "tokenize", STAGES[:3])
+    _run(words, "tokenize", config.STAGES[:3])
 
 
 def evaluate(words: list[str]) -> None:

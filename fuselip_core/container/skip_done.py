@@ -18,7 +18,6 @@ from fuselip_core import config
 from fuselip_core.data.prepare.prepare import tool_version
 from fuselip_core.files import write_json
 
-STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
 # Settings that change what a stage writes, and its output.
 STAGE_SECTIONS = {
     "prepare": ("prepare",),

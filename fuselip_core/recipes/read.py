@@ -1,23 +1,33 @@
-"""Recipes, settings files and overrides as nested mappings, and how one corrects the other; checked in config.py."""
+"""Recipes, settings files and overrides as nested mappings, and how one corrects the other; checked in config.py.
+
+A recipe states only its differences from its parent (`parent: NAME`), or from base.yaml where it names none.
+"""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from fuselip_core.errors import FuselipError
 
 RECIPE_FOLDER = Path(__file__).parent
-# Keys of params.yaml that steer DVC's templates and are no settings of the run.
+BASE = "base"  # parent of all recipes, and none itself
+PARENT = "parent"  # key of a recipe that names the recipe it differs from
+SIZES = "sizes"  # key of a recipe for what differs at a size
+# Keys of params.yaml that only DVC's templates use.
 TEMPLATE_KEYS = ("settings", "repository")
-SIZES = "sizes"  # key of a recipe under which stands what is different at a size
-# Two ways to say the same: a correction that uses one of them takes back the other.
+# Two ways to state the same quantity: a correction that uses one of them empties the other.
 ALTERNATIVES = (("steps", "epochs"), ("warmup_steps", "warmup_share"))
 WHOLE = ("mixture", "tokens")  # mappings that a correction replaces as a whole
+# Plain scalars that YAML 1.1 and 1.2 read as the same value.
+UNAMBIGUOUS = re.compile(
+    r"true|false|[-+]?(0|[1-9]\d*)|[-+]?\.inf|\.nan|(?P<real>[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?)", re.I
+)
 
 
 class SettingsError(FuselipError):
@@ -26,9 +36,16 @@ class SettingsError(FuselipError):
     exit_code = 2
 
 
+class Layer(NamedTuple):
+    """The values that one source of settings states; `origin` is what `fuselip recipes show` calls the source."""
+
+    origin: str
+    values: Mapping[str, Any]
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml") if path.stem != BASE)
 
 
 def recipe_title(name: str) -> str:
@@ -37,46 +54,82 @@ def recipe_title(name: str) -> str:
         return stream.readline().lstrip("# ").strip()
 
 
-def read_recipe(name: str, size: str | None = None) -> dict[str, Any]:
-    """The nested mapping of a recipe at `size`, its own if None; raises SettingsError for an unknown name."""
+def recipe_layers(name: str, size: str | None = None) -> list[Layer]:
+    """What base.yaml, the recipe's parents and the recipe itself state, in the order in which they apply.
+
+    `size` selects what each of them states for a size; the recipe's own if None. Raises SettingsError for an unknown
+    recipe.
+    """
+    files: list[tuple[str, dict[str, Any]]] = []
+    parent: str | None = name
+    while parent:
+        stated = _read_recipe_file(parent)
+        files.insert(0, (parent, stated))
+        parent = stated.pop(PARENT, None if parent == BASE else BASE)
+    of_sizes = [stated.pop(SIZES, {}) for _, stated in files]
+    if size is None:
+        size = next(stated["model"]["size"] for _, stated in files[::-1] if "size" in stated.get("model", {}))
+    layers = []
+    for (file, stated), at_size in zip(files, of_sizes, strict=True):
+        layers.append(Layer(file, stated))
+        layers.append(Layer(f"{file} at size {size}", at_size.get(str(size), {})))
+    return layers
+
+
+def _read_recipe_file(name: str) -> dict[str, Any]:
     path = RECIPE_FOLDER / f"{name}.yaml"
     if path.parent != RECIPE_FOLDER or not path.is_file():
         near = difflib.get_close_matches(name, recipe_names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise SettingsError(f"unknown recipe '{name}'; {hint}there are: {', '.join(recipe_names())}")
-    recipe = _read_yaml(path)
-    of_sizes = recipe.pop(SIZES, None) or {}
-    size = str(size or recipe["model"]["size"])
-    return merge(merge(recipe, {"model": {"size": size}}), of_sizes.get(size, {}))
-
-
-def corrected_recipe(corrections: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe that `corrections` name, at the size they name, with all of them made."""
-    size = _size_of(corrections)
-    return merge(read_recipe(str(corrections["recipe"]), size), corrections)
-
-
-def _size_of(corrections: Mapping[str, Any]) -> str | None:
-    model = corrections.get("model")
-    return model.get("size") if isinstance(model, Mapping) else None
+    return read_yaml(path)
 
 
 def read_corrections(path: Path) -> dict[str, Any]:
-    """What a settings file such as params.yaml says about the run, without the keys that steer DVC's templates."""
-    content = _read_yaml(path)
+    """What a settings file such as params.yaml says about the run, without the keys that only DVC's templates use."""
+    content = read_yaml(path)
     return {key: {} if value is None else value for key, value in content.items() if key not in TEMPLATE_KEYS}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises SettingsError for a file that is missing, no mapping, or ambiguous."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
         raise SettingsError(f"no settings file at {path}; give another with --settings") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: other bytes than UTF-8, a date that does not exist
-        raise SettingsError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: other bytes than UTF-8
+        raise SettingsError(f"{path} is no valid YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must hold a mapping of sections")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what a reader may take for something else: keys given twice, and scalars such as 010, 1_000, no, 1:30.
+
+    YAML 1.1, which PyYAML reads, takes these for 8, 1000, false and 90; YAML 1.2, which DVC reads, does not.
+    """
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)
+        if kind is not yaml.ScalarNode or not implicit[0] or not value:
+            return tag
+        plain = UNAMBIGUOUS.fullmatch(value)
+        if plain and plain["real"]:
+            return "tag:yaml.org,2002:float"  # YAML 1.1 takes 1e-3 for text
+        if not plain and tag.rpartition(":")[2] in ("int", "float", "bool", "timestamp"):
+            raise yaml.YAMLError(
+                f"'{value}' can be read in two ways; write a plain number, true or false, or put text in quotes"
+            )
+        return tag
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"'{key.value}' is given twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -94,12 +147,16 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not separator or not key:
         raise SettingsError(f"'{text}' is no override; write it as section.field=value, for example train.steps=100")
     try:
-        nested: Any = yaml.safe_load(value)
+        nested: Any = yaml.load(value, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"the value of '{text}' is no valid YAML") from error
+        raise SettingsError(f"the value of '{text}' is no valid YAML: {_one_line(error)}") from error
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return dict(nested)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any], whole: Collection[str] = WHOLE) -> dict[str, Any]:
