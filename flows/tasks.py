@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -123,7 +124,8 @@ def stoppable(work: Callable[..., Any]) -> Callable[..., Any]:
 def error_of(state: Any) -> str | None:
     """What a failed task says; None for one that went well. Where a task was stopped, the flow ends with it."""
     if state.is_cancelled():
-        raise state.data
+        stop = state.result(raise_on_failure=False)
+        raise stop if isinstance(stop, BaseException) else TerminationSignal(signal.SIGTERM)
     return None if state.is_completed() else state.message or state.name
 
 
