@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -16,7 +16,9 @@ from fuselip_core.evaluation.metrics import (
     paired_interval,
     rank_answers,
     ranks,
+    ratio_interval,
     recall,
+    recall_in_pools,
     top,
 )
 
@@ -197,3 +199,40 @@ def test_what_never_differs_is_not_known_to_be_equal() -> None:
     hits = np.arange(10) % 2 == 0
     low, high = paired_interval(hits, hits, seed=0)
     assert low == -high and 0.2 < high < 0.4  # 1 - 0.025 ** (1 / 10)
+
+
+def test_recall_in_pools_is_what_all_pools_give_on_average() -> None:
+    """Three queries over six targets, one with two right ones; every pool of three is drawn."""
+    relevance = Relevance.from_edges(np.array([0, 1, 2, 2]), np.array([0, 1, 2, 3]), 3, 6)
+    matrix = [[0.4, 0.9, 0.8, 0.1, 0.2, 0.3], [0.9, 0.1, 0.8, 0.7, 0.6, 0.5], [0.5, 0.1, 0.3, 0.4, 0.2, 0.0]]
+    query, target = scores(matrix)
+    rank = ranks(query, target, relevance)
+    np.testing.assert_array_equal(rank, [3, 6, 2])
+    for k in (1, 2):
+        expected = []
+        for row in range(3):
+            right = relevance.of(row)
+            best = max(matrix[row][item] for item in right)
+            wrong = [matrix[row][item] for item in range(6) if item not in right]
+            pools = list(combinations(wrong, 2))
+            expected.append(np.mean([sum(value >= best for value in pool) < k for pool in pools]))
+        np.testing.assert_allclose(recall_in_pools(rank, relevance, 3, k), expected)
+
+
+def test_scores_are_float32_whatever_the_precision_of_the_embeddings() -> None:
+    """In float16 these two scores round to one number; what is stored in float16 still tells them apart."""
+    query = np.array([[1, 2**-6]], np.float16)
+    target = np.array([[1, 0], [1, 2**-6], [0, 1]], np.float16)
+    assert (query @ target.T)[0, 0] == (query @ target.T)[0, 1]
+    right = Relevance.from_edges(np.array([0]), np.array([1]), 1, 3)
+    np.testing.assert_array_equal(ranks(query, target, right), [1])
+    assert top(query, target, 1)[0].tolist() == [[1]]
+
+
+def test_a_ratio_is_over_the_strongest_control() -> None:
+    generator = np.random.default_rng(0)
+    first, weak, strong = (generator.random(900) < share for share in (0.6, 0.1, 0.3))
+    low, high = ratio_interval(first, [weak, strong], 0.05, 0, np.arange(900))
+    assert low < first.mean() / strong.mean() < high and low > 1.6 and high < 2.5
+    low, high = ratio_interval(first, [weak * 0], 0.5, 0, np.arange(900))
+    assert low == pytest.approx(interval(first, 0)[0] / 0.5, abs=0.02)

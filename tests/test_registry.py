@@ -75,6 +75,9 @@ def test_gates_compare_and_name_what_is_missing() -> None:
     assert [result.passed for result in results] == [True, False, False]
     assert results[2].value is None
     assert not check_gates(gates[:1], {"a": float("nan")})[0].passed
+    # A metric with an interval over cases passes by its lower bound.
+    (bounded,) = check_gates(gates[:1], {"a": 0.6, "a/low": 0.49, "a/high": 0.7})
+    assert not bounded.passed and bounded.value == 0.49
 
 
 def test_alias_moves_only_if_all_gates_pass(register: Register, store: str) -> None:

@@ -15,6 +15,7 @@ from fuselip_core.data.tokens.store import SideTokens, TokenStore
 from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.answers import normalise_answer
+from fuselip_core.evaluation.comparisons import findings
 from fuselip_core.evaluation.retrieval import CaptionPool, caption_rows
 from fuselip_core.evaluation.tasks import evaluate, quick_look
 
@@ -64,7 +65,11 @@ def store_of(folder: Path, rows: Sequence[Row]) -> TokenStore:
     return TokenStore(folder, "test")
 
 
-class Knowing:
+class Reading:
+    text_length: int | None = None
+
+
+class Knowing(Reading):
     """Gives two sides the same direction exactly if `meaning` (of image or None, and text) is the same."""
 
     def __init__(self, meaning: Meaning) -> None:
@@ -83,7 +88,7 @@ class Knowing:
         return embeddings
 
 
-class Collapsed:
+class Collapsed(Reading):
     def encode(self, side: SideTokens) -> np.ndarray:
         return np.full((len(side), 8), 8**-0.5, np.float32)
 
@@ -126,6 +131,41 @@ def test_a_model_that_knows_all_is_right_and_its_shuffled_control_is_not(tmp_pat
     assert metrics["retrieval/pool"] == 20
     assert max(encoder.sizes) == 7 and sum(encoder.sizes) == 40
     assert not any(name.startswith("answers") for name in metrics)
+
+
+def test_captions_that_differ_only_behind_the_cut_are_one(tmp_path: Path) -> None:
+    """A model that reads 9 letters can't tell "finding 1a" from "finding 1b": neither is a wrong answer."""
+    rows: list[Row] = [("caption", row, None, f"finding {row // 2}{'ab'[row % 2]}", None) for row in range(8)]
+
+    class Short(Knowing):
+        text_length = 9
+
+    encoder = Short(lambda image, text: text[:9] if image is None else f"finding {image // 2}")
+    metrics = evaluate(encoder, store_of(tmp_path, rows), FakePrepared(8), SETTINGS).metrics
+    assert metrics["retrieval/image_to_text/recall_at_1"] == metrics["retrieval/text_to_image/recall_at_1"] == 1
+    assert metrics["retrieval/image_to_text/chance_at_1"] == pytest.approx(2 / 8)
+
+
+def test_a_result_is_better_than_a_control_only_where_its_interval_says_so(tmp_path: Path) -> None:
+    knowing = evaluate(
+        Knowing(understands_captions), store_of(tmp_path / "a", captions(40)), FakePrepared(40), SETTINGS
+    )
+    numbers = knowing.numbers()
+    assert numbers["retrieval/image_to_text/over_chance/low"] > 20
+    assert numbers["retrieval_in_pools_of_10/image_to_text/recall_at_1"] == 1
+    first = findings(numbers)[0]
+    assert first.better and first.verdict == "better than chance"
+    said = "Given an image, finds the right caption among 40 in the first ten for 100 ± 4 %; chance is 25.0 %."
+    assert first.sentence == said
+    # Right on 2 of 40 where chance gives one: nothing that can be told from chance.
+    lucky = Knowing(lambda image, text: text if image is None else f"finding {image}" if image < 2 else "nothing")
+    poor = findings(evaluate(lucky, store_of(tmp_path / "b", captions(40)), FakePrepared(40), SETTINGS).numbers())[0]
+    assert not poor.better and "better" not in poor.verdict
+    store = store_of(tmp_path / "c", QUESTIONS)
+    guess = {"is it there?": "no", "which side?": "left"}
+    reader = Knowing(lambda image, text: guess.get(text, text))
+    answer = findings(evaluate(reader, store, FakePrepared(3), SETTINGS).numbers())[0]
+    assert not answer.better and answer.verdict.startswith("not distinguishable from")
 
 
 def test_equal_captions_are_all_right_in_both_directions(tmp_path: Path) -> None:

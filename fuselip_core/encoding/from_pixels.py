@@ -127,6 +127,11 @@ class PictureEncoder:
     def __init__(self, model: LateFusionModel, pictures: PictureSource) -> None:
         self.model, self.pictures = model, pictures
 
+    @property
+    def text_length(self) -> int:
+        """Tokens that the model reads of a text without an image, begin and end not counted."""
+        return int(self.model.config.context_length) - 2
+
     @torch.no_grad()
     def encode(self, side: SideTokens) -> np.ndarray:
         """One side of B pairs → unit-norm embeddings (B, W) float32."""

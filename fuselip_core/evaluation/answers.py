@@ -15,7 +15,7 @@ from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.store import ABSENT, ANSWER_TYPES, TokenStore
 from fuselip_core.evaluation.embed import SideEncoder, embed
-from fuselip_core.evaluation.metrics import Array, deranged, rank_answers, top
+from fuselip_core.evaluation.metrics import Array, deranged, rank_answers, ratio_interval, top
 from fuselip_core.evaluation.result import AnswerExample, Candidate, EvaluationResult
 
 QUESTION = "vqa"
@@ -101,7 +101,14 @@ def measure_answers(
     for name, right in rights.items():
         _add_accuracy(name, right, pool, clusters, settings.seed, result)
     _add_gains(rights, ranks, clusters, settings.seed, result)
-    _add_summary(pool, list(rights), result)
+    _add_summary(pool, result)
+    # Chance is a control too: where no other is ever right, the ratio stays a number.
+    chance, controls = result.metrics["answers/chance"], [right for name, right in rights.items() if name != "fused"]
+    best = max(chance, *(float(np.mean(right)) for right in controls))
+    result.metrics["answers/fused/over_best_control"] = float(np.mean(rights["fused"])) / best
+    result.intervals["answers/fused/over_best_control"] = ratio_interval(
+        rights["fused"], controls, chance, settings.seed, clusters
+    )
 
 
 def quick_answers(encoder: SideEncoder, store: TokenStore, rows: Array, batch_size: int) -> dict[str, float]:
@@ -137,6 +144,9 @@ def _add_gains(
     for name, metric in gains.items():
         result.add_gain(metric, rights["fused"], rights[name], clusters, seed)
     result.metrics["answers/gain/smallest"] = min(result.metrics[metric] for metric in gains.values())
+    # Better than the strongest means better than each: the smallest of the lower bounds counts.
+    bounds = [result.intervals[metric] for metric in gains.values()]
+    result.intervals["answers/gain/smallest"] = min(low for low, _ in bounds), min(high for _, high in bounds)
     for name, rank in ranks.items():
         result.metrics[f"answers/{name}/mean_reciprocal_rank"] = float(np.mean(1 / rank))
         if name != "fused":
@@ -144,18 +154,13 @@ def _add_gains(
             result.add_gain(metric, 1 / ranks["fused"], 1 / rank, clusters, seed)
 
 
-def _add_summary(pool: AnswerPool, queries: Sequence[str], result: EvaluationResult) -> None:
+def _add_summary(pool: AnswerPool, result: EvaluationResult) -> None:
     metrics = result.metrics
     metrics["answers/pool"] = float(len(pool.names))
     metrics["answers/questions"] = float(len(pool.correct))
     metrics["answers/questions_closed"] = float(np.sum(pool.types == CLOSED))
     metrics["answers/questions_open"] = float(np.sum(pool.types == OPEN))
     metrics["answers/chance"] = 1.0 / len(pool.names)
-    # Chance is a control too: where no other is ever right, the ratio stays a number.
-    controls = [metrics[f"answers/{name}/accuracy"] for name in queries if name != "fused"]
-    metrics["answers/fused/over_best_control"] = metrics["answers/fused/accuracy"] / max(
-        *controls, metrics["answers/chance"]
-    )
 
 
 def _majority_guesses(store: TokenStore, prepared: PreparedData, pool: AnswerPool) -> dict[str, list[str]]:

@@ -84,7 +84,8 @@ def compare(name: str, before: Mapping[str, float], after: Mapping[str, float]) 
         if (
             metric in before
             and metric.endswith(COMPARED)
-            and not metric.startswith(("retrieval_shuffled", "candidates"))
+            and not metric.startswith(("retrieval_shuffled", "retrieval_in_pools", "candidates"))
+            and "/gain/" not in metric
         ):
             place = f"adaptation/{name}/{metric}"
             found |= {

@@ -1,8 +1,33 @@
-"""Which two metrics stand side by side in a summary: a result and the control it has to beat."""
+"""Results beside the controls that they have to beat, as rows of a summary and in words."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 Row = dict[str, str]
+NO_BETTER = "not distinguishable from chance"
+# Task, its question, and the size of what is searched.
+ASKED = {
+    "image_to_text": (
+        "Image → caption",
+        "Given an image, finds the right caption among {pool}",
+        "retrieval/pool",
+    ),
+    "text_to_image": (
+        "Caption → image",
+        "Given a caption, finds the right image among {pool}",
+        "retrieval/pool_images",
+    ),
+}
+CONTROLS = {
+    "question_only": "question alone",
+    "image_only": "image alone",
+    "blank_image": "blank image",
+    "shuffled_image": "another image",
+    "majority": "most frequent answer",
+    "majority_by_question": "most frequent answer to the question",
+}
 # Metric, what it is measured against, and the words for both; rows whose metric is absent are left out.
 COMPARISONS = (
     ("image → text, recall@1", "retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/chance_at_1", "chance"),
@@ -45,3 +70,68 @@ def comparison_rows(metrics: dict[str, float]) -> list[Row]:
                 {"measure": measure, "value": value, "control": words, "value of control": f"{metrics[control]:.3f}"}
             )
     return rows
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of a task in words; `better` only where the difference to each control has an interval above 0."""
+
+    task: str
+    sentence: str
+    verdict: str
+    better: bool
+
+
+def findings(metrics: Mapping[str, float]) -> list[Finding]:
+    """One finding a task, from the numbers of metrics.json with their bounds ``<metric>/low`` and ``/high``."""
+    found = [
+        _retrieval_finding(metrics, direction) for direction in ASKED if f"retrieval/{direction}/recall_at_1" in metrics
+    ]
+    return found + ([_answer_finding(metrics)] if "answers/fused/accuracy" in metrics else [])
+
+
+def _retrieval_finding(metrics: Mapping[str, float], direction: str) -> Finding:
+    task, asked, pool_name = ASKED[direction]
+    name = f"retrieval/{direction}"
+    k, words = (10, "in the first ten") if metrics[f"{name}/chance_at_10"] < 0.5 else (1, "first")
+    chance, pool = metrics[f"{name}/chance_at_{k}"], metrics[pool_name]
+    sentence = f"{asked.format(pool=f'{pool:,.0f}')} {words} for {share_text(metrics, f'{name}/recall_at_{k}')}"
+    low, high = (metrics[f"{name}/recall_at_{k}/{end}"] for end in ("low", "high"))
+    better = low > chance and metrics[f"{name}/gain/recall_at_{k}/low"] > 0
+    verdict = "better than chance" if better else "worse than chance" if high < chance else NO_BETTER
+    return Finding(task, f"{sentence}; chance is {percent(chance)}.", verdict, better)
+
+
+def _answer_finding(metrics: Mapping[str, float]) -> Finding:
+    controls = {
+        label: f"answers/{query}/accuracy"
+        for query, label in CONTROLS.items()
+        if f"answers/{query}/accuracy" in metrics
+    }
+    best = max(controls, key=lambda label: metrics[controls[label]])
+    right, chance = share_text(metrics, "answers/fused/accuracy"), metrics["answers/chance"]
+    sentence = (
+        f"Given an image and a question, finds the right answer among {metrics['answers/pool']:,.0f} first for "
+        f"{right}; "
+        f"the strongest control ({best}) reaches {percent(metrics[controls[best]])}, chance is {percent(chance)}."
+    )
+    better = metrics["answers/gain/smallest/low"] > 0
+    verdict = "better than every control" if better else f"not distinguishable from its strongest control ({best})"
+    return Finding(
+        "Image + question → answer",
+        sentence,
+        verdict if metrics["answers/fused/accuracy/low"] > chance else NO_BETTER,
+        better and metrics["answers/fused/accuracy/low"] > chance,
+    )
+
+
+def share_text(metrics: Mapping[str, float], name: str) -> str:
+    """A share in percent with half its interval: 38 ± 4 %."""
+    half = 50 * (metrics[f"{name}/high"] - metrics[f"{name}/low"])
+    digits = 0 if half >= 1 else 1
+    return f"{100 * metrics[name]:.{digits}f} ± {half:.{digits}f} %"
+
+
+def percent(share: float) -> str:
+    """A share in percent, with a second digit where the first would hide it."""
+    return f"{100 * share:.{2 if 0 < share < 0.001 else 1}f} %"

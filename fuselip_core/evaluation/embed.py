@@ -14,7 +14,11 @@ from fuselip_core.evaluation.metrics import Array
 
 
 class SideEncoder(Protocol):
-    """What evaluation needs of a model; both model families offer it (training/batch.py)."""
+    """What evaluation needs of a model; both model families offer it (encoding/)."""
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that the model reads of a text without an image, begin and end not counted; the rest is cut."""
 
     def encode(self, side: SideTokens) -> Array:
         """One side of B pairs → embeddings (B, D) float32 of unit norm."""

@@ -24,6 +24,7 @@ CHUNK_BYTES = 16 << 20  # scores held at once
 RESAMPLES = 2000
 DRAWS_AT_ONCE = 1 << 20
 CONFIDENCE = 0.95
+_TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 
 Array = npt.NDArray[Any]
 
@@ -69,9 +70,11 @@ class Relevance:
 def ranks(query: Array, target: Array, relevance: Relevance, chunk_bytes: int = CHUNK_BYTES) -> Array:
     """Rank (Q) int64 of the best right target of each query, 1 is best, ties wrong, by inner product.
 
-    query (Q, D), target (T, D) float32; exact over the whole pool, in chunks of at most `chunk_bytes` of scores.
+    query (Q, D), target (T, D) of any precision, scored in float32; exact over the whole pool, in chunks of at most
+    `chunk_bytes` of scores.
     Raises FuselipError for embeddings that are not finite, shapes that do not fit, or a query without a right target.
     """
+    query, target = query.astype(np.float32, copy=False), target.astype(np.float32, copy=False)
     _check(query, target, relevance)
     result, tie = np.empty(len(query), np.int64), _tie(query, target)
     for start, stop, scores in _score_chunks(query, target, chunk_bytes):
@@ -98,6 +101,27 @@ def chance(relevance: Relevance, k: int = 1) -> float:
     return float(np.mean(1 - missed))
 
 
+def recall_in_pools(rank: Array, relevance: Relevance, pool: int, k: int) -> Array:
+    """Recall at k (Q) in random pools of `pool` targets: the best right one of a query and `pool` - 1 wrong ones.
+
+    Exact, from ranks over the whole pool: of W wrong targets rank - 1 stand ahead, and at most k - 1 of those may be
+    among the pool - 1 that are drawn (hypergeometric). Papers draw such pools at random, which adds noise.
+    """
+    wrong, ahead = relevance.pool - relevance.counts, rank - 1
+    logarithms = np.append(0.0, np.cumsum(np.log(np.arange(1, relevance.pool + 1))))  # of factorials
+
+    def ways(items: Array, drawn: Array) -> Array:
+        possible = (drawn >= 0) & (drawn <= items)
+        drawn = np.where(possible, drawn, 0)
+        return np.where(possible, logarithms[items] - logarithms[drawn] - logarithms[items - drawn], -np.inf)
+
+    drawn = np.minimum(pool - 1, wrong)
+    shares = [
+        np.exp(ways(ahead, ahead * 0 + j) + ways(wrong - ahead, drawn - j) - ways(wrong, drawn)) for j in range(k)
+    ]
+    return np.minimum(np.sum(shares, axis=0), 1.0)
+
+
 def rank_answers(query: Array, answers: Array, correct: Array) -> Array:
     """Rank (Q) int64 of the one right answer of each query: query (Q, D), answers (T, D), correct (Q) indices."""
     return ranks(query, answers, Relevance(np.arange(len(query) + 1), np.asarray(correct), len(answers)))
@@ -105,7 +129,7 @@ def rank_answers(query: Array, answers: Array, correct: Array) -> Array:
 
 def top(query: Array, target: Array, k: int) -> tuple[Array, Array]:
     """The k best targets of a few queries: indices (Q, k) int64 and scores (Q, k) float32, best first."""
-    scores = query @ target.T
+    scores = query.astype(np.float32) @ target.T.astype(np.float32)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return order, np.take_along_axis(scores, order, axis=1)
 
@@ -138,6 +162,21 @@ def paired_interval(first: Array, second: Array, seed: int, clusters: Array | No
     return _bootstrap(difference, owner, seed)
 
 
+def ratio_interval(
+    first: Array, others: Sequence[Array], floor: float, seed: int, clusters: Array
+) -> tuple[float, float]:
+    """95 % interval of the mean of `first` over the largest of `floor` and the means of `others`, all (N) of 0..1.
+
+    Every draw of whole clusters takes its own largest mean, so that the choice of the largest is part of the spread.
+    """
+    owner = _owners(len(first), clusters)
+    sizes = np.bincount(owner).astype(np.float64)
+    sums = np.stack([np.bincount(owner, weights=np.asarray(each, np.float64)) for each in (first, *others)])
+    means = np.concatenate(list(_draws(sums, sizes, seed)), axis=1)
+    low, high = np.quantile(means[0] / means[1:].max(axis=0, initial=floor), _TAILS)
+    return float(low), float(high)
+
+
 def _owners(count: int, clusters: Array | None) -> Array:
     """Number of the cluster of each item (N), from 0 on; without clusters each item is its own."""
     return np.arange(count) if clusters is None else np.unique(clusters, return_inverse=True)[1].ravel()
@@ -151,14 +190,17 @@ def _slack(owner: Array) -> float:
 def _bootstrap(values: Array, owner: Array, seed: int) -> tuple[float, float]:
     """95 % interval of the mean of `values` (N) over RESAMPLES draws of whole clusters."""
     sizes, sums = np.bincount(owner).astype(np.float64), np.bincount(owner, weights=values)
-    tail = (1 - CONFIDENCE) / 2
-    generator, means = np.random.default_rng(seed), []
+    low, high = np.quantile(np.concatenate(list(_draws(sums[None], sizes, seed)), axis=1), _TAILS)
+    return float(low), float(high)
+
+
+def _draws(sums: Array, sizes: Array, seed: int) -> Iterator[Array]:
+    """Means (S, draws) of S scores over draws of whole clusters, from the sums (S, C) and sizes (C) of clusters."""
+    generator = np.random.default_rng(seed)
     at_once = max(1, DRAWS_AT_ONCE // len(sizes))
     for start in range(0, RESAMPLES, at_once):
         drawn = generator.integers(0, len(sizes), (min(at_once, RESAMPLES - start), len(sizes)))
-        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return float(low), float(high)
+        yield sums[:, drawn].sum(axis=2) / sizes[drawn].sum(axis=1)
 
 
 def deranged(count: int, seed: int) -> Array:
@@ -175,7 +217,7 @@ def _score_chunks(query: Array, target: Array, chunk_bytes: int) -> Iterator[tup
     buffer = np.empty((min(rows, len(query)), len(target)), np.float32)
     for start in range(0, len(query), rows):
         stop = min(start + rows, len(query))
-        yield start, stop, np.matmul(query[start:stop].astype(np.float32), columns, out=buffer[: stop - start])
+        yield start, stop, np.matmul(query[start:stop], columns, out=buffer[: stop - start])
 
 
 def _tie(query: Array, target: Array) -> float:

@@ -50,8 +50,17 @@ class EvaluationResult:
     retrieval: list[RetrievalExample] = field(default_factory=list)
     answers: list[AnswerExample] = field(default_factory=list)
 
+    def numbers(self) -> dict[str, float]:
+        """The metrics, and the bounds of their intervals as ``<metric>/low`` and ``<metric>/high``: metrics.json."""
+        bounds = {
+            f"{name}/{end}": bound
+            for name, interval in self.intervals.items()
+            for end, bound in zip(("low", "high"), interval, strict=True)
+        }
+        return dict(sorted((self.metrics | bounds).items()))
+
     def add_share(self, name: str, hits: Array, clusters: Array, seed: int) -> None:
-        """Adds the share of `hits` (N) bool under `name`, with its interval over whole `clusters` (N)."""
+        """Adds the mean of `hits` (N), bool or in 0..1, under `name`, with its interval over whole `clusters` (N)."""
         self.metrics[name] = float(hits.mean())
         self.intervals[name] = interval(hits, seed, clusters)
 

@@ -12,11 +12,12 @@ import numpy as np
 from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.tokens.store import ABSENT, TokenStore
 from fuselip_core.evaluation.embed import SideEncoder, embed
-from fuselip_core.evaluation.metrics import Array, Relevance, chance, deranged, ranks, recall, top
+from fuselip_core.evaluation.metrics import Array, Relevance, chance, deranged, ranks, recall, recall_in_pools, top
 from fuselip_core.evaluation.result import Candidate, EvaluationResult, RetrievalExample
 
 CAPTION = "caption"
 KS = (1, 5, 10)
+POOLS = (10, 50, 200, 2000)  # sizes that papers report; the same model has very different recall in each
 SHOWN = 5
 
 
@@ -34,11 +35,11 @@ class CaptionPool:
     images_of_caption: Relevance
 
     @classmethod
-    def of(cls, store: TokenStore, rows: Array) -> CaptionPool:
-        """The pool of the caption pairs `rows`."""
+    def of(cls, store: TokenStore, rows: Array, text_length: int | None = None) -> CaptionPool:
+        """The pool of the caption pairs `rows`, of which a model reads `text_length` tokens (None: all)."""
         images, image_of = np.unique(store.pairs.query_image[rows], return_inverse=True)
         texts = store.pairs.target_text[rows]
-        reading = readings(store, texts)
+        reading = readings(store, texts, text_length)
         edges = np.unique(np.stack([image_of, reading], axis=1), axis=0)
         captions = Relevance.from_groups(edges[:, 1], reading)
         owners = Relevance.from_groups(reading, edges[:, 1])
@@ -53,12 +54,14 @@ class CaptionPool:
         )
 
 
-def readings(store: TokenStore, texts: Array) -> Array:
-    """Text rows (N) → numbers (N) int64, equal where the token ids are: texts that the model cannot tell apart."""
+def readings(store: TokenStore, texts: Array, text_length: int | None) -> Array:
+    """Text rows (N) → numbers (N) int64, equal where the first `text_length` ids are: texts that read the same."""
     rows, place = np.unique(texts, return_inverse=True)
     known: dict[bytes, int] = {}
     numbers = [
-        known.setdefault(store.texts[store.text_offsets[row] : store.text_offsets[row + 1]].tobytes(), len(known))
+        known.setdefault(
+            store.texts[store.text_offsets[row] : store.text_offsets[row + 1]][:text_length].tobytes(), len(known)
+        )
         for row in rows
     ]
     return np.array(numbers, np.int64)[place.ravel()]
@@ -77,7 +80,7 @@ def measure_retrieval(
     encoder: SideEncoder, store: TokenStore, cases: Array, settings: EvaluateSettings, result: EvaluationResult
 ) -> None:
     """Adds recall in both directions, chance, the shuffled control and examples; cases (images) int for intervals."""
-    pool = CaptionPool.of(store, caption_rows(store))
+    pool = CaptionPool.of(store, caption_rows(store), encoder.text_length)
     image, text = _embed_pool(encoder, store, pool, settings.batch_size)
     result.metrics["retrieval/pool"] = float(len(pool.texts))
     case_of_image = cases[pool.images]
@@ -101,7 +104,7 @@ def measure_retrieval(
 
 def quick_retrieval(encoder: SideEncoder, store: TokenStore, rows: Array, batch_size: int) -> dict[str, float]:
     """Recall at 1 in both directions over the pool of the caption pairs `rows`, for a look during training."""
-    pool = CaptionPool.of(store, rows)
+    pool = CaptionPool.of(store, rows, encoder.text_length)
     image, text = _embed_pool(encoder, store, pool, batch_size)
     return {
         "retrieval/image_to_text/recall_at_1": recall(ranks(image, text, pool.captions_of_image), (1,))[1],
@@ -130,11 +133,20 @@ def _measure_direction(
         result.add_share(f"{name}/recall_at_{k}", rank <= k, cases, seed)
         result.metrics[f"{name}/chance_at_{k}"] = chance(relevance, k)
     result.metrics[f"{name}/median_rank"] = float(np.median(rank))
-    result.metrics[f"{name}/over_chance"] = float(np.mean(rank == 1)) / chance(relevance)
+    at_random = chance(relevance)
+    result.metrics[f"{name}/over_chance"] = float(np.mean(rank == 1)) / at_random
+    low, high = result.intervals[f"{name}/recall_at_1"]
+    result.intervals[f"{name}/over_chance"] = low / at_random, high / at_random
+    for pool in POOLS:
+        for k in KS:
+            if k < pool < relevance.pool:
+                inside = recall_in_pools(rank, relevance, pool, k)
+                result.add_share(f"retrieval_in_pools_of_{pool}/{direction}/recall_at_{k}", inside, cases, seed)
     # Each query asks with the embedding of another one: what is left is no knowledge of the pair.
     shuffled = ranks(query[deranged(len(query), seed)], target, relevance)
     for k in KS:
         result.add_share(f"retrieval_shuffled/{direction}/recall_at_{k}", shuffled <= k, cases, seed)
+        result.add_gain(f"{name}/gain/recall_at_{k}", rank <= k, shuffled <= k, cases, seed)
     result.metrics[f"retrieval_shuffled/{direction}/median_rank"] = float(np.median(shuffled))
     # Recall at 1 of a small pool is a handful of hits; 1 / rank counts every query, and both ask the same ones.
     result.metrics[f"{name}/mean_reciprocal_rank"] = float(np.mean(1 / rank))

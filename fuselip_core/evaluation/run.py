@@ -15,6 +15,7 @@ from fuselip_core.encoding.open import PIXELS
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.before_after import measure_adaptation, open_adaptation
 from fuselip_core.evaluation.candidates import measure_candidates
+from fuselip_core.evaluation.comparisons import findings
 from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.evaluation.tasks import open_split
 from fuselip_core.evaluation.transformations import measure_transformations
@@ -50,6 +51,8 @@ def measure_run(settings: Settings) -> EvaluationResult:
     measure_transformations(embedder, own.prepared, wanted, result)
     result.metrics |= measure_adaptation(before, result.metrics, wanted)
     result.metrics |= made
+    for finding in findings(result.numbers()):
+        logger.info("%s This is %s.", finding.sentence, finding.verdict)
     shutil.rmtree(artifacts / PIXELS, ignore_errors=True)
     return result
 

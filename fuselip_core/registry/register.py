@@ -66,10 +66,13 @@ class GateResult:
 
 
 def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> list[GateResult]:
-    """One result a gate, in order; a missing or undefined metric does not pass."""
+    """One result a gate, in order; a missing or undefined metric does not pass.
+
+    A metric that has an interval over cases passes by its lower bound.
+    """
     results = []
     for gate in gates:
-        value = metrics.get(gate.metric)
+        value = metrics.get(f"{gate.metric}/low", metrics.get(gate.metric))
         passed = value is not None and not math.isnan(value) and value >= gate.at_least
         results.append(GateResult(gate.metric, gate.at_least, value, passed))
     return results
