@@ -314,6 +314,10 @@ class Gate(Section):
     metric: str = Field(description="Name in metrics.json.")
     at_least: float = Field(description="Smallest value that passes.")
 
+    def value(self, metrics: Mapping[str, float]) -> float | None:
+        """The metric, or the lower bound of its interval over cases where it has one; None where it is missing."""
+        return metrics.get(f"{self.metric}/low", metrics.get(self.metric))
+
 
 class RegisterSettings(Section):
     """MLflow's model registry."""

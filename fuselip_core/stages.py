@@ -50,7 +50,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 
     result = measure_run(settings)
     with open_run(settings, "evaluate") as run:
-        write_report(settings.artifacts, result, result.metrics, settings)
+        write_report(settings, result)
         write_json(settings.artifacts / "metrics.json", result.numbers())
         run.metrics(result.metrics, int(result.metrics["train/steps"]))
         run.artifact(settings.artifacts / "report", "report")

@@ -12,16 +12,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
-from fuselip_core.config import Settings, check_settings
+from fuselip_core.config import check_settings
 from fuselip_core.data.prepare.image_shards import IMAGE_SCHEMA
 from fuselip_core.errors import FuselipError
+from fuselip_core.evaluation.comparisons import percent
 from fuselip_core.evaluation.report.charts import draw_training
 from fuselip_core.evaluation.report.page import write_report
-from fuselip_core.evaluation.report.sections import percent
 from fuselip_core.evaluation.result import AnswerExample, Candidate, EvaluationResult, RetrievalExample
-from fuselip_core.html import Html, join, tag
+from fuselip_core.html import data_uri, render
 
 NASTY = "<script>alert('x')</script> & \"quoted\""
 VOID = {"img", "meta", "br"}
@@ -87,11 +88,13 @@ def retrieval_metrics() -> dict[str, float]:
         metrics[f"retrieval/{direction}/mean_reciprocal_rank"] = 0.45
         metrics[f"retrieval_shuffled/{direction}/mean_reciprocal_rank"] = 0.05
         metrics[f"retrieval/{direction}/gain/mean_reciprocal_rank"] = 0.4
+        metrics[f"retrieval/{direction}/gain/recall_at_10"] = 0.23
     return metrics
 
 
 def answer_metrics(fused: float = 0.6) -> dict[str, float]:
-    metrics = {"answers/chance": 0.1, "answers/pool": 10.0, "answers/fused/over_best_control": fused / 0.3}
+    metrics = {"answers/chance": 0.1, "answers/pool": 10.0, "answers/fused/over_best_control": fused / 0.35}
+    metrics["answers/gain/smallest"] = fused - 0.35
     metrics |= {"answers/questions": 2.0, "answers/questions_closed": 1.0, "answers/questions_open": 1.0}
     shares = {"fused": fused, "question_only": 0.3, "image_only": 0.1, "blank_image": 0.2, "shuffled_image": 0.2}
     for query, share in (shares | {"majority": 0.35}).items():
@@ -108,17 +111,21 @@ def result_of(metrics: dict[str, float]) -> EvaluationResult:
         for name, value in metrics.items()
         if "recall_at" in name or "accuracy" in name or "/gain/" in name
     }
-    top = (Candidate("a wrong caption", 0.5, False), Candidate(NASTY, 0.25, True))
+    top = (Candidate("a wrong caption", 0.5, False, 1), Candidate(NASTY, 0.25, True, 2))
+    images = (Candidate("", 0.5, False, 1, 1), Candidate("", 0.25, True, 1234, 0))
     result = EvaluationResult("test", metrics, intervals)
     if "retrieval/pool" in metrics:
         result.retrieval = [RetrievalExample(0, (NASTY,), 2, top), RetrievalExample(2, ("other",), 1, top[1:])]
+        result.captions = [RetrievalExample(None, ("a caption that asks",), 1234, images)]
+        result.worst = [RetrievalExample(0, ("the worst",), 399, top)]
     if "answers/pool" in metrics:
-        result.answers = [AnswerExample(1, NASTY, "left lung", "open", 4321, top)]
+        result.answers = [AnswerExample(1, NASTY, "left lung", "open", 4321, top, 0, "right lung")]
     return result
 
 
-def write(artifacts: Path, metrics: dict[str, float]) -> Page:
-    path = write_report(artifacts, result_of(metrics), metrics | {"model/parameters": 3.2e6}, Settings())
+def write(artifacts: Path, metrics: dict[str, float], **settings: object) -> Page:
+    chosen = check_settings({"artifacts": artifacts, **settings}, "test")
+    path = write_report(chosen, result_of(metrics | {"model/parameters": 3.2e6}))
     assert path == artifacts / "report" / "index.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -133,7 +140,12 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     (folder / "codebook").mkdir()
     Image.new("RGB", (80, 20)).save(folder / "codebook" / "reconstructions.png")
-    write(folder, retrieval_metrics() | answer_metrics())
+    (folder / "tracking" / "train").mkdir(parents=True)
+    known = {"tags": {"git_commit": "abcdef0123456789", "git_dirty": "false"}, "mlflow_uri": "http://here:5000"}
+    known |= {"mlflow_experiment_id": "7", "mlflow_run_id": "feed"}
+    (folder / "tracking" / "train" / "run.json").write_text(json.dumps(known))
+    gates = [{"metric": "answers/gain/majority/accuracy", "at_least": 0.2}, {"metric": "no/such", "at_least": 1}]
+    write(folder, retrieval_metrics() | answer_metrics(), register={"gates": gates})
     return folder
 
 
@@ -145,16 +157,16 @@ def page(artifacts: Path) -> Page:
 def test_the_page_needs_no_other_file(page: Page) -> None:
     for name, attributes in page.tags:
         assert not attributes.get("src") or attributes["src"].startswith("data:image/")
-        assert not attributes.get("href") or attributes["href"].startswith("#")
+        assert not attributes.get("href") or attributes["href"].startswith(("#", "http://here:5000/"))
         assert name not in ("script", "link", "iframe", "object")
-    anchors = {attributes["href"] for attributes in page.all("a")}
+    anchors = {attributes["href"] for attributes in page.all("a")} - {"http://here:5000/#/experiments/7/runs/feed"}
     assert anchors == {f"#{attributes['id']}" for attributes in page.all("section")}
 
 
 def test_every_picture_has_an_alternative_text(page: Page) -> None:
     pictures = page.all("img")
-    # Three charts, the reconstructions, and the two examples that can be read.
-    assert len(pictures) == 6
+    # Curves, reconstructions, and the pictures of the examples that can be read.
+    assert len(pictures) == 2 + 5
     assert all(attributes["alt"] for attributes in pictures)
 
 
@@ -170,19 +182,23 @@ def test_strings_are_escaped_and_shown(page: Page, artifacts: Path) -> None:
     [
         "25.0 %",
         "15.0 to 35.0 %",
-        "25.0 times that",
-        "2.0 times the better",
+        "1.71 times the strongest control",
+        "abcdef0123",
+        "answers/gain/majority/accuracy: 0.15, at least 0.2",
+        "no/such: missing",
+        "in the first ten for 25 ± 10",
+        "the strongest control (most frequent answer) reaches 35.0",
+        "With another image: right lung",
+        "Right image on place 1,234",
+        "✓ 1,234",
         "60.0 %",
         "place 4,321",
         "+25.0 [+15.0 to +35.0]",
-        "Median rank 2.5, with shuffled pairs 6",
         "3,200,000",
         "placeholder caption",
         "1,234",
         "2.5",
-        "clearly above its controls",
-        "clearly above every control",
-        "most frequent answer, 35.0 %",
+        "better than every control",
         "not shown: not an image",
         "batch_size: 128",
     ],
@@ -192,8 +208,8 @@ def test_what_was_measured_is_on_the_page(page: Page, shown: str) -> None:
 
 
 def test_right_candidates_are_marked(page: Page) -> None:
-    assert [attributes["class"] for attributes in page.all("li") if "class" in attributes].count("right") == 3
-    assert page.text.count("✓") == 3
+    assert [attributes["class"] for attributes in page.all("li") if "class" in attributes].count("right") == 4
+    assert [attributes.get("class") for attributes in page.all("figure")] == [None, "right"]
 
 
 def test_charts_and_numbers_lie_beside_the_page(artifacts: Path) -> None:
@@ -226,11 +242,8 @@ def test_a_split_with_one_kind_of_pairs_gets_one_section(
 def test_a_model_that_reads_pixels_is_not_said_to_read_codes(tmp_path: Path, page: Page) -> None:
     assert "sees images only as codes of this tokenizer" in page.text
     prepare(tmp_path)
-    settings = check_settings(
-        {"model": {"family": "siglip-sf", "mask_token": False}, "train": {"mask_weight": 0}}, "test"
-    )
-    path = write_report(tmp_path, result_of(answer_metrics()), answer_metrics(), settings)
-    text = Page(path.read_text(encoding="utf-8")).text
+    model = {"family": "siglip-sf", "mask_token": False}
+    text = write(tmp_path, answer_metrics(), model=model, train={"mask_weight": 0}).text
     assert "encoder reads pixels" in text and "only as codes" not in text
 
 
@@ -247,7 +260,7 @@ def test_the_head_of_a_split_without_pairs_is_a_sentence(tmp_path: Path, page: P
 def test_what_is_not_better_than_its_controls_is_said_so(tmp_path: Path) -> None:
     prepare(tmp_path)
     text = write(tmp_path, answer_metrics(fused=0.4)).text
-    assert "not clearly above every control" in text
+    assert "not distinguishable from its strongest control (most frequent answer)" in text
 
 
 def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
@@ -273,9 +286,12 @@ def test_equal_charts_are_equal_files(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_only_html_made_here_is_not_escaped() -> None:
-    assert join(["<b>", tag("i", "1 < 2", title='"')]) == '&lt;b&gt;<i title="&quot;">1 &lt; 2</i>'
-    assert tag("p", Html("<br>")) == "<p><br></p>"
+def test_templates_escape_and_miss_nothing(tmp_path: Path) -> None:
+    (tmp_path / "page.html.j2").write_text('<p title="{{ text }}">{{ text }}</p>')
+    assert render(tmp_path / "page.html.j2", text='1 < 2"') == '<p title="1 &lt; 2&#34;">1 &lt; 2&#34;</p>'
+    with pytest.raises(UndefinedError, match="text"):
+        render(tmp_path / "page.html.j2")
+    assert data_uri(b"abc", "png") == "data:image/png;base64,YWJj"
 
 
 @pytest.mark.parametrize(("share", "shown"), [(0, "0.0 %"), (0.0004, "0.04 %"), (0.005, "0.5 %"), (1, "100.0 %")])
@@ -285,4 +301,4 @@ def test_small_shares_keep_a_digit(share: float, shown: str) -> None:
 
 def test_no_style_asks_for_anything_outside(artifacts: Path) -> None:
     source = (artifacts / "report" / "index.html").read_text(encoding="utf-8")
-    assert not re.search(r"url\(|@import|https?://", source)
+    assert not re.search(r"url\(|@import|https?://(?!here:5000/)", source)

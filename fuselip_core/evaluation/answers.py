@@ -21,6 +21,7 @@ from fuselip_core.evaluation.result import AnswerExample, Candidate, EvaluationR
 QUESTION = "vqa"
 CLOSED, OPEN = ANSWER_TYPES.index("closed"), ANSWER_TYPES.index("open")
 SHOWN = 5
+WORST = 4
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,24 @@ def measure_answers(
         "shuffled_image": (shuffled, pool.questions, False),
     }
     clusters = cases[pool.images]
-    rights, ranks = {}, {}
+    rights, ranks, asked = {}, {}, {}
     for name, (image_rows, text_rows, blank) in queries.items():
         query = embed(encoder, store, image_rows, text_rows, settings.batch_size, blank=blank)
         ranks[name] = rank_answers(query, answers, pool.correct)
         rights[name] = ranks[name] == 1
-        if name == "fused":
-            result.answers = _examples(store, pool, query, answers, ranks[name], settings)
+        asked[name] = query
     for name, guesses in _majority_guesses(store, prepared, pool).items():
         rights[name] = np.array([pool.names[place] for place in pool.correct]) == np.array(guesses)
     for name, right in rights.items():
         _add_accuracy(name, right, pool, clusters, settings.seed, result)
     _add_gains(rights, ranks, clusters, settings.seed, result)
     _add_summary(pool, result)
+    drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(pool.images))[: settings.examples])
+    worst = np.argsort(-ranks["fused"], kind="stable")[: min(settings.examples, WORST)]
+    result.answers, result.worst_answers = (
+        _examples(store, pool, rows, asked["fused"], asked["shuffled_image"], answers, ranks["fused"], shuffled)
+        for rows in (drawn, worst)
+    )
     # Chance is a control too: where no other is ever right, the ratio stays a number.
     chance, controls = result.metrics["answers/chance"], [right for name, right in rights.items() if name != "fused"]
     best = max(chance, *(float(np.mean(right)) for right in controls))
@@ -194,22 +200,34 @@ def _most_frequent(counts: Counter[str]) -> str:
 
 
 def _examples(
-    store: TokenStore, pool: AnswerPool, query: Array, answers: Array, rank: Array, settings: EvaluateSettings
+    store: TokenStore,
+    pool: AnswerPool,
+    rows: Array,
+    query: Array,
+    swapped: Array,
+    answers: Array,
+    rank: Array,
+    others: Array,
 ) -> list[AnswerExample]:
-    """Questions drawn at random, with their first candidates."""
-    drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(rank))[: settings.examples])
-    if not len(drawn):
+    """The questions `rows` with their first candidates and the right one, and the answer to another image."""
+    if not len(rows):
         return []
-    order, scores = top(query[drawn], answers, SHOWN)
-    questions: Sequence[str] = store.texts_of(pool.questions[drawn])
+    order, scores = top(query[rows], answers, len(answers))
+    instead, _ = top(swapped[rows], answers, 1)
+    questions: Sequence[str] = store.texts_of(pool.questions[rows])
     examples = []
-    for place, row in enumerate(drawn):
+    for place, row in enumerate(rows):
         correct = int(pool.correct[row])
+        first = list(range(min(SHOWN, len(answers))))
+        at = int(np.argmax(order[place] == correct))
         candidates = tuple(
-            Candidate(pool.names[answer], float(score), bool(answer == correct))
-            for answer, score in zip(order[place], scores[place], strict=True)
+            Candidate(
+                pool.names[order[place, p]], float(scores[place, p]), p == at, int(rank[row]) if p == at else p + 1
+            )
+            for p in (first if at in first else [*first, at])
         )
         kind = ANSWER_TYPES[pool.types[row]]
         image, answer = int(pool.images[row]), pool.names[correct]
-        examples.append(AnswerExample(image, questions[place], answer, kind, int(rank[row]), candidates))
+        other, seen = int(others[row]), pool.names[instead[place, 0]]
+        examples.append(AnswerExample(image, questions[place], answer, kind, int(rank[row]), candidates, other, seen))
     return examples

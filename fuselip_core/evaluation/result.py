@@ -11,18 +11,23 @@ from fuselip_core.evaluation.metrics import Array, interval, paired_interval
 
 @dataclass(frozen=True)
 class Candidate:
-    """One ranked caption or answer; `score` is the cosine similarity."""
+    """One ranked caption, answer or image (`image`: its row in the split); `score` is the cosine similarity."""
 
     text: str
     score: float
     right: bool
+    rank: int = 0
+    image: int | None = None
 
 
 @dataclass(frozen=True)
 class RetrievalExample:
-    """An image (its row in the split), its own captions, the rank of the best right one, and the first candidates."""
+    """A query: an image (its row in the split) with its own captions, or, where `image` is None, a caption.
 
-    image: int
+    `rank` is that of the best right candidate; `top` the first candidates, and that one where it comes later.
+    """
+
+    image: int | None
     captions: tuple[str, ...]
     rank: int
     top: tuple[Candidate, ...]
@@ -30,7 +35,10 @@ class RetrievalExample:
 
 @dataclass(frozen=True)
 class AnswerExample:
-    """A question about an image (its row in the split), its answer and rank, and the first candidates."""
+    """A question about an image (its row in the split), its answer and rank, the first candidates and the right one.
+
+    `swapped` is the first answer when another image (`other`) takes the place of the right one.
+    """
 
     image: int
     question: str
@@ -38,17 +46,27 @@ class AnswerExample:
     answer_type: str
     rank: int
     top: tuple[Candidate, ...]
+    other: int | None = None
+    swapped: str = ""
 
 
 @dataclass
 class EvaluationResult:
-    """metrics: flat name → value; intervals: name → 95 % interval; examples drawn at random, not chosen."""
+    """metrics: flat name → value; intervals: name → 95 % interval; examples drawn at random, and the worst by rank.
+
+    retrieval: image → caption, captions: caption → image. `embeddings` are rows of images (I), their embeddings (I, D)
+    and those of captions (C, D).
+    """
 
     split: str
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     retrieval: list[RetrievalExample] = field(default_factory=list)
+    captions: list[RetrievalExample] = field(default_factory=list)
     answers: list[AnswerExample] = field(default_factory=list)
+    worst: list[RetrievalExample] = field(default_factory=list)
+    worst_answers: list[AnswerExample] = field(default_factory=list)
+    embeddings: tuple[Array, Array, Array] | None = None
 
     def numbers(self) -> dict[str, float]:
         """The metrics, and the bounds of their intervals as ``<metric>/low`` and ``<metric>/high``: metrics.json."""

@@ -19,6 +19,7 @@ CAPTION = "caption"
 KS = (1, 5, 10)
 POOLS = (10, 50, 200, 2000)  # sizes that papers report; the same model has very different recall in each
 SHOWN = 5
+WORST = 4
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,16 @@ def measure_retrieval(
     result.metrics["retrieval/pool_images"] = float(len(image_pool))
     owners = replace(pool.images_of_caption, pool=len(image_pool))
     case_of_caption = case_of_image[pool.image_of_caption]
-    _measure_direction("text_to_image", text, image_pool, owners, case_of_caption, settings.seed, result)
-    result.retrieval = _examples(store, pool, image, text, rank, settings)
+    back = _measure_direction("text_to_image", text, image_pool, owners, case_of_caption, settings.seed, result)
+    rng, count = np.random.default_rng(settings.seed), settings.examples
+    drawn = np.sort(rng.permutation(len(image))[:count])
+    result.retrieval = [_caption_example(store, pool, image, text, row, rank) for row in drawn]
+    worst = np.argsort(-rank, kind="stable")[: min(count, WORST)]
+    result.worst = [_caption_example(store, pool, image, text, row, rank) for row in worst]
+    rows = np.append(pool.images, bare)
+    drawn = np.sort(rng.permutation(len(text))[: count // 2])
+    result.captions = [_image_example(store, pool, text, image_pool, rows, row, back) for row in drawn]
+    result.embeddings = (pool.images, image, text)
 
 
 def quick_retrieval(encoder: SideEncoder, store: TokenStore, rows: Array, batch_size: int) -> dict[str, float]:
@@ -155,20 +164,44 @@ def _measure_direction(
     return rank
 
 
-def _examples(
-    store: TokenStore, pool: CaptionPool, image: Array, text: Array, rank: Array, settings: EvaluateSettings
-) -> list[RetrievalExample]:
-    """Images drawn at random, with their first candidates; equal captions are listed once."""
-    drawn = np.random.default_rng(settings.seed).permutation(len(pool.images))[: settings.examples]
-    examples = []
-    for query in np.sort(drawn):
-        right = pool.captions_of_image.of(int(query))
-        order, scores = top(image[query : query + 1], text, len(text))
-        strings = store.texts_of(pool.texts[order[0, : SHOWN * 4]])
-        listed: dict[str, Candidate] = {}
-        for place, string in enumerate(strings):
-            listed.setdefault(string, Candidate(string, float(scores[0, place]), bool(order[0, place] in right)))
-        own = dict.fromkeys(store.texts_of(pool.texts[pool.image_of_caption == query]))
-        best = tuple(listed.values())[:SHOWN]
-        examples.append(RetrievalExample(int(pool.images[query]), tuple(own), int(rank[query]), best))
-    return examples
+def _caption_example(
+    store: TokenStore, pool: CaptionPool, image: Array, text: Array, query: int, rank: Array
+) -> RetrievalExample:
+    """An image with its first different captions, and the best right one where it comes later."""
+    right = pool.captions_of_image.of(query)
+    order, scores = top(image[query : query + 1], text, len(text))
+    is_right = np.isin(order[0], right)
+    places = [*range(min(SHOWN * 4, len(text))), int(np.argmax(is_right))]
+    listed: dict[str, Candidate] = {}
+    for place, string in zip(places, store.texts_of(pool.texts[order[0, places]]), strict=True):
+        found = bool(is_right[place])
+        listed.setdefault(
+            string, Candidate(string, float(scores[0, place]), found, int(rank[query]) if found else place + 1)
+        )
+    shown = list(listed.values())
+    best = shown[:SHOWN] + [each for each in shown[SHOWN:] if each.right][:1] * (
+        not any(c.right for c in shown[:SHOWN])
+    )
+    own = dict.fromkeys(store.texts_of(pool.texts[pool.image_of_caption == query]))
+    return RetrievalExample(int(pool.images[query]), tuple(own), int(rank[query]), tuple(best))
+
+
+def _image_example(
+    store: TokenStore, pool: CaptionPool, text: Array, image: Array, rows: Array, query: int, rank: Array
+) -> RetrievalExample:
+    """A caption with its first images, and the best right one where it comes later."""
+    order, scores = top(text[query : query + 1], image, len(image))
+    is_right = np.isin(order[0], pool.images_of_caption.of(query))
+    first = list(range(min(SHOWN, len(image))))
+    places = first if is_right[first].any() else [*first, int(np.argmax(is_right))]
+    best = tuple(
+        Candidate(
+            "",
+            float(scores[0, p]),
+            bool(is_right[p]),
+            int(rank[query]) if is_right[p] else p + 1,
+            int(rows[order[0, p]]),
+        )
+        for p in places
+    )
+    return RetrievalExample(None, tuple(store.texts_of(pool.texts[[query]])), int(rank[query]), best)

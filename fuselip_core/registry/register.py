@@ -72,7 +72,7 @@ def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> list[Gat
     """
     results = []
     for gate in gates:
-        value = metrics.get(f"{gate.metric}/low", metrics.get(gate.metric))
+        value = gate.value(metrics)
         passed = value is not None and not math.isnan(value) and value >= gate.at_least
         results.append(GateResult(gate.metric, gate.at_least, value, passed))
     return results

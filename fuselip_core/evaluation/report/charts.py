@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fuselip_core.files import atomic_write
 
@@ -116,6 +119,25 @@ def draw_training(path: Path, history: History) -> None:
     if looks:
         panels[2].legend([_look_label(look) for look in looks], frameon=False, fontsize=7.5)
     _save(figure, path)
+
+
+def draw_map(path: Path, images: Any, texts: Any, modalities: Sequence[str]) -> float:
+    """Images (I, D) by modality and captions (C, D) on two principal components → the share of variance these hold."""
+    both = np.concatenate([images, texts])
+    centred = both - both.mean(axis=0)
+    _, spread, axes = np.linalg.svd(centred, full_matrices=False)
+    flat = centred @ axes[:2].T
+    figure, (panel,) = _figure(1, 1, width=8.0, height=5.0)
+    panel.scatter(*flat[len(images) :].T, s=9, color=CONTROL, label="captions", linewidths=0)
+    common = [name for name, _ in Counter(modalities).most_common(len(LINES))]
+    for name, colour in zip(common, LINES, strict=False):
+        chosen = flat[: len(images)][[modality == name for modality in modalities[: len(images)]]]
+        panel.scatter(*chosen.T, s=16, color=colour, label=name, linewidths=0, alpha=0.85)
+    panel.set_xticks([])
+    panel.set_yticks([])
+    panel.legend(frameon=False, fontsize=8, loc="best")
+    _save(figure, path)
+    return float((spread[:2] ** 2).sum() / (spread**2).sum())
 
 
 _TITLE: dict[str, Any] = {"fontsize": 10, "fontweight": "bold", "color": INK, "loc": "left"}

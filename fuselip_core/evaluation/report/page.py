@@ -1,182 +1,144 @@
-"""One page to read after a run: what was measured, beside chance and controls, with examples, curves and data.
+"""One page to read after a run: the outcome in sentences, then numbers beside their controls, examples and curves.
 
 The page needs no other file and no network. Charts lie beside it as PNG as well, and every number in results.json.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fuselip_core.config import Settings
 from fuselip_core.data.shards.reader import PreparedData
-from fuselip_core.evaluation.report.adaptation_sections import (
-    adaptation_section,
-    modality_section,
-    transformations_section,
-)
-from fuselip_core.evaluation.report.charts import DIRECTIONS, QUERIES
-from fuselip_core.evaluation.report.sections import (
-    Metrics,
-    answer_section,
-    candidates_section,
-    data_section,
-    has_task,
-    interval_text,
-    kind_name,
-    percent,
-    retrieval_section,
-    settings_section,
-    tokenizer_section,
-    training_section,
-)
-from fuselip_core.evaluation.result import EvaluationResult
+from fuselip_core.evaluation.comparisons import findings
+from fuselip_core.evaluation.report import sections
+from fuselip_core.evaluation.report.charts import draw_answers, draw_map, draw_retrieval
+from fuselip_core.evaluation.result import AnswerExample, EvaluationResult, RetrievalExample
 from fuselip_core.files import atomic_folder, write_json
-from fuselip_core.html import Html, document, join, picture, tag
+from fuselip_core.html import data_uri, picture_uri, render
 from fuselip_core.images import UnreadableImage, decode
+from fuselip_core.tracking.run import run_of
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+FAMILIES = {"fuselip": "FuseLIP", "siglip-sf": "SigLIP-SF", "siglip-mlf": "SigLIP-MLF"}
+MOST_DOTS = 1500
+Pictures = dict[int, dict[str, str]]
 
 
-def write_report(artifacts: Path, result: EvaluationResult, metrics: Metrics, settings: Settings) -> Path:
-    """Writes artifacts/report/ (index.html, charts, results.json) and returns the page's path.
+def write_report(settings: Settings, result: EvaluationResult) -> Path:
+    """Writes report/ (index.html, charts, results.json) below `settings.artifacts` and returns the page's path.
 
-    `metrics` are those of `result` and of earlier stages. Reads the prepared data, history.jsonl and the tokenizer's
-    reconstructions below `artifacts`, the last two where they are there.
+    Reads the prepared data there, and history.jsonl and the tokenizer's reconstructions where there are any.
     """
+    artifacts = settings.artifacts
     prepared = PreparedData(artifacts / "prepared")
-    rows = {example.image for example in result.retrieval} | {example.image for example in result.answers}
-    pictures = _pictures(prepared, result.split, rows)
+    numbers, asked = result.numbers(), settings.model_dump(mode="json", by_alias=True)
+    pictures, modalities, credits = _pictures(prepared, result)
     with atomic_folder(artifacts / "report") as folder:
-        write_json(folder / "results.json", {**asdict(result), "metrics": dict(sorted(metrics.items()))})
-        parts = [
-            *retrieval_section(folder, result, pictures),
-            *answer_section(folder, result, pictures),
-            *transformations_section(result),
-            *candidates_section(result),
-            *adaptation_section(metrics),
-            *training_section(folder, artifacts, metrics),
-            *tokenizer_section(folder, artifacts, metrics, settings.model.family == "fuselip"),
-            *modality_section(metrics),
-            data_section(prepared.manifest),
-            settings_section(settings, metrics),
-        ]
-        page = document(_title(settings), join([_header(settings, result, prepared), _body(result, parts)]))
+        plain = asdict(replace(result, embeddings=None, metrics=dict(sorted(result.metrics.items()))))
+        del plain["embeddings"]
+        write_json(folder / "results.json", plain)
+        if "retrieval/pool" in numbers:
+            draw_retrieval(folder / "retrieval.png", result.metrics, result.intervals)
+        if "answers/pool" in numbers:
+            draw_answers(folder / "answers.png", result.metrics, result.intervals)
+        values = {
+            "retrieval": sections.retrieval(numbers),
+            "answers": sections.answers(numbers),
+            "tables": sections.tables(numbers),
+            "map": _map(folder, result, modalities),
+            "training": sections.training(folder, artifacts, numbers),
+            "tokenizer": sections.tokenizer(folder, artifacts, numbers, settings.model.family == "fuselip"),
+            "data": sections.data(prepared.manifest, credits),
+        }
+        page = render(
+            TEMPLATE,
+            **_head(settings, result, prepared, numbers),
+            **values,
+            contents=_contents(values),
+            result=result,
+            pictures=pictures,
+            findings=findings(numbers),
+            settings=yaml.safe_dump(asked, sort_keys=False, allow_unicode=True),
+            numbers=[(name, f"{value:.6g}") for name, value in numbers.items()],
+        )
         (folder / "index.html").write_text(page, encoding="utf-8")
     return artifacts / "report" / "index.html"
 
 
-def _title(settings: Settings) -> str:
-    return f"{settings.model.family} {settings.model.size} on {settings.prepare.source}: evaluation"
-
-
-def _header(settings: Settings, result: EvaluationResult, prepared: PreparedData) -> Html:
-    model, counts = settings.model, prepared.manifest["counts"].get(result.split, {})
+def _head(
+    settings: Settings, result: EvaluationResult, prepared: PreparedData, numbers: dict[str, float]
+) -> dict[str, Any]:
+    """What was asked of what, when, by which code, and whether the gates pass."""
+    counts, run = prepared.manifest["counts"].get(result.split, {}), run_of(settings.artifacts)
     held = [f"{counts.get('images', 0):,} images"]
-    held += [f"{count:,} {kind_name(kind)}" for kind, count in counts.get("pairs", {}).items()]
-    about = f"Measured on the {result.split} split: {', '.join(held)}. Recipe {settings.recipe}."
-    tasks = [task for task in ("retrieval", "answers", "transformations", "candidates") if has_task(result, task)]
-    adapted = ["adaptation"] * any(name.startswith("adaptation/") for name in result.metrics)
-    shown = [*tasks, *adapted, "training", "tokenizer", "data", "settings"]
-    titles = {"candidates": "Evaluation sets", "adaptation": "Before and after"}
-    links = [tag("a", titles.get(name, name.capitalize()), href=f"#{name}") for name in shown]
-    title = tag("h1", f"{_family(model.family)} {model.size} on {settings.prepare.source}")
-    return tag("header", tag("div", title, tag("p", about, klass="soft"), tag("nav", *links), klass="wrap"))
-
-
-def _family(family: str) -> str:
-    return {"fuselip": "FuseLIP", "siglip-sf": "SigLIP-SF", "siglip-mlf": "SigLIP-MLF"}.get(family, family)
-
-
-def _body(result: EvaluationResult, parts: Iterable[Html]) -> Html:
-    reading = tag(
-        "p",
-        "Every number is measured over the complete pool. A tie counts as wrong. Brackets hold 95 % intervals from "
-        "resampling whole cases. Examples are drawn at random, not chosen.",
-        klass="soft",
-    )
-    tiles = tag("div", *_tiles(result), klass="tiles")
-    return tag("main", tag("div", tiles, reading, *parts, tag("footer", "Made by fuselip evaluate."), klass="wrap"))
-
-
-def _tiles(result: EvaluationResult) -> list[Html]:
-    metrics, tiles = result.metrics, []
-    for direction, title in DIRECTIONS.items():
-        name = f"retrieval/{direction}/recall_at_1"
-        if name not in metrics:
-            continue
-        chance = metrics[f"retrieval/{direction}/chance_at_1"]
-        shuffled = metrics[f"retrieval_shuffled/{direction}/recall_at_1"]
-        facts = [
-            f"95 % interval {interval_text(result, name)}",
-            f"Chance {percent(chance)}; this is {metrics[name] / chance:.1f} times that",
-            f"Shuffled pairs {percent(shuffled)}",
-        ]
-        # At 1 a small pool gives a handful of hits; the ranks of all queries tell sooner whether there is anything.
-        ahead = result.intervals[f"retrieval/{direction}/gain/mean_reciprocal_rank"][0] > 0
-        above = result.intervals[name][0] > max(chance, shuffled)
-        facts.append(
-            f"Median rank {metrics[f'retrieval/{direction}/median_rank']:g}, with shuffled pairs "
-            f"{metrics[f'retrieval_shuffled/{direction}/median_rank']:g}"
-        )
-        verdict = "ranks clearly above those of shuffled pairs" if ahead else "not clearly above its controls"
-        verdict = "clearly above its controls" if above else verdict
-        tiles.append(_tile(title, percent(metrics[name]), "recall at 1", facts, verdict, above or ahead))
-    if "answers/fused/accuracy" in metrics:
-        tiles.append(_answer_tile(result))
-    return tiles
-
-
-def _answer_tile(result: EvaluationResult) -> Html:
-    metrics, name = result.metrics, "answers/fused/accuracy"
-    controls = {
-        query: metrics[f"answers/{query}/accuracy"] for query in QUERIES if f"answers/{query}/accuracy" in metrics
+    held += [f"{count:,} {sections.kind_name(kind)}" for kind, count in counts.get("pairs", {}).items()]
+    tags = run.get("tags", {})
+    commit = f"commit {tags['git_commit'][:10]}{' (changed)' * (tags.get('git_dirty') == 'true')}" if tags else ""
+    number = f"run {run['mlflow_run_id']}" if run.get("mlflow_run_id") else ""
+    uri = str(run.get("mlflow_uri", ""))
+    place = f"#/experiments/{run.get('mlflow_experiment_id')}/runs/{run.get('mlflow_run_id')}"
+    made = f"{datetime.now(UTC):%d %B %Y, %H:%M} UTC"
+    gates = [(gate, gate.value(numbers)) for gate in settings.register_.gates]
+    return {
+        "title": f"{FAMILIES.get(settings.model.family, settings.model.family)} {settings.model.size} on "
+        f"{settings.prepare.source}",
+        "asked": f"Measured on the {result.split} split: {', '.join(held)}. Recipe {settings.recipe}.",
+        "made": " · ".join(filter(None, (made, commit, number))),
+        "mlflow": f"{uri.rstrip('/')}/{place}" if uri.startswith("http") and number else None,
+        "gates": [
+            {
+                "name": gate.metric,
+                "at_least": f"{gate.at_least:g}",
+                "value": "missing" if value is None else f"{value:.4g}",
+                "passed": value is not None and value >= gate.at_least,
+            }
+            for gate, value in gates
+        ],
     }
-    del controls["fused"]
-    best = max(controls, key=lambda query: controls[query])
-    facts = [
-        f"95 % interval {interval_text(result, name)}",
-        f"Question alone {percent(controls['question_only'])}, image alone {percent(controls['image_only'])}; "
-        f"this is {metrics['answers/fused/over_best_control']:.1f} times the better",
-        f"Strongest control: {QUERIES[best].lower()}, {percent(controls[best])}",
-    ]
-    # On the same questions a difference is known better than either share.
-    good = all(result.intervals[f"answers/gain/{query}/accuracy"][0] > 0 for query in controls)
-    verdict = "clearly above every control" if good else "not clearly above every control"
-    return _tile("Image + question → answer", percent(metrics[name]), "right", facts, verdict, good)
 
 
-def _tile(name: str, value: str, unit: str, facts: Iterable[str], verdict: str, good: bool) -> Html:
-    return tag(
-        "div",
-        tag("div", name, klass="name"),
-        tag("div", value, " ", tag("small", unit), klass="value"),
-        tag("ul", *(tag("li", fact) for fact in facts)),
-        tag("span", verdict, klass=f"verdict {'good' if good else 'warn'}"),
-        klass="tile",
-    )
+def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Anchors of the sections that there are, with their names."""
+    found = [(name, name.capitalize()) for name in ("retrieval", "answers") if values[name]]
+    found += [(each["id"], each["title"]) for each in values["tables"]]
+    found += [("map", "Map")] * bool(values["map"])
+    return [*found, *((name, name.capitalize()) for name in ("training", "tokenizer", "data", "settings"))]
 
 
-def _pictures(prepared: PreparedData, split: str, rows: set[int]) -> dict[int, Html]:
-    """Rows of a split → figures with the image in small, its name and its attribution."""
-    figures: dict[int, Html] = {}
-    start = 0
-    columns = ["image_id", "bytes", "licence", "attribution"]
-    for batch in prepared.iter_images(split, columns=columns) if rows else ():
-        for row in sorted(rows & set(range(start, start + batch.num_rows))):
+def _pictures(prepared: PreparedData, result: EvaluationResult) -> tuple[Pictures, list[str], list[tuple[str, str]]]:
+    """Pictures of all examples by row, the modality of every image, and who is to be credited for which pictures."""
+    rows: set[int | None] = set()
+    for example in (*result.retrieval, *result.captions, *result.worst, *result.answers, *result.worst_answers):
+        if isinstance(example, RetrievalExample | AnswerExample):
+            rows |= {example.image, *(candidate.image for candidate in example.top)}
+    found: Pictures = {}
+    modalities: list[str] = []
+    credits: dict[str, list[str]] = {}
+    columns = ["image_id", "bytes", "licence", "attribution", "modality"]
+    for batch in prepared.iter_images(result.split, columns=columns):
+        start = len(modalities)
+        modalities += [name or "unknown" for name in batch.column("modality").to_pylist()]
+        for row in sorted(row for row in rows if row is not None and start <= row < len(modalities)):
             image = {name: batch.column(name)[row - start].as_py() for name in columns}
-            figures[row] = _figure(image)
-        start += batch.num_rows
-        if len(figures) == len(rows):
-            break
-    return figures
+            found[row] = {"name": str(image["image_id"]), "source": "", "error": ""}
+            try:
+                found[row]["source"] = picture_uri(decode(image["bytes"]))
+            except UnreadableImage as error:
+                found[row]["error"] = str(error)
+            if credit := ", ".join(str(image[key]) for key in ("attribution", "licence") if image[key]):
+                credits.setdefault(credit, []).append(found[row]["name"])
+    return found, modalities, [(credit, ", ".join(names)) for credit, names in credits.items()]
 
 
-def _figure(image: Mapping[str, Any]) -> Html:
-    name = str(image["image_id"])
-    try:
-        shown = picture(decode(image["bytes"]), f"Image {name}")
-    except UnreadableImage as error:
-        shown = tag("p", f"not shown: {error}")
-    credit = ", ".join(str(image[key]) for key in ("attribution", "licence") if image[key])
-    return tag("figure", shown, tag("figcaption", f"{name}. {credit}" if credit else name))
+def _map(folder: Path, result: EvaluationResult, modalities: list[str]) -> dict[str, str] | None:
+    """Images and captions on two principal components; nothing where none were embedded."""
+    if result.embeddings is None or len(result.embeddings[0]) < 3:
+        return None
+    rows, images, texts = result.embeddings
+    share = draw_map(folder / "map.png", images[:MOST_DOTS], texts[:MOST_DOTS], [modalities[row] for row in rows])
+    return {"share": sections.percent(share), "source": data_uri((folder / "map.png").read_bytes(), "png")}
