@@ -140,7 +140,8 @@ def test_dvc_watches_the_settings_that_a_stage_reads(stage: str) -> None:
         ((_, watched),) = params.items()
         read = sections_of_stage(stage) & set(SECTIONS)
         if stage == "evaluate":
-            read -= {"train", "prepare", "model"}  # named in the report; a change of them changes the model
+            # Named in the report: of the first three a change makes another model, gates are dated there.
+            read -= {"train", "prepare", "model", "register"}
         if stage == "register":
             read -= {"model"}  # named in tags
         assert read <= set(watched), f"dvc.yaml, params of {stage}: add {read - set(watched)}"
