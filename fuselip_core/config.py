@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from fuselip_core.recipes.read import (
@@ -75,13 +75,17 @@ SourceName = Literal[
     "tgit",
     "dicom",
 ]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Strict: `true` is no number of steps, and "yes" is no switch.
+Int = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Switch = Annotated[bool, Strict()]
+Share = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
     """Base of all sections: unknown names are errors, values are fixed after the check."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DicomSettings(Section):
@@ -89,13 +93,13 @@ class DicomSettings(Section):
 
     text: Path | None = Field(None, description="CSV with a text column and a column that names images.")
     window: str = Field("file", description="CT window: the file's own, or a preset such as lung or bone.")
-    frames: int = Field(1, ge=1, description="Frames of a multi-frame file: the middle one, or so many.")
-    keep_burned_in: bool = Field(False, description="Take files that say they carry burned-in text.")
-    keep_derived: bool = Field(False, description="Take segmentations, dose maps and the like.")
-    ocr: bool = Field(False, description="Look for burned-in text in the pictures (needs the extra `ocr`).")
+    frames: Int = Field(1, ge=1, description="Frames of a multi-frame file: the middle one, or so many.")
+    keep_burned_in: Switch = Field(False, description="Take files that say they carry burned-in text.")
+    keep_derived: Switch = Field(False, description="Take segmentations, dose maps and the like.")
+    ocr: Switch = Field(False, description="Look for burned-in text in the pictures (needs the extra `ocr`).")
     key_file: Path | None = Field(None, description="Key of the pseudonyms; the user's own if empty.")
-    valid_share: float = Field(0.1, ge=0, lt=0.5, description="Share of the patients kept for validation.")
-    test_share: float = Field(0.1, ge=0, lt=0.5, description="Share of the patients kept for the test.")
+    valid_share: Number = Field(0.1, ge=0, lt=0.5, description="Share of the patients kept for validation.")
+    test_share: Number = Field(0.1, ge=0, lt=0.5, description="Share of the patients kept for the test.")
 
 
 class PrepareSettings(Section):
@@ -103,9 +107,9 @@ class PrepareSettings(Section):
 
     source: SourceName = Field("phantom", description="Kind of data set found under `root`.")
     root: Path = Field(Path("data"), description="Folder of the raw data set, relative to the repository.")
-    rows_per_shard: int = Field(2048, ge=1, description="Images in one Parquet shard.")
-    workers: int = Field(2, ge=1, le=256, description="Processes that check images.")
-    min_caption_words: int = Field(1, ge=0, description="Captions with fewer words are set aside.")
+    rows_per_shard: Int = Field(2048, ge=1, description="Images in one Parquet shard.")
+    workers: Int = Field(2, ge=1, le=256, description="Processes that check images.")
+    min_caption_words: Int = Field(1, ge=0, description="Captions with fewer words are set aside.")
     extra_pairs: tuple[ExtraPairs, ...] = Field(
         (),
         description="Kinds of pairs made of an image beside the published ones: one sentence of its caption, the names "
@@ -113,8 +117,8 @@ class PrepareSettings(Section):
         "it, and edits (training only): such as keep left and right, or the published ones with flips and colours.",
     )
     edited_share: Share = Field(1.0, description="Share of the training images that edits are made of.")
-    limit: int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
-    dev_share: float = Field(
+    limit: Int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
+    dev_share: Number = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
     )
     shared_images: Literal["drop", "drop-copies", "keep"] = Field(
@@ -128,7 +132,7 @@ class PrepareSettings(Section):
     dicom: DicomSettings | None = Field(
         None, description="For the source `dicom`; where empty, a dicom.yaml in its folder counts, else the defaults."
     )
-    seed: int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
+    seed: Int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
 
     @model_validator(mode="after")
     def _edits_are_of_one_sort(self) -> PrepareSettings:
@@ -142,32 +146,32 @@ class ModelSettings(Section):
 
     family: Family = Field("fuselip", description="Early fusion, or one of the late-fusion baselines.")
     size: Size = Field("tiny", description="Preset of widths and depths.")
-    context_length: int | None = Field(None, ge=8, le=1024, description="Tokens a sequence; the preset's if empty.")
-    mask_token: bool = Field(True, description="Reserve a mask token (moves every joint image id by one).")
-    end_of_image: bool = Field(False, description="Put an end-of-image token after the image codes.")
+    context_length: Int | None = Field(None, ge=8, le=1024, description="Tokens a sequence; the preset's if empty.")
+    mask_token: Switch = Field(True, description="Reserve a mask token (moves every joint image id by one).")
+    end_of_image: Switch = Field(False, description="Put an end-of-image token after the image codes.")
 
 
 class CodebookSettings(Section):
     """The image tokenizer: trained from scratch, fine-tuned from a published one, or taken as it is."""
 
     init: str | None = Field(None, description="Folder or hub id of a tokenizer to start from; from scratch if empty.")
-    steps: int = Field(600, ge=0, description="Optimiser steps; 0 takes the tokenizer of `init` as it is.")
-    batch_size: int = Field(64, ge=1, description="Images a step.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(1e-4, ge=0, description="On matrices only.")
+    steps: Int = Field(600, ge=0, description="Optimiser steps; 0 takes the tokenizer of `init` as it is.")
+    batch_size: Int = Field(64, ge=1, description="Images a step.")
+    learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: Number = Field(1e-4, ge=0, description="On matrices only.")
     warmup_share: Share = Field(0.05, description="Share of the steps over which the learning rate rises.")
     continuous_share: Share = Field(
         0.0, description="Share of the steps trained without quantisation before k-means places the codes."
     )
-    commitment_weight: float = Field(0.25, ge=0, description="Pulls latents towards their code.")
-    codebook_weight: float = Field(1.0, ge=0, description="Pulls codes towards their latents.")
-    gradient_weight: float = Field(0.5, ge=0, description="L1 on image gradients, keeps edges sharp; 0 turns it off.")
-    perceptual_weight: float = Field(0.0, ge=0, description="Weight of the perceptual term; 0 turns it off.")
+    commitment_weight: Number = Field(0.25, ge=0, description="Pulls latents towards their code.")
+    codebook_weight: Number = Field(1.0, ge=0, description="Pulls codes towards their latents.")
+    gradient_weight: Number = Field(0.5, ge=0, description="L1 on image gradients, keeps edges sharp; 0 turns it off.")
+    perceptual_weight: Number = Field(0.0, ge=0, description="Weight of the perceptual term; 0 turns it off.")
     perceptual_model: str | None = Field(
         None, description="Folder or hub id of a SigLIP baseline whose image features the perceptual term compares."
     )
-    revive_every: int = Field(50, ge=0, description="Steps between replacements of unused codes; 0 never.")
-    seed: int = Field(0, ge=0, description="Seed of weights, order and crops.")
+    revive_every: Int = Field(50, ge=0, description="Steps between replacements of unused codes; 0 never.")
+    seed: Int = Field(0, ge=0, description="Seed of weights, order and crops.")
 
     @model_validator(mode="after")
     def _perceptual_term_has_a_model(self) -> CodebookSettings:
@@ -179,53 +183,53 @@ class CodebookSettings(Section):
 class TokenizeSettings(Section):
     """Images → codes, once."""
 
-    views: int = Field(1, ge=1, le=64, description="Views an image: the evaluation view, then random crops.")
+    views: Int = Field(1, ge=1, le=64, description="Views an image: the evaluation view, then random crops.")
     crop_scale: tuple[float, float] = Field((0.8, 1.0), description="Area of a random crop, share of the image.")
-    batch_size: int = Field(64, ge=1, description="Images a forward pass.")
-    rows_per_shard: int = Field(4096, ge=1, description="Images tokenized between two points of resumption.")
-    seed: int = Field(0, ge=0, description="Seed of the random crops.")
+    batch_size: Int = Field(64, ge=1, description="Images a forward pass.")
+    rows_per_shard: Int = Field(4096, ge=1, description="Images tokenized between two points of resumption.")
+    seed: Int = Field(0, ge=0, description="Seed of the random crops.")
 
 
 class TrainSettings(Section):
     """The joint encoder's training."""
 
     init: str | None = Field(None, description="Folder or hub id of a checkpoint to start from; random if empty.")
-    codes_from_codebook: bool = Field(
+    codes_from_codebook: Switch = Field(
         False, description="Begin the embeddings of image codes as a projection of the codebook, not as noise."
     )
-    initial_embedding_std: float = Field(0.02, gt=0, description="Spread of token embeddings at the start.")
-    initial_scale: float = Field(10.0, ge=1.0, le=100.0, description="Factor of similarities at the start.")
-    initial_bias: float = Field(-10.0, le=0.0, description="What is added to scaled similarities at the start.")
-    steps: int | None = Field(500, ge=1, description="Optimiser steps; or give epochs.")
-    epochs: float | None = Field(None, gt=0, description="Length in passes over the mixture's pairs; or give steps.")
-    batch_size: int = Field(128, ge=2, description="Pairs a step, of all processes together.")
-    accumulation: int = Field(
+    initial_embedding_std: Number = Field(0.02, gt=0, description="Spread of token embeddings at the start.")
+    initial_scale: Number = Field(10.0, ge=1.0, le=100.0, description="Factor of similarities at the start.")
+    initial_bias: Number = Field(-10.0, le=0.0, description="What is added to scaled similarities at the start.")
+    steps: Int | None = Field(500, ge=1, description="Optimiser steps; or give epochs.")
+    epochs: Number | None = Field(None, gt=0, description="Length in passes over the mixture's pairs; or give steps.")
+    batch_size: Int = Field(128, ge=2, description="Pairs a step, of all processes together.")
+    accumulation: Int = Field(
         1, ge=1, description="Parts a process computes its pairs in, each against all of the batch: less memory."
     )
-    contrast_rows: int | None = Field(
+    contrast_rows: Int | None = Field(
         None, ge=1, description="Queries compared with all targets at a time, for large batches; all if empty."
     )
-    gradient_checkpointing: bool = Field(
+    gradient_checkpointing: Switch = Field(
         False, description="Compute each block again in the backward pass: far less memory, a third more work."
     )
-    compile: bool = Field(False, description="Compile the blocks with torch.compile (needs a C++ compiler).")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    layer_decay: float = Field(
+    compile: Switch = Field(False, description="Compile the blocks with torch.compile (needs a C++ compiler).")
+    learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    layer_decay: Number = Field(
         1.0, gt=0, le=1, description="Factor of the learning rate from a layer to the one below."
     )
-    weight_decay: float = Field(0.2, ge=0, description="On matrices only.")
+    weight_decay: Number = Field(0.2, ge=0, description="On matrices only.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of first and second moments.")
-    epsilon: float = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
+    epsilon: Number = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
     warmup_share: Share | None = Field(
         0.1, description="Share of the steps over which the learning rate rises; or give warmup_steps."
     )
-    warmup_steps: int | None = Field(
+    warmup_steps: Int | None = Field(
         None, ge=0, description="Steps over which the learning rate rises; or give warmup_share."
     )
-    clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    clip_norm: Number = Field(1.0, gt=0, description="Largest gradient norm.")
     mask_probability: Share = Field(0.1, description="Share of tokens hidden for masked multimodal modelling.")
-    mask_weight: float = Field(0.25, ge=0, description="Weight of the masked-token loss; 0 turns it off.")
-    all_combinations: bool = Field(
+    mask_weight: Number = Field(0.25, ge=0, description="Weight of the masked-token loss; 0 turns it off.")
+    all_combinations: Switch = Field(
         False, description="Queries are also each other's negatives, and so are targets (a published option)."
     )
     alike_pairs: Literal["negatives", "ignored"] = Field(
@@ -241,24 +245,24 @@ class TrainSettings(Section):
     tokens: dict[str, Path] = Field(
         {}, description="Further token stores by name, made with the same codebook: general pairs to replay, say."
     )
-    grouped: bool = Field(False, description="Keep variants of one image together in a batch, as hard negatives.")
-    ema: float = Field(
+    grouped: Switch = Field(False, description="Keep variants of one image together in a batch, as hard negatives.")
+    ema: Number = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Decay a step of the averaged weights that are measured and saved; 0: of none.",
+        description="EMA decay per step. The averaged weights are measured and saved; 0 turns averaging off.",
     )
     interpolate: Share = Field(
         1.0, description="Share of the trained weights in the saved model; the rest are those it started from."
     )
-    preflight: bool = Field(True, description="Check schedule, first loss and gradients before the first step.")
-    overfit_check: bool = Field(False, description="Before training, see that 128 pairs can be learned by heart.")
+    preflight: Switch = Field(True, description="Check schedule, first loss and gradients before the first step.")
+    overfit_check: Switch = Field(False, description="Before training, see that 128 pairs can be learned by heart.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA.")
-    validate_every: int = Field(100, ge=1, description="Steps between looks at the validation split.")
-    checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
-    checkpoint_minutes: float = Field(10.0, gt=0, description="Minutes between checkpoints, whichever is first.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept on disk.")
-    seed: int = Field(0, ge=0, description="Seed of weights, order and masks.")
+    validate_every: Int = Field(100, ge=1, description="Steps between looks at the validation split.")
+    checkpoint_every: Int = Field(100, ge=1, description="Steps between checkpoints.")
+    checkpoint_minutes: Number = Field(10.0, gt=0, description="Minutes between checkpoints, whichever is first.")
+    keep_checkpoints: Int = Field(2, ge=1, description="Checkpoints kept on disk.")
+    seed: Int = Field(0, ge=0, description="Seed of weights, order and masks.")
 
     @model_validator(mode="after")
     def _mixture_has_weight(self) -> TrainSettings:
@@ -294,9 +298,9 @@ class EvaluateSettings(Section):
     """Measures on a held-out split."""
 
     split: Literal["dev", "valid", "test"] = Field("test", description="Split that is measured; dev for choices.")
-    batch_size: int = Field(128, ge=1, description="Sequences a forward pass.")
-    examples: int = Field(12, ge=0, description="Examples shown in the report.")
-    seed: int = Field(0, ge=0, description="Seed of shuffled controls.")
+    batch_size: Int = Field(128, ge=1, description="Sequences a forward pass.")
+    examples: Int = Field(12, ge=0, description="Examples shown in the report.")
+    seed: Int = Field(0, ge=0, description="Seed of shuffled controls.")
     candidates: tuple[Path, ...] = Field(
         (), description="Folders of prepared evaluation sets (SugarCrepe, MMEB, ...) whose questions are asked as well."
     )
@@ -312,7 +316,7 @@ class Gate(Section):
     """A condition on one metric that must hold before the alias moves."""
 
     metric: str = Field(description="Name in metrics.json.")
-    at_least: float = Field(description="Smallest value that passes.")
+    at_least: Number = Field(description="Smallest value that passes.")
 
     def value(self, metrics: Mapping[str, float]) -> float | None:
         """The metric, or the lower bound of its interval over cases where it has one; None where it is missing."""

@@ -166,6 +166,22 @@ def test_recipe_and_artifacts_replace_the_files(tmp_path: Path) -> None:
         ("train={steps: 50, warmup_steps: 50}", ["warmup_steps 50", "within the run's 50 steps"]),
         ("train.accumulation=7", ["batch_size 128 is no multiple of accumulation 7"]),
         ("train.interpolate=0.5", ["interpolate below 1", "name a checkpoint"]),
+        ("train.steps=true", ["train.steps", "valid integer", "not True"]),
+        ("train.steps=10.0", ["train.steps", "valid integer"]),
+        ("train.steps=010", ["'010' can be read in two ways"]),
+        ("train.steps=1_000", ["'1_000' can be read in two ways"]),
+        ("train.steps=1:30", ["'1:30' can be read in two ways"]),
+        ("train.learning_rate=inf", ["train.learning_rate", "valid number", "not 'inf'"]),
+        ("train.learning_rate=.inf", ["train.learning_rate", "finite number"]),
+        ("train.learning_rate=.nan", ["train.learning_rate"]),
+        ("train.learning_rate=true", ["train.learning_rate", "valid number"]),
+        ("train.mixture={vqa: .nan}", ["train.mixture.vqa"]),
+        ("train.compile=yes", ["'yes' can be read in two ways", "true or false"]),
+        ("train.compile='yes'", ["train.compile", "valid boolean"]),
+        ("train.compile=1", ["train.compile", "valid boolean"]),
+        ("register.name=off", ["'off' can be read in two ways", "quotes"]),
+        ("prepare.root=2026-11-28", ["'2026-11-28' can be read in two ways"]),
+        ("train={steps: 5, steps: 6}", ["'steps' is given twice"]),
         ("train=5", ["train"]),
         ("train.steps", ["section.field=value"]),
         ("train.steps=[1", ["no valid YAML"]),
@@ -187,6 +203,22 @@ def test_unknown_recipe_lists_the_known(name: str) -> None:
 def test_misspelt_recipe_is_told_its_likely_name() -> None:
     with pytest.raises(SettingsError, match=r"'fuselip-roco'; did you mean fuselip-rocov2\? there are: "):
         load_settings(None, recipe="fuselip-roco")
+
+
+@pytest.mark.parametrize("content", ["train: {steps: 3}\ntrain: {seed: 1}\n", "train:\n  steps: 3\n  steps: 4\n"])
+def test_a_key_given_twice_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(content)
+    with pytest.raises(SettingsError, match=r"params\.yaml is no valid YAML: '(train|steps)' is given twice"):
+        load_settings(path)
+
+
+def test_plain_values_are_read_as_before() -> None:
+    words = ["train.learning_rate=1e-3", "train.seed=0", "train.compile=true", "register.name='off'", "train.ema=.5"]
+    settings = load_settings(overrides=words)
+    train = settings.train
+    assert (train.learning_rate, train.seed, train.compile, train.ema) == (1e-3, 0, True, 0.5)
+    assert settings.register_.name == "off"
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "train: [", "train: 5"])
