@@ -87,7 +87,7 @@ def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None
     rows = store.rows_of("vqa")[:4]
     fast = TokenEncoder(model, torch.device("cpu")).encode(gather(store, rows, "query"))
     blobs = next(PreparedData(run.artifacts / "prepared").iter_images("test", columns=["bytes"]))["bytes"].to_pylist()
-    images = [decode(blobs[row], 100.0) for row in store.pairs.query_image[rows]]
+    images = [decode(blobs[row]) for row in store.pairs.query_image[rows]]
     texts = store.texts_of(store.pairs.query_text[rows])
     slow = Embedder(model, processor).embed(images=images, texts=texts)
     torch.testing.assert_close(torch.from_numpy(fast), torch.from_numpy(slow), atol=1e-6, rtol=0)
@@ -110,7 +110,7 @@ def test_tokenizing_in_every_step_gives_the_same_batches_for_view_0(run: Setting
         text = getattr(store.pairs, f"{side}_text")[row]
         codes = ids = None
         if image >= 0:
-            pixels = processor.image_processor(decode(blobs[image], 100.0))
+            pixels = processor.image_processor(decode(blobs[image]))
             codes = model.tokenize_image(pixels[None])
         if text >= 0:
             ids = processor.text_tokenizer(store.texts_of(np.array([text])))
