@@ -58,7 +58,6 @@ CODES = {
 FROM_SCRATCH = "scratch"  # label of an early-fusion model trained from nothing on "adapted" or "retuned"
 GUARDED: dict[str, Any] = {
     "learning_rate": 0.0005,
-    "layer_decay": 0.8,
     "ema": 0.98,
     "interpolate": 0.8,
     "alike_pairs": "ignored",
@@ -66,7 +65,6 @@ GUARDED: dict[str, Any] = {
 }
 UNGUARDED: dict[str, Any] = {
     "learning_rate": 0.002,
-    "layer_decay": 1.0,
     "ema": 0.0,
     "interpolate": 1.0,
     "alike_pairs": "negatives",
@@ -84,7 +82,6 @@ ADAPTATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "unreplayed": ("no pairs of the sample replayed", {"mixture": DATA["medpix"]["train"]["mixture"]}),
     "final-weights": ("no interpolation with the weights before", {"interpolate": 1.0}),
     "unaveraged": ("no averaged weights", {"ema": 0.0}),
-    "flat": ("one learning rate for all layers", {"layer_decay": 1.0}),
     "all-negative": ("pairs of the same concepts are negatives", {"alike_pairs": "negatives"}),
 }
 

@@ -148,7 +148,6 @@ class ModelSettings(Section):
     size: Size = Field("tiny", description="Preset of widths and depths.")
     context_length: Int | None = Field(None, ge=8, le=1024, description="Tokens a sequence; the preset's if empty.")
     mask_token: Switch = Field(True, description="Reserve a mask token (moves every joint image id by one).")
-    end_of_image: Switch = Field(False, description="Put an end-of-image token after the image codes.")
 
 
 class CodebookSettings(Section):
@@ -160,9 +159,6 @@ class CodebookSettings(Section):
     learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: Number = Field(1e-4, ge=0, description="On matrices only.")
     warmup_share: Share = Field(0.05, description="Share of the steps over which the learning rate rises.")
-    continuous_share: Share = Field(
-        0.0, description="Share of the steps trained without quantisation before k-means places the codes."
-    )
     commitment_weight: Number = Field(0.25, ge=0, description="Pulls latents towards their code.")
     codebook_weight: Number = Field(1.0, ge=0, description="Pulls codes towards their latents.")
     gradient_weight: Number = Field(0.5, ge=0, description="L1 on image gradients, keeps edges sharp; 0 turns it off.")
@@ -214,9 +210,6 @@ class TrainSettings(Section):
     )
     compile: Switch = Field(False, description="Compile the blocks with torch.compile (needs a C++ compiler).")
     learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
-    layer_decay: Number = Field(
-        1.0, gt=0, le=1, description="Factor of the learning rate from a layer to the one below."
-    )
     weight_decay: Number = Field(0.2, ge=0, description="On matrices only.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of first and second moments.")
     epsilon: Number = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
@@ -256,7 +249,6 @@ class TrainSettings(Section):
         1.0, description="Share of the trained weights in the saved model; the rest are those it started from."
     )
     preflight: Switch = Field(True, description="Check schedule, first loss and gradients before the first step.")
-    overfit_check: Switch = Field(False, description="Before training, see that 128 pairs can be learned by heart.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA.")
     validate_every: Int = Field(100, ge=1, description="Steps between looks at the validation split.")
     checkpoint_every: Int = Field(100, ge=1, description="Steps between checkpoints.")

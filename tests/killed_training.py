@@ -31,7 +31,7 @@ from fuselip_core.training.checkpoint import Checkpoints, seed_everything
 from fuselip_core.training.loop import Trainer, run_folder
 
 STEPS, EVERY = 30, 3
-SETTINGS = settings_of(steps=STEPS, checkpoint_every=EVERY, ema=0.9, layer_decay=0.8, accumulation=2)
+SETTINGS = settings_of(steps=STEPS, checkpoint_every=EVERY, ema=0.9, accumulation=2)
 
 
 def train(folder: Path, rank: int, size: int, port: int, wait_at: int) -> None:

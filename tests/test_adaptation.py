@@ -60,7 +60,6 @@ def adaptation(general: Settings, raw: Path, artifacts: Path, **train: Any) -> S
         "train": {
             "init": str(general.artifacts / "model"),
             "learning_rate": 1e-4,
-            "layer_decay": 0.8,
             "ema": 0.5,
             "alike_pairs": "ignored",
             "tokens": {"general": str(general.artifacts / "tokens")},
@@ -115,7 +114,7 @@ def test_a_context_is_lengthened_and_no_share_of_new_weights_is_the_old_model(
 
 
 def test_forgetting_keeps_the_alias_where_it_was(general: Settings, target: Path, tmp_path: Path) -> None:
-    settings, metrics = trained(general, target, tmp_path, learning_rate=0.02, steps=6, layer_decay=1.0, ema=0.0)
+    settings, metrics = trained(general, target, tmp_path, learning_rate=0.02, steps=6, ema=0.0)
     kept = "adaptation/retention/retrieval/image_to_text/recall_at_10/kept"
     gates = [{"metric": kept, "at_least": metrics[kept] + 0.1}]
     values = settings.model_dump(mode="json", by_alias=True) | {"register": {"name": "adapted", "gates": gates}}

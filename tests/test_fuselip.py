@@ -107,7 +107,7 @@ def test_masked_loss_equals_full_logits_at_masked_places(model: FuseLIPModel) ->
     ids = torch.tensor([[BEGIN_OF_TEXT, 5, 6, END_OF_TEXT], [BEGIN_OF_TEXT, TEXT_SIZE, END_OF_TEXT, 0]])
     labels = torch.tensor([[IGNORED, IGNORED, 9, IGNORED], [IGNORED, 7, IGNORED, IGNORED]])
     output = model(ids, labels=labels)
-    logits = model.masked_logits(model.hidden_states(ids))
+    logits = model.mask_prediction_head(model.hidden_states(ids))
     assert logits.shape == (2, 4, model.config.vocab_size)
     slow = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     torch.testing.assert_close(output.loss, slow)
@@ -141,11 +141,10 @@ def test_without_mask_token_there_is_no_head() -> None:
         model(SHORT, labels=SHORT)
 
 
-def test_end_of_image_token_lengthens_the_sequence(pixels: Tensor) -> None:
-    model = tiny(end_of_image=True)
-    model.attach_image_tokenizer(TiTok(CODEBOOK))
-    assert model.tokenize_image(pixels).shape == (2, 5)
-    assert model.encode_image(pixels).shape == (2, 32)
+def test_a_model_with_an_end_of_image_token_is_refused() -> None:
+    assert FuseLIPConfig.from_dict({"end_of_image": False}).vocab_size == 53505  # as earlier versions saved it
+    with pytest.raises(FuselipError, match=r"end-of-image token \(end_of_image"):
+        FuseLIPConfig.from_dict({"end_of_image": True})
 
 
 def test_wrong_input_is_told(model: FuseLIPModel, pixels: Tensor) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from fuselip_core.data.tokens.store import PairColumns, TokenStore
 from fuselip_core.data.tokens.writer import TokenStoreWriter, write_manifest
+from fuselip_core.distributed import World
 from fuselip_core.errors import FuselipError
 from fuselip_core.training.mixture import Mixture
 
@@ -62,7 +63,7 @@ def test_epochs_are_exact_and_differ(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.sort(first), np.arange(24))
     np.testing.assert_array_equal(np.sort(second), np.arange(24))
     assert not np.array_equal(first, second)
-    assert mixture.epochs == {"caption": 2.0}
+    assert mixture.state_dict()["streams"]["caption"]["dealt"] == 24 and mixture.step == 6
 
 
 def test_pairs_of_the_epoch_before_come_first_in_the_next_batch(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_groups_stay_whole_and_every_pair_comes_once(tmp_path: Path) -> None:
     mixture = Mixture(store_of(tmp_path, [0] * len(groups), groups.tolist()), {"caption": 1}, 16, 0, grouped=True)
     sizes = Counter(groups.tolist())
     seen: list[int] = []
-    while mixture.epochs["caption"] < 1:
+    while len(seen) < len(groups):
         batch = next(mixture)
         assert len(batch) <= 16 and len(set(batch.tolist())) == len(batch)
         assert group_sizes_whole(batch, groups, sizes)
@@ -180,18 +181,12 @@ def test_group_that_fits_nowhere_ends_the_batch_short_not_the_run(tmp_path: Path
     assert [len(batch) for batch in batches(mixture, 8)] == [3] * 8
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_processes_share_the_same_global_batches(tmp_path: Path, grouped: bool) -> None:
-    store = store_of(tmp_path, [0] * 50 + [1] * 50, (np.arange(100) // 2).tolist())
-    weights = {"caption": 1.0, "vqa": 1.0}
-    whole = Mixture(store, weights, 12, 9, grouped=grouped)
-    batches(whole, 2)
-    parts = [whole.shard(rank, 3) for rank in range(3)]
-    for _ in range(30):
-        shares = [next(part) for part in parts]
+def test_processes_share_the_same_global_batches(tmp_path: Path) -> None:
+    mixture = Mixture(store_of(tmp_path, [0] * 50 + [1] * 50), {"caption": 1.0, "vqa": 1.0}, 12, 9)
+    for batch in batches(mixture, 30):
+        shares = [World(rank, 3).share(batch) for rank in range(3)]
         assert [len(share) for share in shares] == [4, 4, 4]
-        np.testing.assert_array_equal(np.sort(np.concatenate(shares)), np.sort(next(whole)))
-    assert parts[0].state_dict() == parts[2].state_dict() == whole.state_dict()
+        np.testing.assert_array_equal(np.sort(np.concatenate(shares)), np.sort(batch))
 
 
 def test_what_cannot_be_dealt_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -204,8 +199,6 @@ def test_what_cannot_be_dealt_is_refused_with_the_remedy(tmp_path: Path) -> None
         Mixture(store, {"caption": 1, "vqa": 1}, 7, 0)
     with pytest.raises(FuselipError, match="positive weight"):
         Mixture(store, {"caption": 0}, 4, 0)
-    with pytest.raises(FuselipError, match="3 processes"):
-        Mixture(store, {"caption": 1}, 4, 0).shard(0, 3)
     assert len(next(Mixture(store, {"caption": 1, "vqa": 1}, 6, 0))) == 6
 
 

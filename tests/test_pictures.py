@@ -11,7 +11,7 @@ from test_late_fusion import towers
 from tiny_store import random_store, settings_of
 
 from fuselip_core.data.tokens.store import gather
-from fuselip_core.encoding.from_pixels import BLACK, PictureEncoder, PicturePairs, Pictures, PictureStore
+from fuselip_core.encoding.from_pixels import BLACK, PictureEncoder, PicturePairs, Pictures, open_picture_store
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.loop import Trainer
@@ -27,9 +27,9 @@ def baseline(fusion: str) -> LateFusionModel:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> PictureStore:
+def store(tmp_path: Path) -> TokenStore:
     random_store(tmp_path / "store")
-    return PictureStore(tmp_path / "store", "train", first=100)
+    return open_picture_store(tmp_path / "store", "train", first=100)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def pictures() -> Pictures:
     return Pictures([rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8) for count in (100, 24)], CPU)
 
 
-def test_codes_are_rows_of_the_cache_behind_other_stores(store: PictureStore, pictures: Pictures) -> None:
+def test_codes_are_rows_of_the_cache_behind_other_stores(store: TokenStore, pictures: Pictures) -> None:
     assert store.codes[:, :, 0].tolist() == [[100 + 2 * image, 101 + 2 * image] for image in range(12)]
     black, first = pictures.rows(np.array([BLACK, 100]))
     np.testing.assert_allclose(black, pictures.rows(np.array([BLACK]))[0])
@@ -46,7 +46,7 @@ def test_codes_are_rows_of_the_cache_behind_other_stores(store: PictureStore, pi
 
 
 @pytest.mark.parametrize("fusion", ["add", "magiclens"])
-def test_sides_are_embedded_as_the_published_calls_do(store: PictureStore, pictures: Pictures, fusion: str) -> None:
+def test_sides_are_embedded_as_the_published_calls_do(store: TokenStore, pictures: Pictures, fusion: str) -> None:
     model = baseline(fusion).eval()
     encoder = PictureEncoder(model, pictures)
     captions, questions = np.arange(3), np.arange(12, 15)
@@ -62,7 +62,7 @@ def test_sides_are_embedded_as_the_published_calls_do(store: PictureStore, pictu
     assert np.abs(blank - fused).max() > 1e-3
 
 
-def _ids(store: PictureStore, rows: np.ndarray) -> torch.Tensor:
+def _ids(store: TokenStore, rows: np.ndarray) -> torch.Tensor:
     from fuselip_core.model.vocabulary import text_sequence
 
     side = gather(store, rows, "query")
@@ -71,7 +71,7 @@ def _ids(store: PictureStore, rows: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize("fusion", ["add", "magiclens"])
 def test_the_one_loop_trains_a_baseline_in_parts_and_reaches_every_weight(
-    store: PictureStore, pictures: Pictures, tmp_path: Path, fusion: str
+    store: TokenStore, pictures: Pictures, tmp_path: Path, fusion: str
 ) -> None:
     settings = settings_of(mask_weight=0.0, accumulation=2, ema=0.5, steps=3, gradient_checkpointing=fusion == "add")
     model = baseline(fusion)

@@ -15,25 +15,18 @@ def test_published_vocabulary_sizes() -> None:
     assert Vocabulary(8192).size == 57601
 
 
-@pytest.mark.parametrize(
-    ("mask_token", "end_of_image", "offset"), [(True, False, 49409), (False, False, 49408), (True, True, 49410)]
-)
-def test_codes_go_to_joint_ids_and_back(mask_token: bool, end_of_image: bool, offset: int) -> None:
-    vocabulary = Vocabulary(8, mask_token, end_of_image)
+@pytest.mark.parametrize(("mask_token", "offset"), [(True, 49409), (False, 49408)])
+def test_codes_go_to_joint_ids(mask_token: bool, offset: int) -> None:
+    vocabulary = Vocabulary(8, mask_token)
     ids = vocabulary.joint_ids(CODES.to(torch.uint16))
     assert ids.dtype == torch.int64
-    assert torch.equal(ids[:, :2], CODES + offset)
-    assert torch.equal(vocabulary.codes(ids[:, :2]), CODES)
+    assert torch.equal(ids, CODES + offset)
     assert int(ids.max()) < vocabulary.size
-    if end_of_image:
-        assert ids[:, 2].tolist() == [vocabulary.end_of_image_id] * 2
 
 
 def test_absent_special_tokens_are_errors() -> None:
     with pytest.raises(ValueError, match="no mask token"):
         _ = Vocabulary(8, mask_token=False).mask_id
-    with pytest.raises(ValueError, match="no end-of-image token"):
-        _ = Vocabulary(8).end_of_image_id
 
 
 def test_text_sequence_adds_begin_end_and_padding() -> None:

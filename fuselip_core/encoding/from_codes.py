@@ -23,10 +23,15 @@ from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, P
 class PairEncoder(Protocol):
     """What the training loop needs of a model family: inputs of a batch, and what the model makes of them.
 
-    Everything random is drawn while the inputs are made, so that the same inputs can be encoded twice.
+    Everything random is drawn while the inputs are made, so that the same inputs can be encoded twice. `looks_ahead`
+    says whether `expect` has anything to do.
     """
 
     model: Any
+    looks_ahead: bool
+
+    def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
+        """Says that the pairs `rows` (B), in the views that `view_rng` draws, come next, in so many parts."""
 
     def inputs(self, rows: np.ndarray, view_rng: np.random.Generator) -> Any:
         """What the model reads of the pairs `rows` (B); has `hidden`, the number of tokens it is to predict."""
@@ -54,9 +59,14 @@ class PackedSides:
 class TokenPairs:
     """The joint encoder on stored codes and texts: all sides of a batch in one pass."""
 
+    looks_ahead = False
+
     def __init__(self, model: FuseLIPModel, store: Store, mask_probability: float) -> None:
         self.model, self.store, self.mask_probability = model, store, mask_probability
         self.device = next(model.parameters()).device
+
+    def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
+        """Nothing to do: codes are read in no time."""
 
     def inputs(self, rows: np.ndarray, view_rng: np.random.Generator) -> PackedSides:
         """Pair rows (B) → packed ids, some of them hidden."""

@@ -1,8 +1,8 @@
 """Where stored texts and prepared images meet a late-fusion model, which reads pixels and no codes.
 
-A PictureStore is a token store whose codes are rows of a cache of pixels, in the same views that were tokenized: so the
+A picture store is a token store whose codes are rows of a cache of pixels, in the same views that were tokenized: so the
 baselines see the same pairs, batches, crops and evaluations as the joint encoder. Where such a cache would be too large
-its rows are decoded when they are asked for (decoding.py). Legend: B pairs, N images, V views,
+its rows are decoded when they are asked for. Legend: B pairs, N images, V views,
 S pixels a side, L tokens, W width.
 """
 
@@ -39,20 +39,19 @@ BLACK = -1  # row of the cache that stands for a black image
 DrawView = Callable[[Image.Image, int, int], np.ndarray]  # (image, row, view) → uint8 (S, S, 3)
 
 
-class PictureStore(TokenStore):
+def open_picture_store(folder: Path, split: str, views: int | None = None, first: int = 0) -> TokenStore:
     """A token store with codes (N, V, 1) int32 that are rows of a cache; `first` is the cache's row of its view 0."""
-
-    def __init__(self, folder: Path, split: str, views: int | None = None, first: int = 0) -> None:
-        super().__init__(folder, split)
-        shape = (super().images, views or super().views, 1)
-        self.codes = np.arange(first, first + shape[0] * shape[1], dtype=np.int32).reshape(shape)
-        self.blank = np.array([BLACK], np.int32)
+    store = TokenStore(folder, split)
+    shape = (store.images, views or store.views, 1)
+    codes = np.arange(first, first + shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    return store.with_codes(codes, np.array([BLACK], np.int32))
 
 
 class PictureSource(Protocol):
-    """Where a late-fusion model's pixels come from: a cache of them, or image files (decoding.py)."""
+    """Where a late-fusion model's pixels come from: a cache of them, or image files."""
 
     device: torch.device
+    looks_ahead: bool
 
     def rows(self, rows: np.ndarray) -> Tensor:
         """Cache rows (B), BLACK allowed → normalised pixels (B, 3, S, S) float32 on the device."""
@@ -63,6 +62,8 @@ class PictureSource(Protocol):
 
 class Pictures:
     """Pixels of images by cache row, over one cache or several behind one another."""
+
+    looks_ahead = False
 
     def __init__(self, caches: Sequence[np.ndarray], device: torch.device) -> None:
         self._caches, self.device = list(caches), device
@@ -99,15 +100,14 @@ class PictureSides:
 
 
 class PicturePairs:
-    """A late-fusion model on pixels and stored texts; see batch.PairEncoder."""
+    """A late-fusion model on pixels and stored texts; see PairEncoder."""
 
     def __init__(self, model: LateFusionModel, store: Store, pictures: PictureSource) -> None:
         self.model, self.store, self.pictures = model, store, pictures
+        self.looks_ahead = pictures.looks_ahead
 
     def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
-        """Says that the pairs `rows` (B), in the views that `view_rng` draws, are the next inputs, in so many parts."""
-        if isinstance(self.pictures, Pictures):
-            return  # they are all there
+        """See PairEncoder."""
         sides = [side for part in np.array_split(rows, parts) for side in gather_sides(self.store, part, view_rng)]
         self.pictures.expect(np.concatenate([side.codes[side.has_image, 0] for side in sides]))
 
@@ -116,13 +116,13 @@ class PicturePairs:
         return picture_sides(gather_sides(self.store, rows, view_rng), self.model.config.context_length)
 
     def encode(self, inputs: PictureSides) -> tuple[Tensor, Tensor, Tensor]:
-        """See batch.PairEncoder; the masked loss is 0."""
+        """See PairEncoder; the masked loss is 0."""
         query, target = encode_pictures(self.model, inputs, self.pictures)
         return query, target, torch.zeros((), device=self.pictures.device)
 
 
 class PictureEncoder:
-    """Embeds sides of a PictureStore without gradient; what evaluation and validation see of a late-fusion model."""
+    """Embeds sides of a picture store without gradient; what evaluation and validation see of a late-fusion model."""
 
     def __init__(self, model: LateFusionModel, pictures: PictureSource) -> None:
         self.model, self.pictures = model, pictures
@@ -236,6 +236,8 @@ class DecodedPictures:
 
     A source is its image files with `views` pictures each, numbered row * V + view; `draw` makes a picture of one.
     """
+
+    looks_ahead = True
 
     def __init__(self, sources: Sequence[tuple[PictureFiles, int, DrawView]], size: int, device: torch.device) -> None:
         self._sources, self._size, self.device = list(sources), size, device

@@ -23,9 +23,9 @@ from fuselip_core.encoding.from_pixels import (
     PicturePairs,
     Pictures,
     PictureSource,
-    PictureStore,
     baseline_view,
     cache_pictures,
+    open_picture_store,
     require_tokenized,
 )
 from fuselip_core.errors import FuselipError
@@ -52,7 +52,7 @@ def open_training(
     stores: dict[str, TokenStore] = {}
     first = 0
     for name, folder in folders.items():
-        stores[name] = PictureStore(folder, "train", first=first)
+        stores[name] = open_picture_store(folder, "train", first=first)
         first += stores[name].codes.size
     store = _joined(stores)
     return store, PicturePairs(model, store, _pictures(artifacts, folders, "train", None, model, device, world))
@@ -107,10 +107,10 @@ def open_measuring(model: Model, artifacts: Path, split: str, device: torch.devi
     if isinstance(model, FuseLIPModel):
         store = TokenStore(folder, split)
         if model.image_tokenizer is not None and not _is_codebook(model.image_tokenizer.model, artifacts / "codebook"):
-            _tokenize_anew(store, prepared, model.image_tokenizer.model, device)
+            store = _tokenized_anew(store, prepared, model.image_tokenizer.model, device)
         return store, TokenEncoder(model, device)
     pictures = _pictures(artifacts, {"": folder}, split, 1, model, device, World())
-    return PictureStore(folder, split, views=1), PictureEncoder(model, pictures)
+    return open_picture_store(folder, split, views=1), PictureEncoder(model, pictures)
 
 
 def _is_codebook(tokenizer: TiTok, folder: Path) -> bool:
@@ -123,11 +123,10 @@ def _is_codebook(tokenizer: TiTok, folder: Path) -> bool:
 
 
 @torch.inference_mode()
-def _tokenize_anew(store: TokenStore, prepared: PreparedData, tokenizer: TiTok, device: torch.device) -> None:
-    """Replaces the codes that `store` shows by those of `tokenizer`, of the evaluation view only."""
+def _tokenized_anew(store: TokenStore, prepared: PreparedData, tokenizer: TiTok, device: torch.device) -> TokenStore:
+    """The store with the codes of `tokenizer`, of the evaluation view only."""
     size = tokenizer.config.image_size
     batches = pixel_batches(prepared, store.split, evaluation_view(size), batch_rows=64)
     codes = [tokenizer.codes(as_pixels(batch[:, 0], device)).cpu().numpy() for _, batch in batches]
-    store.codes = np.concatenate(codes)[:, None].astype(np.uint16)
-    black = torch.zeros(1, 3, size, size, device=device)
-    store.blank = tokenizer.codes(black)[0].cpu().numpy().astype(np.uint16)
+    blank = tokenizer.codes(torch.zeros(1, 3, size, size, device=device))[0].cpu().numpy()
+    return store.with_codes(np.concatenate(codes)[:, None].astype(np.uint16), blank.astype(np.uint16))

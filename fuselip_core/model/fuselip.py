@@ -236,11 +236,6 @@ class FuseLIPModel(StrictModel):
         pooled = self.ln_final(hidden[rows, place]).float()
         return F.normalize(pooled, dim=-1) if normalize else pooled
 
-    def masked_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (N, W) at masked places → logits (N, V); raises FuselipError without a mask token."""
-        logits: Tensor = self._prediction_head()(hidden)
-        return logits
-
     def masked_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy where the label is not -100; 0, with zero gradient, if it is so everywhere.
 

@@ -37,15 +37,18 @@ class FuseLIPConfig(PreTrainedConfig):
     codes_per_image: int = 128
     image_size: int = 256
     mask_token: bool = True
-    end_of_image: bool = False
     mask_padding: bool = True
     image_tokenizer: dict[str, Any] | None = None
     tie_word_embeddings: bool = True
 
+    def __post_init__(self, **options: Any) -> None:
+        _refuse_end_of_image(options.pop("end_of_image", False))  # a field of earlier versions, nearly always false
+        super().__post_init__(**options)
+
     @property
     def vocabulary(self) -> Vocabulary:
         """The map between text ids, image codes and joint ids."""
-        return Vocabulary(self.codebook_size, self.mask_token, self.end_of_image)
+        return Vocabulary(self.codebook_size, self.mask_token)
 
     @property
     def vocab_size(self) -> int:
@@ -59,7 +62,6 @@ class FuseLIPConfig(PreTrainedConfig):
         codebook: TiTokConfig | None = None,
         context_length: int | None = None,
         mask_token: bool = True,
-        end_of_image: bool = False,
     ) -> Self:
         """Preset `size` for the codes of `codebook` (the preset's if None); the model itself contains no tokenizer."""
         encoder, codebook = encoder_size(size), codebook or tokenizer_config(size)
@@ -72,7 +74,6 @@ class FuseLIPConfig(PreTrainedConfig):
             codes_per_image=codebook.latent_tokens,
             image_size=codebook.image_size,
             mask_token=mask_token,
-            end_of_image=end_of_image,
         )
 
     @classmethod
@@ -80,8 +81,8 @@ class FuseLIPConfig(PreTrainedConfig):
         """Reads the config.json of a published checkpoint; raises FuselipError where it is of another kind."""
         try:
             text, codebook = content["text_config"], _published_tokenizer(content)
-            end_of_image = bool(content["use_eoi"])
-            extra = text["vocab_size"] - TEXT_SIZE - codebook.codebook_size - int(end_of_image)
+            _refuse_end_of_image(content["use_eoi"])
+            extra = text["vocab_size"] - TEXT_SIZE - codebook.codebook_size
             if extra not in (0, 1):
                 raise FuselipError(f"vocab_size {text['vocab_size']} goes with no codebook of {codebook.codebook_size}")
             return cls(
@@ -94,12 +95,19 @@ class FuseLIPConfig(PreTrainedConfig):
                 codes_per_image=codebook.latent_tokens,
                 image_size=codebook.image_size,
                 mask_token=extra == 1,
-                end_of_image=end_of_image,
                 mask_padding=bool(content["mask_pad"]),
                 image_tokenizer=dataclasses.asdict(codebook),
             )
         except KeyError as error:
             raise FuselipError(f"the published configuration lacks {error}; take config.json as published") from error
+
+
+def _refuse_end_of_image(used: object) -> None:
+    if used:
+        raise FuselipError(
+            "this model was made with an end-of-image token (end_of_image, published as use_eoi), "
+            "which is not supported; give a checkpoint without one"
+        )
 
 
 def _published_tokenizer(content: Mapping[str, Any]) -> TiTokConfig:

@@ -10,7 +10,6 @@ Legend: B images, S pixels a side, P patch side, G = S / P patches a side, W wid
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import sha256_of, write_json
+from fuselip_core.files import read_json, sha256_of, write_json
 from fuselip_core.model.blocks import ResidualBlock
+from fuselip_core.model.weights import read_weights, refuse_misfits, refuse_non_finite, shapes
 
 VIT_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}  # width, layers, heads
 
@@ -254,42 +254,34 @@ class TiTok(nn.Module):
         chosen = F.embedding(codes.to(torch.int64), self.quantize.vectors())
         return self.decoder(chosen.transpose(1, 2)).clamp(0, 1)
 
-    def forward(self, pixels: Tensor, quantise: bool = True) -> TiTokOutput:
-        """One training pass; with `quantise=False` the latents reach the decoder as they are."""
+    def forward(self, pixels: Tensor) -> TiTokOutput:
+        """One training pass over pixels (B, 3, S, S) in 0..1."""
         if self.decoder is None:
             raise FuselipError("this tokenizer has no decoder, so it cannot be trained to reconstruct")
-        latents = self.encode(pixels)
-        quantised, codes, commitment, codebook = self.quantize(latents)
-        if not quantise:
-            quantised = self.quantize.flatten(latents).transpose(1, 2)
-            commitment, codebook = commitment * 0.0, codebook * 0.0
+        quantised, codes, commitment, codebook = self.quantize(self.encode(pixels))
         return TiTokOutput(self.decoder(quantised), codes, commitment, codebook)
 
     def save(self, folder: Path) -> None:
-        """Writes `config.json` and `model.safetensors` into an existing folder."""
+        """Writes `config.json` and `model.safetensors` into an existing folder; CheckpointError if not all finite."""
+        weights = self.state_dict()
+        refuse_non_finite(weights, "the image tokenizer", "it is not saved; lower codebook.learning_rate")
         write_json(folder / "config.json", dataclasses.asdict(self.config))
-        safetensors.torch.save_file(self.state_dict(), folder / "model.safetensors")
+        safetensors.torch.save_file(weights, folder / "model.safetensors")
         (folder / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read; containers may be others
 
     @classmethod
     def load(cls, folder: Path, decoder: bool = False) -> Self:
-        """Reads what `save` wrote; raises FuselipError where a file is missing or does not fit."""
+        """Reads what `save` wrote; raises FuselipError where a file is missing, damaged or does not fit."""
+        remedy = "run the codebook stage"
         try:
-            config = TiTokConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
-            weights = safetensors.torch.load_file(folder / "model.safetensors")
-        except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise FuselipError(
-                f"{folder} holds no readable image tokenizer ({error}); run the codebook stage"
-            ) from error
-        tokenizer = cls(config, decoder=decoder)
+            config = TiTokConfig(**read_json(folder / "config.json", remedy))
+        except TypeError as error:
+            raise FuselipError(f"{folder} describes no image tokenizer ({error}); {remedy}") from error
+        tokenizer, weights = cls(config, decoder=decoder), read_weights(folder, remedy)
         if not decoder:
             weights = {name: value for name, value in weights.items() if not name.startswith("decoder.")}
-        try:
-            tokenizer.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise FuselipError(
-                f"{folder} holds weights of another image tokenizer: {' '.join(str(error).split())}"
-            ) from error
+        refuse_misfits(shapes(tokenizer.state_dict()), shapes(weights), folder)
+        tokenizer.load_state_dict(weights)
         return tokenizer
 
 

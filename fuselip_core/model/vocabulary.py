@@ -19,14 +19,13 @@ IGNORED = -100  # label of a place that is not masked
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Joint ids: text first, then the mask token and end-of-image token if there are such, then the image codes.
+    """Joint ids: text first, then the mask token if there is one, then the image codes.
 
     FuseLIP (arXiv 2506.03096), section 3.1.
     """
 
     codebook_size: int
     mask_token: bool = True
-    end_of_image: bool = False
 
     @property
     def mask_id(self) -> int:
@@ -36,16 +35,9 @@ class Vocabulary:
         return TEXT_SIZE
 
     @property
-    def end_of_image_id(self) -> int:
-        """Id put after the image codes; raises ValueError where the vocabulary has none."""
-        if not self.end_of_image:
-            raise ValueError("this vocabulary has no end-of-image token; build the model with end_of_image=true")
-        return TEXT_SIZE + int(self.mask_token)
-
-    @property
     def image_offset(self) -> int:
         """Joint id of image code 0."""
-        return TEXT_SIZE + int(self.mask_token) + int(self.end_of_image)
+        return TEXT_SIZE + int(self.mask_token)
 
     @property
     def size(self) -> int:
@@ -53,16 +45,8 @@ class Vocabulary:
         return self.image_offset + self.codebook_size
 
     def joint_ids(self, codes: Tensor) -> Tensor:
-        """Image codes (..., K), any integer dtype → joint ids (..., K [+ 1]) int64, end-of-image token included."""
-        ids = codes.to(torch.int64) + self.image_offset
-        if not self.end_of_image:
-            return ids
-        end = ids.new_full((*ids.shape[:-1], 1), self.end_of_image_id)
-        return torch.cat([ids, end], dim=-1)
-
-    def codes(self, ids: Tensor) -> Tensor:
-        """Joint ids of image codes (...) → codes (...) int64."""
-        return ids - self.image_offset
+        """Image codes (..., K), any integer dtype → joint ids (..., K) int64."""
+        return codes.to(torch.int64) + self.image_offset
 
 
 def text_sequence(text_ids: Tensor, lengths: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fuselip_core.errors import FuselipError
 Shape = tuple[int, ...]
 NAMED = 4  # names told of each kind of misfit
 SAFE_FILES = ("model.safetensors", "open_clip_model.safetensors")
+LFS_MARK = b"version https://git-lfs"
 TORCH_FILES = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
 
 
@@ -25,26 +26,61 @@ class CheckpointError(FuselipError):
     """A checkpoint that is unreadable or belongs to a model of other dimensions."""
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path, remedy: str = "fetch it again") -> dict[str, Tensor]:
     """State dict, on the CPU, of a checkpoint folder, from safetensors where there is such a file.
 
-    Raises CheckpointError where there is none or it is damaged. Pickled files are read as tensors only, never run.
+    Prefixes that DataParallel and torch.compile put in front of names are taken off. Raises CheckpointError, ending in
+    `remedy`, where there is no file, it is damaged, or a value is not finite. Pickled files are read as tensors only.
     """
-    for name in (*SAFE_FILES, *TORCH_FILES):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            if name in SAFE_FILES:
-                return safetensors.torch.load_file(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path} is no readable checkpoint ({reason}); fetch it again") from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise CheckpointError(f"{path} holds no state dict (names and tensors); give a checkpoint as published")
-        return state
-    raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join((*SAFE_FILES, *TORCH_FILES))}")
+    path = next((folder / name for name in (*SAFE_FILES, *TORCH_FILES) if (folder / name).is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join((*SAFE_FILES, *TORCH_FILES))}")
+    refuse_lfs_pointer(path)
+    try:
+        state = _read_safe(path) if path.name in SAFE_FILES else _read_pickled(path)
+    except pickle.UnpicklingError as error:  # whose text advises to run whatever the file holds
+        raise CheckpointError(
+            f"{path} is no readable checkpoint (damaged, or it holds more than tensors, which is never run); {remedy}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is no readable checkpoint ({reason}); {remedy}") from error
+    state = _without_wrappers(state)
+    refuse_non_finite(state, path, remedy)
+    return state
+
+
+def _read_safe(path: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict (names and tensors); give a checkpoint as published")
+    return state
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as the bare model has them: torch.compile adds `_orig_mod.` anywhere, DataParallel `module.` in front."""
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def refuse_non_finite(state: Mapping[str, Tensor], place: object, remedy: str) -> None:
+    """Raises CheckpointError that names the tensors of `state` that hold NaN or infinity, if there are any."""
+    bad = sorted(name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all())
+    if bad:
+        raise CheckpointError(f"{place} holds values that are NaN or infinite in {_named(bad)}; {remedy}")
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises CheckpointError where `path` is not the file itself but the pointer that Git LFS leaves in its place."""
+    with path.open("rb") as stream:
+        if stream.read(len(LFS_MARK)) == LFS_MARK:
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` where it lies")
 
 
 def refuse_misfits(
@@ -103,7 +139,13 @@ class StrictModel(PreTrainedModel):
         found |= dict.fromkeys(info["unexpected_keys"], ())
         found |= {name: tuple(stored) for name, stored, _ in info["mismatched_keys"]}
         refuse_misfits(expected, found, pretrained_model_name_or_path, optional=model.all_tied_weights_keys)
+        refuse_non_finite(model.state_dict(), pretrained_model_name_or_path, "fetch it again")
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """As in transformers; raises CheckpointError for weights that are not finite, before anything is written."""
+        refuse_non_finite(self.state_dict(), "the model", "it is not saved; train again with a lower learning rate")
+        super().save_pretrained(save_directory, *args, **options)
 
     @classmethod
     def _check_folder(cls, folder: Path, config: Any) -> None:
@@ -111,6 +153,7 @@ class StrictModel(PreTrainedModel):
         path = folder / SAFE_FILES[0]
         if not path.is_file():
             return
+        refuse_lfs_pointer(path)
         if config is None:
             config = cls.config_class.from_pretrained(folder)  # type: ignore[union-attr]
         with torch.device("meta"):

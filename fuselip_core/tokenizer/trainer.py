@@ -1,9 +1,8 @@
-"""The codebook stage: trains the image tokenizer from scratch, or fine-tunes a published one to radiology.
+"""Trains the image tokenizer from scratch, or fine-tunes a published one to radiology.
 
-A codebook collapses when codes and latents move at once from a random start. So the tokenizer first learns to
-reconstruct without quantisation (or starts from patches, see patch_start.py), then k-means places the codes where the
-latents are, then both go on together; codes that fall out of use are moved onto current latents (as in Jukebox,
-arXiv 2005.00341, section 3.1).
+A codebook collapses when codes and latents move at once from a random start. So the tokenizer starts from patches
+where it can (patch_start.py), k-means places the codes where the latents are, and codes that fall out of use are moved
+onto current latents (as in Jukebox, arXiv 2005.00341, section 3.1).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torchvision.transforms.functional import normalize
 
 from fuselip_core.config import CodebookSettings
 from fuselip_core.data.shards.in_order import PixelCache
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.model.hub import load_pretrained
 from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD, as_pixels
@@ -32,6 +31,7 @@ from fuselip_core.progress import track
 from fuselip_core.tokenizer.patch_start import can_start_from_patches, start_from_patches
 from fuselip_core.training.checkpoint import (
     Checkpoints,
+    StopSignal,
     folder_of_run,
     random_state,
     seed_everything,
@@ -98,45 +98,44 @@ class CodebookTrainer:
         self.device = next(tokenizer.parameters()).device
         self.optimizer = build_adamw([tokenizer], settings.learning_rate, settings.weight_decay, (0.9, 0.95))
         self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.bool, device=self.device)
-        # A tokenizer that was trained before has its codes in place already.
-        self.continuous_steps = 0 if settings.init else round(settings.steps * settings.continuous_share)
         self.step = 0
 
     def run(self) -> None:
         """All steps that are still to do."""
-        seed_everything(self.settings.seed)
-        self._resume()
-        last_save = time.monotonic()
-        self.tokenizer.train()
-        remaining = range(self.step, self.settings.steps)
-        if self.step == 0:
-            self._begin()
-        for step in track(remaining, "training the image tokenizer", total=self.settings.steps, start=self.step):
-            if step == self.continuous_steps and not self.settings.init:
-                self._place_codes()
-            metrics = self._train_step(step)
-            self.step = step + 1
-            if self.step % 20 == 0 or self.step == self.settings.steps:
-                self.log({name: float(value) for name, value in metrics.items()}, self.step)
-            if time.monotonic() - last_save > CHECKPOINT_SECONDS:
-                self.checkpoints.save(self.step, self._state())
-                last_save = time.monotonic()
+        steps = self.settings.steps
+        with StopSignal() as stop:
+            seed_everything(self.settings.seed)
+            self._resume()
+            last_save = time.monotonic()
+            self.tokenizer.train()
+            if self.step == 0 and steps and not self.settings.init:
+                self._begin()
+            for step in track(range(self.step, steps), "training the image tokenizer", total=steps, start=self.step):
+                metrics = self._train_step(step)
+                self.step = step + 1
+                if self.step % 20 == 0 or self.step == steps:
+                    self.log({name: float(value) for name, value in metrics.items()}, self.step)
+                stopped = stop.received and self.step < steps
+                if stopped or time.monotonic() - last_save > CHECKPOINT_SECONDS:
+                    self.checkpoints.save(self.step, self._state())
+                    last_save = time.monotonic()
+                if stopped:
+                    raise Interrupted(f"stopped at step {self.step} and saved; the same command goes on from there")
         self.tokenizer.reconstructs |= self.step > 0
 
     def _begin(self) -> None:
-        """Gives a tokenizer without a past the best start there is for its shape."""
-        if self.settings.init or not can_start_from_patches(self.tokenizer):
-            return
-        rows = np.linspace(0, len(self.images) - 1, min(START_IMAGES, len(self.images))).astype(int)
-        start_from_patches(self.tokenizer, as_pixels(self.images.rows(rows), self.device))
+        """Gives a tokenizer that is trained from scratch a start from patches where it can have one, and its codes."""
+        if can_start_from_patches(self.tokenizer):
+            rows = np.linspace(0, len(self.images) - 1, min(START_IMAGES, len(self.images))).astype(int)
+            start_from_patches(self.tokenizer, as_pixels(self.images.rows(rows), self.device))
+        self._place_codes()
 
     def _train_step(self, step: int) -> dict[str, Tensor | float]:
         settings = self.settings
         rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup_share)
         set_learning_rate(self.optimizer, rate)
         pixels = as_pixels(self.images.rows(self._batch_rows(step)), self.device)
-        quantise = step >= self.continuous_steps
-        output = self.tokenizer(pixels, quantise=quantise)
+        output = self.tokenizer(pixels)
         loss = self._loss(output, pixels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -148,8 +147,7 @@ class CodebookTrainer:
                 "lower codebook.learning_rate"
             )
         self.optimizer.step()
-        if quantise:
-            self._revive(step, output.codes, pixels)
+        self._revive(step, output.codes, pixels)
         return {
             "codebook/loss": loss.detach(),
             "codebook/batch_mse": F.mse_loss(output.pixels.detach().clamp(0, 1), pixels),

@@ -1,4 +1,4 @@
-"""The model, the data and the encoder of a run, for every family: what stages.py puts together.
+"""The model, the data and the encoder of a run, for every family: what train.py puts together.
 
 Everything is found below the run's folder of artifacts: codebook/, tokens/, prepared/ and, for models that read pixels,
 work/pixels/.
@@ -35,9 +35,7 @@ def build_model(options: ModelSettings, settings: TrainSettings, tokenizer: TiTo
 
 
 def _new_fuselip(options: ModelSettings, settings: TrainSettings, tokenizer: TiTok) -> FuseLIPModel:
-    config = FuseLIPConfig.of_size(
-        options.size, tokenizer.config, options.context_length, options.mask_token, options.end_of_image
-    )
+    config = FuseLIPConfig.of_size(options.size, tokenizer.config, options.context_length, options.mask_token)
     model = FuseLIPModel(config)
     _start_scale(model, settings)
     spread = settings.initial_embedding_std / model.token_embedding.weight.std().item()

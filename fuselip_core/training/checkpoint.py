@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import pickle
 import random
 import re
 import shutil
@@ -21,6 +22,7 @@ import torch
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_folder, sha256_of
+from fuselip_core.model.weights import refuse_non_finite
 
 # What differs between a run that was cut off and one that was not.
 OF_A_SESSION = ("system/", "checkpoint")
@@ -45,7 +47,11 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes `state` (tensors, numbers, strings, lists and dicts of them) as the checkpoint of `step`."""
+        """Writes `state` (tensors, numbers, strings, lists and dicts of them) as the checkpoint of `step`.
+
+        Raises CheckpointError where a tensor is not finite: nobody could go on from it.
+        """
+        refuse_non_finite(_tensors(state), f"the state of step {step}", "lower the learning rate")
         path = self.folder / f"step-{step:08d}"
         for left in self.folder.glob(".step-*"):  # of a process killed while it saved: nobody else writes here
             shutil.rmtree(left, ignore_errors=True)
@@ -66,8 +72,12 @@ class Checkpoints:
             try:
                 if sha256_of(path / STATE_FILE) != (path / DIGEST_FILE).read_text().strip():
                     raise FuselipError("its digest does not match")
-                return step, torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, ValueError) as error:
+                state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+                refuse_non_finite(_tensors(state), path, "it is passed over")
+                return step, state
+            except pickle.UnpicklingError:  # whose text advises to run whatever the file holds
+                logger.warning("checkpoint %s holds more than tensors, which is never run; trying the one before", path)
+            except (OSError, RuntimeError, EOFError, ValueError) as error:
                 logger.warning("checkpoint %s is damaged (%s); trying the one before", path, error)
         return None
 
@@ -77,6 +87,18 @@ class Checkpoints:
             if match := re.fullmatch(r"step-(\d+)", path.name):
                 found.append((int(match.group(1)), path))
         return sorted(found)
+
+
+def _tensors(state: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested dicts and lists by their place, such as model.ln_final.weight."""
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    found: dict[str, torch.Tensor] = {}
+    for key, value in items:
+        if isinstance(value, torch.Tensor | dict | list | tuple):
+            found |= _tensors(value, f"{name}.{key}" if name else str(key))
+    return found
 
 
 def random_state() -> dict[str, Any]:

@@ -115,7 +115,6 @@ class Trainer:
             settings.weight_decay,
             settings.betas,
             settings.epsilon,
-            settings.layer_decay,
         )
         self.average = AveragedWeights(self.model, settings.ema) if settings.ema else None
         self.step, self.pairs, self.seconds = 0, 0, 0.0
@@ -193,11 +192,10 @@ class Trainer:
 
     def _look_ahead(self, step: int) -> None:
         """Tells an encoder that fetches its inputs which pairs the step after `step` will need."""
-        expect = getattr(self.encoder, "expect", None)
-        if expect is None or step + 1 >= self.schedule.steps:
+        if not self.encoder.looks_ahead or step + 1 >= self.schedule.steps:
             return
         here = self.mixture.state_dict()
-        expect(self.next_rows(), self._view_rng(step + 1), self.settings.accumulation)
+        self.encoder.expect(self.next_rows(), self._view_rng(step + 1), self.settings.accumulation)
         self.mixture.load_state_dict(here)
 
     def _uses_bfloat16(self) -> bool:

@@ -52,18 +52,14 @@ class Mixture:
         seed: int,
         *,
         grouped: bool = False,
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
-        if not 0 <= rank < world or batch_size % world:
-            raise FuselipError(f"a batch of {batch_size} cannot be shared by {world} processes; take a multiple of it")
         used = {kind: float(weight) for kind, weight in sorted(weights.items()) if weight > 0}
         if not used:
             raise FuselipError("the mixture has no kind with a positive weight; give train.mixture one")
         total = math.fsum(used.values())
         self.weights = {kind: weight / total for kind, weight in used.items()}
         self.batch_size, self.seed, self.grouped, self.step = batch_size, seed, grouped, 0
-        self._store, self._rank, self._world = store, rank, world
+        self._store = store
         limit = batch_size if grouped else None
         self._streams = {kind: _Stream(store, kind, seed, limit) for kind in self.weights}
         self._debts = dict.fromkeys(self.weights, 0)
@@ -89,31 +85,12 @@ class Mixture:
                 owed[kind] -= len(rows)
         self._debts = owed
         self.step += 1
-        batch = np.concatenate(parts).astype(np.int64)
-        return batch[self._rank :: self._world]
+        return np.concatenate(parts).astype(np.int64)
 
     @property
     def pairs(self) -> dict[str, int]:
         """Pairs of each kind in an epoch."""
         return {kind: stream.rows for kind, stream in self._streams.items()}
-
-    @property
-    def epochs(self) -> dict[str, float]:
-        """How often each kind has been gone through."""
-        return {kind: stream.epoch + stream.dealt / stream.rows for kind, stream in self._streams.items()}
-
-    def shard(self, rank: int, world: int) -> Mixture:
-        """A mixture at the same position that yields only this process's share of each batch.
-
-        Every process deals the same global batches and takes every `world`-th pair from `rank` on, so that the shares
-        are disjoint and of equal size (but for a batch shortened by `grouped`: of equal size within one). The state is
-        that of the global batches: the same in every process.
-        """
-        mixture = Mixture(
-            self._store, self.weights, self.batch_size, self.seed, grouped=self.grouped, rank=rank, world=world
-        )
-        mixture.load_state_dict(self.state_dict())
-        return mixture
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next batches depend on, as plain JSON values."""

@@ -8,7 +8,6 @@ Legend: B pairs, W width.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from typing import TYPE_CHECKING
@@ -16,18 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.training.checkpoint import random_state, set_random_state
-from fuselip_core.training.losses import sigmoid_contrastive
 
 if TYPE_CHECKING:
     from fuselip_core.training.loop import Trainer
 
 logger = logging.getLogger("fuselip")
 FAR_FROM_THEORY = 0.25  # share of the theoretical value
-OVERFIT_PAIRS, OVERFIT_STEPS, OVERFIT_EVERY, LEARNED = 128, 400, 20, 0.95
 
 
 def look_before_the_first_step(trainer: Trainer) -> dict[str, float]:
@@ -43,8 +40,6 @@ def look_before_the_first_step(trainer: Trainer) -> dict[str, float]:
     _refuse_unreached(trainer.model, losses.masked.item() > 0)
     trainer.optimizer.zero_grad(set_to_none=True)
     found = _compare(trainer, rows, losses.contrastive.item(), losses.masked.item())
-    if trainer.settings.overfit_check:
-        found["preflight/overfit_accuracy"] = overfit(trainer)
     trainer.mixture.load_state_dict(mixture_before)
     set_random_state(random_before)
     return found
@@ -102,47 +97,3 @@ def _refuse_unreached(model: nn.Module, masked: bool) -> None:
             f"no gradient reaches {', '.join(unreached[:3])}{more}, so they would never train; look at train.mixture, "
             "which must give the model every kind of input, or set train.preflight=false"
         )
-
-
-def overfit(trainer: Trainer) -> float:
-    """Learns 128 pairs by heart with a copy of the model; returns the share of queries that find their target.
-
-    Raises FuselipError where that is not nearly all: then something is broken that no run mends.
-    """
-    encoder = copy.copy(trainer.encoder)
-    encoder.model = copy.deepcopy(trainer.model)
-    rows = _distinct(trainer)
-    inputs = encoder.inputs(rows, np.random.default_rng(0))
-    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=max(trainer.settings.learning_rate, 1e-4))
-    right = 0.0
-    for step in range(OVERFIT_STEPS):
-        query, target = (each.float() for each in encoder.encode(inputs)[:2])
-        optimizer.zero_grad(set_to_none=True)
-        sigmoid_contrastive(query, target, encoder.model.logit_scale.exp(), encoder.model.logit_bias).backward()
-        optimizer.step()
-        if (step + 1) % OVERFIT_EVERY == 0 and (right := _accuracy(query.detach() @ target.detach().T)) >= LEARNED:
-            return right
-    raise FuselipError(
-        f"{len(rows)} pairs could not be learned by heart in {OVERFIT_STEPS} steps ({right:.0%} find their target); "
-        "look at the pairs' images and texts, or raise train.learning_rate"
-    )
-
-
-def _distinct(trainer: Trainer) -> np.ndarray:
-    """Pairs no two of which have the same query or the same target."""
-    pairs, rows = trainer.store.pairs, trainer.next_rows()
-    while len(rows) < 4 * OVERFIT_PAIRS and len(rows) < len(trainer.store):
-        rows = np.concatenate([rows, trainer.next_rows()])
-    rows = np.unique(rows)
-    for side in ("query", "target"):
-        parts = [getattr(pairs, f"{side}_{part}")[rows] for part in ("image", "text")]
-        _, first = np.unique(np.stack(parts, axis=1), axis=0, return_index=True)
-        rows = rows[np.sort(first)]
-    return rows[:OVERFIT_PAIRS]
-
-
-def _accuracy(scores: Tensor) -> float:
-    """Share of rows of `scores` (B, B) whose own target scores above every other; a tie is wrong."""
-    own = scores.diagonal()[:, None]
-    others = scores.masked_fill(torch.eye(len(scores), dtype=torch.bool, device=scores.device), -math.inf)
-    return float((own > others).all(dim=1).float().mean())

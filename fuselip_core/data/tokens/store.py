@@ -3,11 +3,12 @@
 Legend: B pairs of a batch, N images, V views, K codes an image, T unique texts, P pairs, L longest text of the batch.
 
 Codes are the image tokenizer's own indices, never joint ids: turning the mask token on moves every joint id by one.
-A store is a folder with ``manifest.json`` and one folder a split, written by ``token_writer.py``.
+A store is a folder with ``manifest.json`` and one folder a split, written by ``writer.py``.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
 from collections.abc import Iterable, Mapping
@@ -154,6 +155,12 @@ class TokenStore:
                 raise self._damaged(path, error) from error
         wanted = pa.array([None if row < 0 else int(row) for row in rows], pa.int64())
         return [text or "" for text in self._strings.take(wanted).to_pylist()]
+
+    def with_codes(self, codes: Array, blank: Array) -> TokenStore:
+        """The same pairs and texts with other codes (N, V, K) of any integer type, and those (K) of a black image."""
+        other = copy.copy(self)
+        other.codes, other.blank = codes, blank
+        return other
 
     def release(self) -> None:
         """Hands mapped pages back to the system, which keeps them cached as long as it has room."""
