@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,8 +20,15 @@ _PLACES = {"Embedder": "fuselip_core.model.embedder", "load_model": "fuselip_cor
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
+        importlib.import_module("fuselip_core.model.hub").RESOLVERS["models:/"] = _registered
         return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'fuselip_core' has no attribute '{name}'")
+
+
+def _registered(address: str) -> Path:
+    """The folder of a model in MLflow's registry."""
+    folder: Path = importlib.import_module("fuselip_core.registry.address").fetch_model(address)
+    return folder
 
 
 def __dir__() -> list[str]:

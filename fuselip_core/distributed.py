@@ -39,9 +39,15 @@ class World:
 
     def ring(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Yields the other processes' tensors of the same shapes, one process after the other, with gradient."""
+        if self.alone:
+            return
+        # Here, because it takes seconds to import.
+        from open_clip.loss import neighbour_exchange_with_grad  # type: ignore[import-untyped]
+
+        before, behind = (self.rank - 1) % self.size, (self.rank + 1) % self.size
         carried = list(tensors)
         for _ in range(self.size - 1):
-            carried = [_pass_on(tensor, self) for tensor in carried]
+            carried = [neighbour_exchange_with_grad(before, behind, tensor.contiguous()) for tensor in carried]
             yield carried
 
     def mean(self, values: Tensor) -> Tensor:
@@ -110,34 +116,3 @@ def local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _pass_on(tensor: Tensor, world: World) -> Tensor:
-    """What the neighbour before holds, while the one behind gets `tensor`."""
-    return _PassOn.apply(tensor, world) if tensor.requires_grad else _shift(tensor, world, 1)
-
-
-class _PassOn(torch.autograd.Function):
-    """Tensors go one way round the ring, their gradients the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
-        ctx.world = world
-        return _shift(tensor, world, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _shift(gradient, ctx.world, -1), None
-
-
-def _shift(tensor: Tensor, world: World, places: int) -> Tensor:
-    sent, received = tensor.contiguous(), torch.empty_like(tensor)
-    work = dist.batch_isend_irecv(
-        [
-            dist.P2POp(dist.isend, sent, (world.rank + places) % world.size),
-            dist.P2POp(dist.irecv, received, (world.rank - places) % world.size),
-        ]
-    )
-    for each in work:
-        each.wait()
-    return received

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from training_data import SHAPES, draw
 
 from fuselip_core.config import CodebookSettings
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.model.processing import as_pixels
 from fuselip_core.model.titok import TiTok, TiTokConfig
-from fuselip_core.tokenizer.measure import measure_codebook, save_reconstructions
+from fuselip_core.tokenizer.measure import measure_codebook, save_reconstructions, warn_of_collapse
 from fuselip_core.tokenizer.patch_start import start_from_patches
 from fuselip_core.tokenizer.trainer import CodebookTrainer, codebook_run_folder
 from fuselip_core.training.checkpoint import Checkpoints
@@ -86,6 +90,28 @@ def _unquantised(tokenizer: TiTok, pixels: Tensor) -> Tensor:
     return tokenizer.decoder(tokenizer.quantize.flatten(tokenizer.encode(pixels)).transpose(1, 2))
 
 
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    settings = CodebookSettings(steps=8, batch_size=8, revive_every=3)
+    whole, _ = train(tmp_path / "whole", settings)
+    torch.manual_seed(0)
+    cut = CodebookTrainer(
+        TiTok(CONFIG, decoder=True), Pictures(32), settings, Checkpoints(tmp_path / "cut"), lambda metrics, step: None
+    )
+    original = cut._train_step
+
+    def step(number: int) -> dict[str, Any]:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(number)
+
+    cut._train_step = step
+    with pytest.raises(Interrupted, match="stopped at step 5 and saved"):
+        cut.run()
+    resumed, losses = train(tmp_path / "cut", settings)
+    assert len(losses) == 3
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
 def test_patch_start_reconstructs_before_any_step() -> None:
     torch.manual_seed(0)
     pixels = as_pixels(Pictures(64).rows(np.arange(64)), torch.device("cpu"))
@@ -106,6 +132,19 @@ def test_training_learns_and_uses_its_codes(tmp_path: Path) -> None:
     assert 0.0 < measured["codebook/use"] <= 1.0
     save_reconstructions(tokenizer, Pictures(32), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_a_collapsed_codebook_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="fuselip"):
+        warn_of_collapse({"codebook/use": 0.1, "codebook/psnr": 17.0}, codes=50, codebook_size=200)  # 40 % of 50
+        warn_of_collapse({"codebook/use": 0.9}, codes=5000, codebook_size=200)  # a decoder that was never trained
+        assert not caplog.records
+        warn_of_collapse({"codebook/use": 0.2, "codebook/psnr": 17.0}, codes=5000, codebook_size=200)
+        warn_of_collapse({"codebook/use": 0.5, "codebook/psnr": 11.0}, codes=5000, codebook_size=200)
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        "the codebook has collapsed (20% of the codes it could use, PSNR 17.0 dB",
+        "the codebook has collapsed (50% of the codes it could use, PSNR 11.0 dB",
+    ]
 
 
 def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.presets import open_clip_config
 from fuselip_core.model.processing import FuseLIPProcessor
 from fuselip_core.model.titok import TiTok, TiTokConfig
+from fuselip_core.model.vocabulary import END_OF_TEXT
 from fuselip_core.registry.served_model import read_rows
 
 CODEBOOK = TiTokConfig(
@@ -158,3 +159,22 @@ def test_saved_embedder_comes_back(embedder: Embedder, pictures: list[Image.Imag
     loaded = Embedder.from_pretrained(tmp_path / "model", device="cpu")
     again, once = (each.embed(pictures, ["a", None, "b"]) for each in (loaded, embedder))
     np.testing.assert_allclose(again, once, atol=1e-6)  # not to the bit: kernels depend on where in memory tensors lie
+
+
+def test_no_rows_give_no_embeddings_and_nothing_at_all_is_refused(embedder: Embedder) -> None:
+    assert embedder.embed(texts=[]).shape == embedder.embed(images=[], texts=[]).shape == (0, embedder.width)
+    assert embedder.embed(texts=(text for text in ("a", "b"))).shape == (2, embedder.width)
+    with pytest.raises(FuselipError, match="nothing to embed"):
+        embedder.embed()
+    for wrong in ({"texts": "x"}, {"texts": b"x"}, {"images": "ct.png"}, {"images": 5}):
+        with pytest.raises(FuselipError, match="must be a list"):
+            embedder.embed(**wrong)
+    assert repr(embedder).startswith("Embedder(fuselip") and f"width {embedder.width}" in repr(embedder)
+
+
+def test_end_of_text_written_in_a_text_is_the_token(embedder: Embedder) -> None:
+    """As published: it is no error, and the text is pooled there."""
+    ids = embedder.processor.text_tokenizer(["liver <end_of_text> lesion"])[0]
+    plain = embedder.processor.text_tokenizer(["liver lesion"])[0]
+    assert (ids == END_OF_TEXT).sum() == 2 and (plain == END_OF_TEXT).sum() == 1
+    assert np.isfinite(embedder.embed(texts=["liver <end_of_text> lesion"])).all()

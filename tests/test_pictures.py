@@ -10,7 +10,7 @@ import torch
 from test_late_fusion import towers
 from tiny_store import random_store, settings_of
 
-from fuselip_core.data.tokens.store import gather
+from fuselip_core.data.tokens.store import TokenStore, gather
 from fuselip_core.encoding.from_pixels import BLACK, PictureEncoder, PicturePairs, Pictures, open_picture_store
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.training.checkpoint import Checkpoints

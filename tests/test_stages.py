@@ -77,6 +77,16 @@ def test_registered_version_embeds_like_the_saved_model(run: Settings) -> None:
     assert vectors.shape == (2, 128)
 
 
+def test_a_registered_model_is_loaded_by_its_address(run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fuselip_core import Embedder as FrontDoor
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run.artifacts.parent / 'mlflow.db'}")
+    registered = FrontDoor.from_pretrained("models:/fuselip-sample/1", "cpu").embed(texts=["left"])
+    assert np.array_equal(registered, Embedder.from_pretrained(run.artifacts / "model", "cpu").embed(texts=["left"]))
+    with pytest.raises(FuselipError, match="has no models:/fuselip-sample/7"):
+        FrontDoor.from_pretrained("models:/fuselip-sample/7")
+
+
 def test_stored_tokens_give_what_the_published_call_gives(run: Settings) -> None:
     """The fast path (codes made once) equals the reference path (pixels through the tokenizer) for view 0."""
     from fuselip_core.data.shards.reader import PreparedData

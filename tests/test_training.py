@@ -243,6 +243,17 @@ def test_averaged_weights_follow_their_definition_and_step_aside() -> None:
     torch.testing.assert_close(model.weight, expected)
 
 
+def test_out_of_gpu_memory_is_a_sentence_with_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(random_store(tmp_path / "store"), settings_of(accumulation=2), tmp_path / "run")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer.encoder, "encode", full)
+    with pytest.raises(FuselipError, match=r"batch_size 8 in 2 parts .*train\.accumulation=4"):
+        trainer.run()
+
+
 def test_weight_decay_is_on_matrices_only() -> None:
     model = tiny_model()
     decayed, free = build_adamw([model], 1e-3, 0.1).param_groups

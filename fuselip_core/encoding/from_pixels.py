@@ -1,6 +1,6 @@
 """Where stored texts and prepared images meet a late-fusion model, which reads pixels and no codes.
 
-A picture store is a token store whose codes are rows of a cache of pixels, in the same views that were tokenized: so the
+A picture store is a token store whose codes are rows of a cache of pixels, in the views that were tokenized: so the
 baselines see the same pairs, batches, crops and evaluations as the joint encoder. Where such a cache would be too large
 its rows are decoded when they are asked for. Legend: B pairs, N images, V views,
 S pixels a side, L tokens, W width.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,15 @@ class Embedder:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | torch.device | None = None) -> Embedder:
-        """Loads a folder or hub id; `device` None takes a GPU if there is one."""
+        """Loads a folder, a hub id or models:/NAME@ALIAS; `device` None takes a GPU if there is one."""
         return cls(*load_pretrained(name, device))
+
+    def __repr__(self) -> str:
+        size, tokens = self.processor.size, self.processor.context_length
+        return (
+            f"Embedder({self.model.config.model_type}, width {self.width}, images {size} x {size}, "
+            f"{tokens} tokens, on {self.model.device})"
+        )
 
     @torch.inference_mode()
     def embed(
@@ -41,8 +49,9 @@ class Embedder:
     ) -> NDArray[np.float32]:
         """Rows of pictures (Pillow images or paths), texts or both → unit-norm embeddings (N, W) float32.
 
-        A row may lack its image or its text (None), not both. Rows of one kind run together, `batch_size` at a time.
-        Raises FuselipError that names the row where something is missing or unreadable.
+        A row may lack its image or its text (None), not both; no rows at all give (0, W). Rows of one kind run
+        together, `batch_size` at a time. Raises FuselipError that names the row where something is missing or
+        unreadable, or where the embedding is not finite.
         """
         if batch_size < 1:
             raise FuselipError(f"batch_size is {batch_size}; it must be at least 1")
@@ -55,6 +64,8 @@ class Embedder:
         result = np.zeros((len(pictures), self.width), dtype=np.float32)
         for rows in track(batches, "embed") if progress else batches:
             result[rows] = self._embed_kind([pictures[row] for row in rows], [strings[row] for row in rows], rows)
+        if len(bad := np.flatnonzero(~np.isfinite(result).all(axis=1))):
+            raise FuselipError(f"row {bad[0]}: its embedding is not finite; the weights are damaged, load them again")
         return result
 
     @property
@@ -100,11 +111,13 @@ def _aligned(
     images: Sequence[Picture | None] | None, texts: Sequence[str | None] | None
 ) -> tuple[list[Picture | None], list[str | None]]:
     for name, value in (("images", images), ("texts", texts)):
-        if isinstance(value, str | Path | Image.Image):
+        if isinstance(value, str | bytes | Path | Image.Image) or not isinstance(value, Iterable | None):
             raise FuselipError(f"{name} must be a list, with one entry a row; write {name}=[...]")
-    count = len(images) if images is not None else len(texts) if texts is not None else 0
-    pictures: list[Picture | None] = [None] * count if images is None else list(images)
-    strings: list[str | None] = [None] * count if texts is None else list(texts)
+    if images is None and texts is None:
+        raise FuselipError("there is nothing to embed; give images, texts or both")
+    given_images, given_texts = (None if each is None else list(each) for each in (images, texts))
+    pictures: list[Any] = given_images if given_images is not None else [None] * len(given_texts or ())
+    strings: list[Any] = given_texts if given_texts is not None else [None] * len(pictures)
     if len(pictures) != len(strings):
         raise FuselipError(f"{len(pictures)} images but {len(strings)} texts; None stands for a missing one")
     for row, (picture, text) in enumerate(zip(pictures, strings, strict=True)):

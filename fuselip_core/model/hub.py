@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ STARTED_FROM = "started_from.json"  # beside a trained model: the checkpoint tha
 
 Model = FuseLIPModel | LateFusionModel
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Scheme of an address → what finds its folder; the package registers MLflow's, which this room must not know.
+RESOLVERS: dict[str, Callable[[str], Path]] = {}
 WANTED_FILES = ["*.json", "*.safetensors", "*.bin"]
 
 
@@ -118,9 +120,15 @@ def _with_weights(tokenizer: TiTok, state: dict[str, Tensor], folder: Path) -> T
 
 
 def fetch(name: str | Path) -> Path:
-    """A folder as it is; a hub id's files, from the cache or the hub (HF_ENDPOINT and HF_HUB_OFFLINE are heeded)."""
+    """A folder as it is; a hub id's files, from the cache or the hub (HF_ENDPOINT and HF_HUB_OFFLINE are heeded).
+
+    Addresses of another scheme, such as models:/, go to the function that RESOLVERS has for it.
+    """
     if Path(name).is_dir():
         return Path(name)
+    for scheme, resolve in RESOLVERS.items():
+        if str(name).startswith(scheme):
+            return resolve(str(name))
     if not HUB_ID.fullmatch(str(name)):
         raise FuselipError(f"there is no folder '{name}', and a model on the hub is called owner/name")
     from huggingface_hub import errors, snapshot_download

@@ -53,7 +53,11 @@ class ImageProcessor:
 
 
 class TextTokenizer:
-    """CLIP's byte-pair encoding, from open_clip: lower case, whitespace and entities cleaned."""
+    """CLIP's byte-pair encoding, from open_clip: lower case, whitespace and entities cleaned.
+
+    As published, `<start_of_text>` and `<end_of_text>` written in a text become those tokens, and a text is pooled at
+    its first end-of-text. Take them out of texts that may hold them by accident.
+    """
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length

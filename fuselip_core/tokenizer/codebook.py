@@ -13,7 +13,7 @@ from fuselip_core.files import atomic_folder, write_json
 from fuselip_core.model.hub import load_tokenizer
 from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.titok import TiTok
-from fuselip_core.tokenizer.measure import measure_codebook, save_reconstructions
+from fuselip_core.tokenizer.measure import measure_codebook, save_reconstructions, warn_of_collapse
 from fuselip_core.tokenizer.trainer import CodebookTrainer, codebook_run_folder, open_perception
 from fuselip_core.tracking.run import open_run
 from fuselip_core.training.checkpoint import Checkpoints, seed_everything
@@ -42,6 +42,7 @@ def train_codebook(settings: Settings) -> dict[str, float]:
         perception = open_perception(settings.codebook, local_device())
         CodebookTrainer(tokenizer, train, settings.codebook, checkpoints, run.metrics, perception).run()
         measured = before | measure_codebook(tokenizer, held_out, modalities)
+        warn_of_collapse(measured, len(held_out) * tokenizer.config.latent_tokens, tokenizer.config.codebook_size)
         with atomic_folder(settings.artifacts / "codebook") as folder:
             tokenizer.save(folder)
             write_json(folder / "codebook.json", measured)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ from torch import Tensor
 from fuselip_core.data.shards.in_order import PixelCache
 from fuselip_core.model.processing import as_pixels
 from fuselip_core.model.titok import TiTok
+
+logger = logging.getLogger("fuselip")
+LEAST_USE = 0.25  # share of codes
+LEAST_PSNR = 12.0  # dB; the mean of all images gives 9 to 12
 
 
 def _batches(images: PixelCache, device: torch.device, size: int = 64) -> Iterator[Tensor]:
@@ -46,6 +51,18 @@ def measure_codebook(
         f"{name}/use": (counts > 0).double().mean().item(),
         f"{name}/perplexity": math.exp(entropy),
     }
+
+
+def warn_of_collapse(measured: Mapping[str, float], codes: int, codebook_size: int) -> None:
+    """Says when a codebook has collapsed, and what to do; `codes` is the number of codes that were measured."""
+    used, psnr = measured["codebook/use"] / min(1.0, codes / codebook_size), measured.get("codebook/psnr", math.inf)
+    if used < LEAST_USE or psnr < LEAST_PSNR:
+        found = f"{used:.0%} of the codes it could use" + (f", PSNR {psnr:.1f} dB" if math.isfinite(psnr) else "")
+        logger.warning(
+            "the codebook has collapsed (%s; below %.0f %% or %.0f dB images look alike): train it longer "
+            "(codebook.steps), with a lower codebook.learning_rate, or start from a published one (codebook.init)",
+            *(found, 100 * LEAST_USE, LEAST_PSNR),
+        )
 
 
 def _errors(predicted: Tensor, pixels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +121,7 @@ class Trainer:
 
     def run(self) -> TrainingSummary:
         """All steps that are still to do; raises Interrupted after saving when SIGTERM arrives."""
-        with StopSignal() as stop:
+        with StopSignal() as stop, self._memory_named():
             seed_everything(self.settings.seed + self.world.rank)
             self.world.broadcast(self.model)
             self._resume()
@@ -163,6 +163,20 @@ class Trainer:
         losses = backward(self.encoder, parts, contrast, settings.mask_weight, self.world, self._uses_bfloat16())
         self.world.average_gradients(self.model.parameters())
         return losses
+
+    @contextlib.contextmanager
+    def _memory_named(self) -> Iterator[None]:
+        """Turns a GPU's memory running out into a sentence with the settings that decide how much a step needs."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+            parts = self.settings.accumulation
+            raise FuselipError(
+                f"the GPU's memory does not hold a step of train.batch_size {self.settings.batch_size} in {parts} "
+                f"part{'s' * (parts > 1)} (train.accumulation; {peak / 2**30:.1f} GB were in use): set "
+                f"train.accumulation={2 * parts}, or train.gradient_checkpointing=true"
+            ) from error
 
     def _train_step(self, step: int) -> dict[str, Tensor | float]:
         rate = self.schedule.rate(step)

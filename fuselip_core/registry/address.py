@@ -1,0 +1,28 @@
+"""A registered model's folder, by its address in MLflow's registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fuselip_core.errors import FuselipError
+from fuselip_core.tracking.services import tracking_uri
+
+
+def fetch_model(address: str) -> Path:
+    """The folder of the model that `address` (models:/NAME@ALIAS or models:/NAME/VERSION) means, downloaded if needed.
+
+    Raises FuselipError where the registry has no such model, or what it has is no encoder of this project.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import Model
+
+    try:
+        place = mlflow.artifacts.download_artifacts(address, tracking_uri=tracking_uri())
+        artifacts = Model.load(place).flavors["python_function"]["artifacts"]
+        return Path(place) / artifacts["model"]["path"]
+    except KeyError as error:
+        raise FuselipError(f"{address} is no encoder of this project; name one that `fuselip register` made") from error
+    except (MlflowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FuselipError(f"{tracking_uri()} has no {address} ({reason}); see MLFLOW_TRACKING_URI") from error
