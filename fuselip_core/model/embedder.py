@@ -113,8 +113,6 @@ def _aligned(
     for name, value in (("images", images), ("texts", texts)):
         if isinstance(value, str | bytes | Path | Image.Image) or not isinstance(value, Iterable | None):
             raise FuselipError(f"{name} must be a list, with one entry a row; write {name}=[...]")
-    if images is None and texts is None:
-        raise FuselipError("there is nothing to embed; give images, texts or both")
     given_images, given_texts = (None if each is None else list(each) for each in (images, texts))
     pictures: list[Any] = given_images if given_images is not None else [None] * len(given_texts or ())
     strings: list[Any] = given_texts if given_texts is not None else [None] * len(pictures)
