@@ -20,7 +20,7 @@ from fuselip_core.errors import FuselipError
 class PromoteRequest(Form):
     """Which version the alias shall point to."""
 
-    name: str = Field("fuselip-rocov2", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model.")
+    name: str = Field("fuselip-rocov2-base", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model.")
     version: int | None = empty("Version to promote. Empty: the newest.", ge=1)
     alias: str = Field(
         "champion", pattern=r"^[a-z][a-z0-9_-]*$", description="Alias to move; what is served follows it."

@@ -318,9 +318,14 @@ class Gate(Section):
 class RegisterSettings(Section):
     """MLflow's model registry."""
 
-    name: str = Field("fuselip-sample", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model.")
+    name: str = Field(
+        "fuselip-sample", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model, without the size, which follows."
+    )
     alias: str = Field("champion", pattern=r"^[a-z][a-z0-9_-]*$", description="Alias moved when every gate passes.")
     gates: tuple[Gate, ...] = Field((), description="All must pass, or the version is registered without the alias.")
+    against_champion: bool = Field(
+        True, description="No gate's metric may be below that of the version with the alias, on the same data version."
+    )
 
 
 class Settings(BaseModel):

@@ -44,7 +44,7 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.comparisons import comparison_rows
 from fuselip_core.files import write_json
 from fuselip_core.registry.register import promote
-from fuselip_core.tracking.services import mlflow_client
+from fuselip_core.tracking.store import mlflow_client
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +34,11 @@ from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.hub import save_model
 from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.titok import TiTok
-from fuselip_core.registry.register import check_gates, is_registered, register_model
+from fuselip_core.registry.register import check_gates, is_registered, promote, register_model
 from fuselip_core.tracking import run as tracking
-from fuselip_core.tracking.services import mlflow_client
+from fuselip_core.tracking.store import mlflow_client
 
+REPOSITORY = Path(__file__).parents[1]
 Register = Callable[..., dict[str, Any]]
 
 
@@ -85,10 +97,73 @@ def test_alias_moves_only_if_all_gates_pass(register: Register, store: str) -> N
     first, second, third = (register({"recall": value}, gate) for value in (0.4, 0.2, 0.5))
     assert [each["version"] for each in (first, second, third)] == [1, 2, 3]
     assert [each["alias"] for each in (first, second, third)] == ["champion", None, "champion"]
-    assert second["gates"] == [{"metric": "recall", "at_least": 0.3, "value": 0.2, "passed": False}]
+    missed = {"metric": "recall", "value": 0.2, "passed": False}
+    assert second["gates"] == [
+        {**missed, "at_least": 0.3, "of": "gate"},
+        {**missed, "at_least": 0.4, "of": "version 1"},
+    ]
     client = MlflowClient(store)
     assert int(client.get_model_version_by_alias(first["name"], "champion").version) == 3
     assert client.get_model_version(first["name"], "2").tags["gates"] == "failed"
+
+
+def aliases_of(store: str, name: str) -> dict[str, int]:
+    return {alias: int(number) for alias, number in MlflowClient(store).get_registered_model(name).aliases.items()}
+
+
+def test_a_version_that_is_found_again_moves_no_alias(
+    register: Register, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = (Gate(metric="recall", at_least=0.3),)
+    for value in (0.4, 0.5):
+        name = register({"recall": value}, gate)["name"]
+    with caplog.at_level(logging.INFO, logger="fuselip"):
+        again = register({"recall": 0.4}, gate)
+    assert again["version"] == 1 and again["alias"] is None
+    assert aliases_of(store, name) == {"champion": 2, "candidate": 2}
+    assert "version 1 is registered already; its aliases stay as they are" in caplog.text
+    assert register({"recall": 0.5}, gate)["alias"] == "champion"
+
+
+def test_a_registration_that_was_stopped_is_finished(register: Register, store: str) -> None:
+    name = register({"recall": 0.4})["name"]
+    client = MlflowClient(store)
+    client.delete_model_version_tag(name, "1", "gates")
+    for alias in ("champion", "candidate"):
+        client.delete_registered_model_alias(name, alias)
+    assert register({"recall": 0.4})["version"] == 1
+    assert aliases_of(store, name) == {"champion": 1, "candidate": 1}
+
+
+def test_a_version_below_the_champion_does_not_take_its_place(
+    register: Register, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = (Gate(metric="recall", at_least=0.3),)
+    register({"recall": 0.5}, gate)
+    with caplog.at_level(logging.WARNING, logger="fuselip"):
+        worse = register({"recall": 0.4}, gate)
+    assert worse["alias"] is None and aliases_of(store, worse["name"])["champion"] == 1
+    assert "stays where it is: recall 0.4 < 0.5 of version 1" in caplog.text
+    assert register({"recall": 0.5, "other": 1.0}, gate)["alias"] == "champion"
+
+
+def test_a_champion_on_other_data_is_not_compared(register: Register, store: str) -> None:
+    gate = (Gate(metric="recall", at_least=0.3),)
+    name = register({"recall": 0.5}, gate)["name"]
+    MlflowClient(store).set_model_version_tag(name, "1", "data_version", "another")
+    assert register({"recall": 0.4}, gate)["alias"] == "champion"
+
+
+def test_a_move_keeps_its_reason(register: Register, store: str, caplog: pytest.LogCaptureFixture) -> None:
+    gate = (Gate(metric="recall", at_least=0.3),)
+    with caplog.at_level(logging.INFO, logger="fuselip"):
+        for value in (0.4, 0.5):
+            name = register({"recall": value}, gate)["name"]
+        promote(name, 1, "champion")
+    assert "moves to version 1, from version none: 1 gates passed" in caplog.text
+    assert "moves to version 2, from version 1: 2 gates passed" in caplog.text
+    tags = MlflowClient(store).get_model_version(name, "1").tags
+    assert tags["moved.champion"].endswith("Z from version 2: promoted by hand")
 
 
 def test_failing_version_leaves_the_champion_where_it_is(register: Register, store: str) -> None:
@@ -163,3 +238,64 @@ def test_a_registry_that_is_away_is_one_sentence(register: Register, monkeypatch
         FuselipError, match=r"the registry http://127\.0\.0\.1:9 did not take the model .*only registers"
     ):
         register({"recall": 0.4})
+
+
+@contextmanager
+def served(command: str) -> Iterator[str]:
+    """Address of the server that `command` starts in a shell without this environment; ended with its children."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = re.sub(r"-p \d+", f"-p {port}", command)
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/tmp")}
+    process = subprocess.Popen(["/bin/bash", "-c", command], cwd=REPOSITORY, env=environment, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            assert process.poll() is None, f"{command} ended with code {process.returncode}"
+            try:
+                urllib.request.urlopen(f"{address}/ping", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def ask(address: str, content: Any) -> tuple[int, str]:
+    body = json.dumps(content).encode()
+    request = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_the_documented_command_serves_the_model(register: Register, store: str) -> None:
+    """As it stands in mlflow/README.md and at the end of the demo, in a shell without an activated environment."""
+    if not (REPOSITORY / ".venv" / "bin" / "mlflow").exists():
+        pytest.skip("this checkout has no .venv, which the command names")
+    name = register({"recall": 0.4})["name"]
+    page = (REPOSITORY / "mlflow" / "README.md").read_text()
+    (command,) = re.findall(r"^PATH=.* mlflow models serve .*$", page, re.M)
+    command = command.replace("sqlite:///mlflow/mlflow.db", store).replace("fuselip-sample-tiny", name)
+    with served(command) as address:
+        status, answer = ask(address, {"dataframe_records": [{"text": "left lung"}, {"text": "heart"}]})
+        assert status == 200 and np.shape(json.loads(answer)["predictions"]) == (2, 128)
+        long = "Smith " * 5000
+        status, answer = ask(address, {"dataframe_records": [{"text": long}], "params": {"truncate": True}})
+        assert status == 200
+        for row, words in (
+            ({"text": long}, "row 0: the text has 5000 tokens"),
+            ({"text": 5}, "row 0: text is not a string"),
+            ({"text": True}, "row 0: text is not a string"),
+            ({"text": ["Smith"]}, "row 0: text is not a string"),
+            ({"text": {"Smith": 1}}, "row 0: text is not a string"),
+            ({"text": "a", "Smith": "b"}, "columns of the input are not"),
+            ({"text": None}, "row 0 has neither"),
+        ):
+            status, answer = ask(address, {"dataframe_records": [row]})
+            assert status == 400 and words in answer and "Smith" not in answer, answer

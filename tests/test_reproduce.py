@@ -64,7 +64,7 @@ def register(settings):
     from tempfile import TemporaryDirectory
 
     from fuselip_core.registry.state import write_state
-    from fuselip_core.tracking.services import experiment_id, mlflow_client, tracking_uri
+    from fuselip_core.tracking.store import experiment_id, mlflow_client, tracking_uri
 
     client = mlflow_client(tracking_uri())
     run = client.create_run(experiment_id(client, "stand-in", tracking_uri())).info.run_id

@@ -16,7 +16,7 @@ from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.tracking import events as run_log
 from fuselip_core.tracking import run as tracking
 from fuselip_core.tracking.events import Event, EventLog, read_events
-from fuselip_core.tracking.services import mlflow_client, tracking_uri
+from fuselip_core.tracking.store import mlflow_client, tracking_uri
 
 
 @pytest.fixture(scope="module")

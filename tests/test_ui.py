@@ -196,10 +196,10 @@ def follow_to_mlflow(page: Page, served: Served, run_id: str, pictures: Path) ->
         expect(main).to_contain_text(words)
     back = main.get_by_role("link", name="this flow run")
     expect(back).to_have_attribute("href", f"{served.prefect}/v2/runs/flow-run/{run_id}")
-    expect(main.locator("a[href*='/models/fuselip-sample']").first).to_be_visible()
+    expect(main.locator("a[href*='/models/fuselip-sample-tiny']").first).to_be_visible()
     page.screenshot(path=pictures / "mlflow.png")
-    page.goto(f"{served.mlflow}/#/models/fuselip-sample")
-    expect(main.get_by_role("heading", name="fuselip-sample")).to_be_visible()
+    page.goto(f"{served.mlflow}/#/models/fuselip-sample-tiny")
+    expect(main.get_by_role("heading", name="fuselip-sample-tiny")).to_be_visible()
     # Three steps of training pass no gate: the version is there, without the alias of what is served.
     expect(main.get_by_role("row", name=re.compile("Version 1"))).to_contain_text("candidate")
     page.screenshot(path=pictures / "model.png")

@@ -21,7 +21,7 @@ from fuselip_core.evaluation.comparisons import Row, comparison_rows
 from fuselip_core.files import find_json
 from fuselip_core.html import data_uri
 from fuselip_core.tracking.run import run_of
-from fuselip_core.tracking.services import tracking_uri
+from fuselip_core.tracking.store import tracking_uri
 
 # Pictures are kept in the server's database, so they are small.
 PICTURE_SIDE = 900

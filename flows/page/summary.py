@@ -27,8 +27,8 @@ def registered_line(registered: dict[str, Any]) -> str:
     line = f"{registered['name']} version {registered['version']}"
     if registered["alias"]:
         return f"{line}, alias {registered['alias']}, {len(registered['gates'])} gates passed"
-    reasons = ", ".join(f"{gate['metric']} {_number(gate['value'])} < {gate['at_least']}" for gate in missed)
-    return f"{line}, without the alias: {reasons}"
+    reasons = ", ".join(f"{gate['metric']} {_number(gate['value'])} < {gate['at_least']:.4g}" for gate in missed)
+    return f"{line}, without the alias: {reasons or 'it was registered before, and another version has it'}"
 
 
 def print_summary(ending: Ending, console: Console) -> None:

@@ -27,7 +27,7 @@ from fuselip_core.config import load_settings
 from fuselip_core.errors import FuselipError, run_to_exit
 from fuselip_core.files import find_json, write_json
 from fuselip_core.registry.state import results_of
-from fuselip_core.tracking.services import repository_root
+from fuselip_core.tracking.store import repository_root
 
 # What no two runs have in common.
 TIMES = ("train/seconds", "train/pairs_per_second")

@@ -12,7 +12,7 @@ import typer
 from flows.server.ports import mlflow_page, require_free
 from flows.server.stack import HOST
 from fuselip_core.errors import FuselipError, run_to_exit
-from fuselip_core.tracking.services import tracking_uri
+from fuselip_core.tracking.store import prepare_store, tracking_uri
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,6 +40,7 @@ def model(
 
 def _become(*arguments: str) -> None:
     """Turns this process into MLflow's, which finds the environment's own programs first."""
+    prepare_store(tracking_uri())
     tools = Path(sys.executable).parent
     environment = {
         **os.environ,

@@ -25,7 +25,7 @@ from flows.server.ports import require_free, served_once
 from flows.server.recover import POOL
 from flows.server.stack import HOST, Stack
 from fuselip_core.errors import run_to_exit
-from fuselip_core.tracking.services import tracking_uri
+from fuselip_core.tracking.store import prepare_store, tracking_uri
 
 CHECK_EVERY_SECONDS = 5.0
 RUNS_AT_ONCE = 4
@@ -65,6 +65,7 @@ def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
     try:
         with console.status("starting Prefect's server; the first time takes half a minute"):
             stack.start("server", "prefect", "server", "start", "--host", HOST, "--port", str(port))
+            prepare_store(tracking_uri())
             page = ("--backend-store-uri", tracking_uri(), "--host", HOST, "--port", str(mlflow_port), "--workers", "1")
             stack.start("mlflow", "mlflow", "ui", *page)
             stack.wait_for(f"{prefect}/api/health")

@@ -15,16 +15,17 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fuselip_core.config import Gate, Settings
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import read_numbers, sha256_of, write_json
+from fuselip_core.files import read_json, read_numbers, sha256_of, write_json
 from fuselip_core.registry.state import STATE_FOLDER, write_state
 from fuselip_core.tracking.run import run_of
-from fuselip_core.tracking.services import experiment_id, mlflow_client, tracking_uri
+from fuselip_core.tracking.store import experiment_id, mlflow_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,15 +58,16 @@ logger = logging.getLogger("fuselip")
 
 @dataclass(frozen=True)
 class GateResult:
-    """How one gate went; `value` is None if the metric is missing."""
+    """How one gate went; `value` is None if the metric is missing. `of` says whose value is the bound, if it is one."""
 
     metric: str
     at_least: float
     value: float | None
     passed: bool
+    of: str = "gate"
 
 
-def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> list[GateResult]:
+def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float], of: str = "gate") -> list[GateResult]:
     """One result a gate, in order; a missing or undefined metric does not pass.
 
     A metric that has an interval over cases passes by its lower bound.
@@ -74,7 +76,7 @@ def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float]) -> list[Gat
     for gate in gates:
         value = gate.value(metrics)
         passed = value is not None and not math.isnan(value) and value >= gate.at_least
-        results.append(GateResult(gate.metric, gate.at_least, value, passed))
+        results.append(GateResult(gate.metric, gate.at_least, value, passed, of))
     return results
 
 
@@ -119,35 +121,89 @@ def register_model(settings: Settings, model: Path, metrics: Mapping[str, float]
 
 
 def _register(settings: Settings, model: Path, metrics: Mapping[str, float], width: int) -> dict[str, Any]:
-    name, uri = settings.register_.name, tracking_uri()
+    name, uri, alias = f"{settings.register_.name}-{settings.model.size}", tracking_uri(), settings.register_.alias
     client = mlflow_client(uri)
     fingerprint = _fingerprint(model, metrics)
     found = _version_of(client, name, fingerprint)
+    # Gates are noted last, so a version with them was registered to the end.
+    known = found is not None and "gates" in found.tags
     if found is None:
-        found = _log_version(client, settings, model, metrics, width, fingerprint)
+        found = _log_version(client, settings, name, model, metrics, width, fingerprint)
         client.set_model_version_tag(name, found.version, "fingerprint", fingerprint)
+    champion = _version_with(client, name, alias)
     gates = check_gates(settings.register_.gates, metrics)
-    passed = all(gate.passed for gate in gates)
-    client.set_registered_model_alias(name, NEWEST_ALIAS, found.version)
-    client.set_model_version_tag(name, found.version, "gates", "passed" if passed else "failed")
-    if passed:
-        client.set_registered_model_alias(name, settings.register_.alias, found.version)
+    if champion and champion.version != found.version and settings.register_.against_champion:
+        gates += _against(client, champion, found.tags | run_of(settings.artifacts).get("tags", {}), gates, metrics)
+    missed = ", ".join(_missed(gate) for gate in gates if not gate.passed)
+    if known:
+        logger.info("%s version %s is registered already; its aliases stay as they are", name, found.version)
     else:
-        missed = ", ".join(
-            f"{gate.metric} {'missing' if gate.value is None else f'{gate.value:.4g}'} < {gate.at_least:g}"
-            for gate in gates
-            if not gate.passed
-        )
-        logger.warning("the alias %s stays where it is: %s", settings.register_.alias, missed)
+        _move_alias(client, name, NEWEST_ALIAS, found.version, "newest version")
+        if missed:
+            logger.warning("%s of %s stays where it is: %s", alias, name, missed)
+        else:
+            _move_alias(client, name, alias, found.version, f"{len(gates)} gates passed")
+        client.set_model_version_tag(name, found.version, "gates", "failed" if missed else "passed")
+    now = _version_with(client, name, alias)
     return {
         "name": name,
         "version": int(found.version),
-        "alias": settings.register_.alias if passed else None,
+        "alias": alias if now and now.version == found.version else None,
         "gates": [asdict(gate) for gate in gates],
         "run_id": found.run_id,
         "model_uri": f"models:/{name}/{found.version}",
         "tracking_uri": uri,
     }
+
+
+def _against(
+    client: MlflowClient,
+    champion: ModelVersion,
+    tags: Mapping[str, str],
+    gates: Sequence[GateResult],
+    metrics: Mapping[str, float],
+) -> list[GateResult]:
+    """The gates' metrics held against the champion's; none if that was measured on another data version."""
+    of = f"version {champion.version}"
+    if champion.tags.get("data_version") != tags.get("data_version") or "state" not in champion.tags:
+        logger.info(
+            "not compared with %s of %s: it was measured on other data, or its measures are gone", of, champion.name
+        )
+        return []
+    with tempfile.TemporaryDirectory() as folder, _without_advice():
+        place = client.download_artifacts(str(champion.run_id), f"{champion.tags['state']}/metrics.json", folder)
+        best = read_json(Path(place), f"run `python -m flows.promote` to give the alias to another than {of}")
+    bounds = [Gate(metric=gate.metric, at_least=best[gate.metric]) for gate in gates if gate.metric in best]
+    return check_gates(bounds, metrics, of)
+
+
+def _missed(gate: GateResult) -> str:
+    value = "missing" if gate.value is None else f"{gate.value:.4g}"
+    return f"{gate.metric} {value} < {gate.at_least:.4g}{'' if gate.of == 'gate' else f' of {gate.of}'}"
+
+
+def _version_with(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version that `alias` means; None if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _move_alias(client: MlflowClient, name: str, alias: str, version: str, reason: str) -> str | None:
+    """Points `alias` to `version`, and notes why in the log and as a tag; returns the version that it meant before."""
+    before = _version_with(client, name, alias)
+    former = str(before.version) if before else None
+    if former != str(version):
+        client.set_registered_model_alias(name, alias, version)
+        note = f"from version {former or 'none'}: {reason}"
+        client.set_model_version_tag(name, version, f"moved.{alias}", f"{datetime.now(UTC):%Y-%m-%d %H:%M}Z {note}")
+        logger.info("%s of %s moves to version %s, %s", alias, name, version, note)
+    return former
 
 
 def promote(name: str, version: int | None, alias: str, despite_gates: bool = False) -> dict[str, Any]:
@@ -171,8 +227,8 @@ def promote(name: str, version: int | None, alias: str, despite_gates: bool = Fa
         raise FuselipError(
             f"{name} version {found.version} missed a gate; set despite_gates to move {alias} to it anyway"
         )
-    before = client.get_registered_model(name).aliases.get(alias)
-    client.set_registered_model_alias(name, alias, found.version)
+    reason = "promoted by hand" + (", despite a missed gate" if found.tags.get("gates") == "failed" else "")
+    before = _move_alias(client, name, alias, found.version, reason)
     return {"name": name, "version": int(found.version), "alias": alias, "before": int(before) if before else None}
 
 
@@ -213,7 +269,13 @@ def fetch_state(uri: str, folder: Path) -> tuple[str, str, Path]:
 
 
 def _log_version(
-    client: MlflowClient, settings: Settings, model: Path, metrics: Mapping[str, float], width: int, fingerprint: str
+    client: MlflowClient,
+    settings: Settings,
+    name: str,
+    model: Path,
+    metrics: Mapping[str, float],
+    width: int,
+    fingerprint: str,
 ) -> ModelVersion:
     import mlflow
 
@@ -231,10 +293,10 @@ def _log_version(
             code_paths=[str(PACKAGE)],
             pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
             signature=_signature(width),
-            registered_model_name=settings.register_.name,
+            registered_model_name=name,
             metadata={"recipe": settings.recipe, "family": settings.model.family, "size": settings.model.size},
         )
-    found = client.get_model_version(settings.register_.name, str(logged.registered_model_version))
+    found = client.get_model_version(name, str(logged.registered_model_version))
     commit = {"state": state, "git_commit": made_from["commit"], "git_dirty": str(made_from["changed"]).lower()}
     for key, value in {**run_of(settings.artifacts).get("tags", {}), **_short(metrics), **commit}.items():
         client.set_model_version_tag(found.name, found.version, key, str(value))
@@ -267,14 +329,16 @@ def _run_for(client: MlflowClient, settings: Settings) -> str:
 
 
 def _signature(width: int) -> ModelSignature:
+    """Parameters and output. Without an input schema the model sees the request as it came and checks it strictly;
+    with one, MLflow turns numbers into text, drops unknown columns, and quotes the request in its errors."""
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    columns: list[ColSpec | TensorSpec] = [ColSpec(DataType.string, name, required=False) for name in ("image", "text")]
     # No name: a single unnamed tensor is what an array is checked against.
     embedding = TensorSpec(np.dtype(np.float32), (-1, width))
-    return ModelSignature(inputs=Schema(columns), outputs=Schema([embedding]))
+    truncate = ParamSpec("truncate", DataType.boolean, False)
+    return ModelSignature(outputs=Schema([embedding]), params=ParamSchema([truncate]))
 
 
 def _fingerprint(model: Path, metrics: Mapping[str, float]) -> str:

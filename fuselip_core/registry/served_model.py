@@ -1,20 +1,21 @@
 """The registered model: an MLflow model from code, loaded by MLflow from this very file.
 
 Input is a table with the columns `image` (base64 of an image file, a data URI allowed) and `text`, either one empty but
-not both in a row; output is (N, D) float32, unit-norm rows. The stages don't import this file: MLflow runs it.
+not both in a row; output is (N, D) float32, unit-norm rows. A text that is longer than the model reads is refused, or
+cut if the parameter `truncate` is true. Errors name the row and what is wrong, and quote nothing of the request: it may
+be about a patient. The stages don't import this file: MLflow runs it.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 # At run time too: MLflow reads the hints of `predict`, and warns where it cannot.
@@ -26,6 +27,22 @@ if TYPE_CHECKING:
 COLUMNS = ("image", "text")
 
 
+class Refusal(MlflowException):
+    """A request that cannot be answered (HTTP 400). Its sentence stands: MLflow's server would put the data before."""
+
+    def __init__(self, sentence: str, error_code: int = INVALID_PARAMETER_VALUE) -> None:
+        self._sentence = sentence
+        super().__init__(sentence, error_code=error_code)
+
+    @property
+    def message(self) -> str:
+        return self._sentence
+
+    @message.setter
+    def message(self, value: str) -> None:
+        pass
+
+
 class FuselipEmbedding(PythonModel):
     """Embeds images, texts, and images with text; the folder of the model is its only artifact."""
 
@@ -35,33 +52,67 @@ class FuselipEmbedding(PythonModel):
         self.embedder = Embedder.from_pretrained(context.artifacts["model"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> NDArray[Any]:
-        """(N, D) float32; raises an MlflowException (HTTP 400) that names the row and what is wrong with it."""
-        images, texts = read_rows(model_input)
-        return np.asarray(self.embedder.embed(images=images, texts=texts), dtype=np.float32)
+        """(N, D) float32; raises Refusal for a bad row, and HTTP 500 where an embedding is not finite."""
+        images, texts = read_rows(as_table(model_input))
+        if not (params or {}).get("truncate"):
+            self._refuse_long(texts)
+        embeddings = np.asarray(self.embedder.embed(images=images, texts=texts), dtype=np.float32)
+        if bad := np.flatnonzero(~np.isfinite(embeddings).all(axis=1)).tolist():
+            raise Refusal(f"row {bad[0]}: the embedding is not finite; the model is damaged", INTERNAL_ERROR)
+        return embeddings
+
+    def _refuse_long(self, texts: list[str | None]) -> None:
+        tokenizer = self.embedder.processor.text_tokenizer
+        most = tokenizer.context_length - 2  # begin and end
+        for row, text in enumerate(texts):
+            if text is not None and (count := len(tokenizer.encode(text))) > most:
+                raise Refusal(
+                    f"row {row}: the text has {count} tokens and the model reads {most}; shorten it, or send "
+                    '"params": {"truncate": true} to have it cut'
+                )
+
+
+def as_table(data: Any) -> pd.DataFrame:
+    """The request as a table: MLflow gives one, or, for `inputs` and `instances`, columns."""
+    if isinstance(data, pd.DataFrame):
+        return data
+    if isinstance(data, dict):
+        try:
+            return pd.DataFrame({name: list(np.atleast_1d(values)) for name, values in data.items()}, dtype=object)
+        except ValueError as error:
+            raise Refusal("the columns of the input differ in length") from error
+    raise Refusal("the input is no table; send dataframe_records or dataframe_split")
 
 
 def read_rows(table: pd.DataFrame) -> tuple[list[Image.Image | None], list[str | None]]:
-    """The two sides of every row; raises an MlflowException for a row without either or with an unreadable image."""
-    if not any(name in table.columns for name in COLUMNS):
-        # MLflow drops columns that the signature does not name before they come here.
-        others = ", ".join(table.columns) or "no other that the model knows"
-        raise _refusal(f"the input has none of the columns {', '.join(COLUMNS)}; it has: {others}")
+    """The two sides of every row; raises Refusal for a row without either, of wrong types or with a bad image."""
+    if not set(table.columns) <= set(COLUMNS) or table.columns.has_duplicates or not len(table.columns):
+        raise Refusal("the columns of the input are not image, text or both, once each; rename or drop the others")
     if table.empty:
-        raise _refusal("the input has no rows")
+        raise Refusal("the input has no rows")
     images: list[Image.Image | None] = []
     texts: list[str | None] = []
     for row, (image, text) in enumerate(zip(_column(table, "image"), _column(table, "text"), strict=True)):
         if image is None and text is None:
-            raise _refusal(f"row {row} has neither image nor text; give at least one of them")
+            raise Refusal(f"row {row} has neither image nor text; give at least one of them")
         images.append(None if image is None else _read_image(image, row))
         texts.append(text)
     return images, texts
 
 
 def _column(table: pd.DataFrame, name: str) -> list[str | None]:
+    """The strings of a column; None where nothing, NaN or only white space stands."""
     if name not in table.columns:
         return [None] * len(table)
-    return [None if value is None or value != value or not str(value).strip() else str(value) for value in table[name]]
+    values: list[str | None] = []
+    for row, value in enumerate(table[name]):
+        if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+            values.append(None)
+        elif isinstance(value, str):
+            values.append(value if value.strip() else None)
+        else:
+            raise Refusal(f"row {row}: {name} is not a string")
+    return values
 
 
 def _read_image(encoded: str, row: int) -> Image.Image:
@@ -69,14 +120,10 @@ def _read_image(encoded: str, row: int) -> Image.Image:
 
     try:
         return decode(base64.b64decode(encoded.rpartition("base64,")[2], validate=True))
-    except binascii.Error as error:
-        raise _refusal(f"row {row}: image is not base64 of an image file") from error
-    except UnreadableImage as error:
-        raise _refusal(f"row {row}: image can't be read: {error}") from error
-
-
-def _refusal(sentence: str) -> MlflowException:
-    return MlflowException(sentence, error_code=INVALID_PARAMETER_VALUE)
+    except ValueError as error:
+        if isinstance(error, UnreadableImage):
+            raise Refusal(f"row {row}: image can't be read ({error.reason.replace('_', ' ')})") from None
+        raise Refusal(f"row {row}: image is not base64 of an image file") from None
 
 
 mlflow.models.set_model(FuselipEmbedding())

@@ -20,7 +20,7 @@ from typing import Any
 from fuselip_core.config import Settings
 from fuselip_core.files import sha256_of, write_json
 from fuselip_core.tracking.run import data_version
-from fuselip_core.tracking.services import repository_root
+from fuselip_core.tracking.store import repository_root
 
 STATE_FOLDER = "state"
 PATCH = "changes.patch"

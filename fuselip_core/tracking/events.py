@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fuselip_core.files import write_json
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import find_json, write_json
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Event = dict[str, Any]
@@ -69,7 +71,7 @@ class EventLog:
         self._append({"type": "metrics", "values": numbers, "step": step, "time": int(time.time() * 1000)})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        self._append({"type": "artifact", "path": str(Path(path).resolve()), "folder": folder})
+        self._append({"type": "artifact", "path": os.path.relpath(path, self.folder), "folder": folder})
 
     def end(self, status: Status = "FINISHED") -> None:
         """Notes how the run ended and sends what is left."""
@@ -116,12 +118,10 @@ class EventLog:
     def _note_failure(self, service: Service, error: Exception) -> None:
         logger.debug("%s failed", service.name, exc_info=True)
         if self._paused_until[service.name] == 0.0:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            what = reason if isinstance(error, FuselipError) else f"{service.name} does not answer ({reason})"
             logger.warning(
-                "%s does not answer (%s); the run goes on, %s keeps what it misses and `fuselip sync` sends it later",
-                service.name,
-                reason,
-                self.folder,
+                "%s. The run goes on; its events stay in %s, and `fuselip sync` sends them later", what, self.folder
             )
         self._paused_until[service.name] = time.monotonic() + RETRY_AFTER_SECONDS
 
@@ -137,11 +137,7 @@ def _end_last_line(path: Path) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return find_json(folder / "run.json")
 
 
 def read_events(path: Path, start: int) -> tuple[list[Event], int]:

@@ -10,7 +10,6 @@ Where events go is a matter of the environment, not of the settings: ``FUSELIP_T
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -23,8 +22,10 @@ import yaml
 
 from fuselip_core.config import Settings, describe_settings
 from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.files import find_json
 from fuselip_core.tracking.events import EventLog, Service, read_run
-from fuselip_core.tracking.services import MlflowService, WandbService, repository_root
+from fuselip_core.tracking.services import MlflowService, WandbService
+from fuselip_core.tracking.store import prepare_store, repository_root, tracking_uri
 
 # Stages that add to the run of an earlier one: evaluation belongs to the model that was trained.
 RUN_OF_STAGE = {"evaluate": "train", "register": "train"}
@@ -63,7 +64,11 @@ def _write_recipe(settings: Settings, folder: Path) -> Path:
 
 
 def sync(artifacts: Path) -> int:
-    """Sends what the services have missed of every run below `artifacts`; returns how many runs still lack some."""
+    """Sends what the services have missed of every run below `artifacts`; returns how many runs still lack some.
+
+    Also makes a local store of MLflow, or corrects one that was moved (see `prepare_store`).
+    """
+    prepare_store(tracking_uri())
     unsent = 0
     for path in sorted((artifacts / "tracking").glob("*/run.json")):
         with EventLog(path.parent, read_run(path.parent), services_from_environment()) as log:
@@ -108,11 +113,7 @@ def _describe(settings: Settings, name: str) -> dict[str, Any]:
 
 def data_version(artifacts: Path) -> str:
     """Hash of the prepared data below `artifacts`, or `unknown`."""
-    try:
-        manifest = json.loads((artifacts / "prepared" / "manifest.json").read_text(encoding="utf-8"))
-        return str(manifest["data_version"])
-    except (OSError, ValueError, KeyError):
-        return "unknown"
+    return str(find_json(artifacts / "prepared" / "manifest.json").get("data_version", "unknown"))
 
 
 def dvc_version(root: Path) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.tracking.events import Event, read_events
+from fuselip_core.tracking.store import experiment_id, mlflow_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,8 +20,6 @@ logger = logging.getLogger("fuselip")
 
 METRICS_A_BATCH = 1000  # MLflow's limits for one call
 PARAMS_A_BATCH = 100
-# Without it MLflow's page guesses from the runs, and shows what is there for language models and their judges.
-PAGE_OF_TRAININGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class MlflowService:
@@ -40,7 +39,7 @@ class MlflowService:
         self._send_values(client, run["mlflow_run_id"], events)
         for event in events:
             if event["type"] == "artifact":
-                self._send_artifact(client, run["mlflow_run_id"], event)
+                self._send_artifact(client, run, event)
         if events[-1]["type"] == "end":
             client.set_terminated(run["mlflow_run_id"], events[-1]["status"], events[-1]["time"])
 
@@ -48,9 +47,17 @@ class MlflowService:
         """Whether the run was there already, with all that was sent so far; makes it if not."""
         from mlflow.exceptions import MlflowException
 
-        if run.get("mlflow_run_id") and run.get("mlflow_uri") == self.uri:
+        if known := run.get("mlflow_run_id"):
             try:
-                client.update_run(run["mlflow_run_id"], status="RUNNING")
+                found = client.get_run(known).info
+                if found.lifecycle_stage == "deleted":
+                    experiment_id(client, run["experiment"], self.uri)  # raises where the whole experiment is deleted
+                    raise FuselipError(
+                        f"the MLflow run {known} is deleted; restore it with `MLFLOW_TRACKING_URI={self.uri} "
+                        f".venv/bin/mlflow runs restore --run-id {known}` and run `fuselip sync`"
+                    )
+                client.update_run(known, status="RUNNING")
+                run.update(mlflow_uri=self.uri, mlflow_experiment_id=found.experiment_id)
                 return True
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -80,8 +87,8 @@ class MlflowService:
         for start in range(0, len(new), PARAMS_A_BATCH):
             client.log_batch(run_id, params=new[start : start + PARAMS_A_BATCH])
 
-    def _send_artifact(self, client: MlflowClient, run_id: str, event: Event) -> None:
-        path = Path(event["path"])
+    def _send_artifact(self, client: MlflowClient, run: dict[str, Any], event: Event) -> None:
+        path, run_id = Path(run["folder"], event["path"]), run["mlflow_run_id"]
         if path.is_dir():
             client.log_artifacts(run_id, str(path), event["folder"] or None)
         elif path.is_file():
@@ -114,51 +121,7 @@ class WandbService:
                     session.log({**event["values"], "step": event["step"]})
 
 
-def repository_root() -> Path:
-    """The nearest folder at or above the current one that DVC manages; the current one if there is none."""
-    here = Path.cwd()
-    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
-
-
-def tracking_uri() -> str:
-    """``MLFLOW_TRACKING_URI``, or SQLite in the repository's mlflow/ folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{repository_root() / 'mlflow' / 'mlflow.db'}"
-
-
-def mlflow_client(uri: str) -> MlflowClient:
-    """A client for `uri` that gives up within seconds; makes the folder of an SQLite store."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    try:
-        from mlflow import MlflowClient
-    # Without the library, the repository's own mlflow/ folder imports as an empty namespace.
-    except ImportError as error:
-        raise FuselipError("MLflow is not installed; `pip install fuselip-rocov2[train]` brings it") from error
-    for name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table that a new store gets
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=uri)
-
-
 def _way_back(tags: Mapping[str, str]) -> dict[str, str]:
     """The run's description on MLflow's page, which shows tags as plain text but this one as Markdown: with a link."""
     url = tags.get("prefect_flow_url")
     return {"mlflow.note.content": f"Made by [this flow run]({url})."} if url else {}
-
-
-def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
-    """Id of the experiment; made if new. Beside an SQLite store its artifacts lie in ``artifacts/``."""
-    from mlflow.exceptions import MlflowException
-
-    if found := client.get_experiment_by_name(name):
-        return str(found.experiment_id)
-    beside = Path(uri.removeprefix("sqlite:///")).parent / "artifacts" if uri.startswith("sqlite:///") else None
-    try:
-        location = beside.as_uri() if beside else None
-        return str(client.create_experiment(name, artifact_location=location, tags=PAGE_OF_TRAININGS))
-    except MlflowException:
-        # Another process was faster.
-        if found := client.get_experiment_by_name(name):
-            return str(found.experiment_id)
-        raise

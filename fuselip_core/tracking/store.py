@@ -1,0 +1,166 @@
+"""MLflow's store: where it is, and a local one (SQLite beside a folder of artifacts) kept whole and in its place."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from fuselip_core.errors import FuselipError
+from fuselip_core.files import atomic_write
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+# Without it MLflow's page guesses from the runs, and shows what is there for language models and their judges.
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+# Columns in which MLflow keeps absolute addresses of files.
+ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+logger = logging.getLogger("fuselip")
+
+
+def repository_root() -> Path:
+    """The nearest folder at or above the current one that DVC manages; the current one if there is none."""
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
+
+
+def tracking_uri() -> str:
+    """``MLFLOW_TRACKING_URI``, or SQLite in the repository's mlflow/ folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{repository_root() / 'mlflow' / 'mlflow.db'}"
+
+
+def mlflow_client(uri: str) -> MlflowClient:
+    """A client for `uri` that gives up within seconds; makes and checks an SQLite store (see `prepare_store`)."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    try:
+        from mlflow import MlflowClient
+    # Without the library, the repository's own mlflow/ folder imports as an empty namespace.
+    except ImportError as error:
+        raise FuselipError("MLflow is not installed; `pip install fuselip-rocov2[train]` brings it") from error
+    prepare_store(uri)
+    return MlflowClient(tracking_uri=uri)
+
+
+def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """Id of the experiment; made if new. Artifacts of an SQLite store lie in ``artifacts/`` beside it.
+
+    Raises FuselipError for an experiment that was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if not found:
+        location = _artifacts_beside(_database(uri)).as_uri() if uri.startswith(SQLITE) else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND}))
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another process was faster
+            if not found:
+                raise
+    if found.lifecycle_stage == "deleted":
+        raise FuselipError(
+            f"the MLflow experiment {name} is deleted; restore it with `MLFLOW_TRACKING_URI={uri} .venv/bin/mlflow "
+            f"experiments restore --experiment-id {found.experiment_id}` and run the same command again"
+        )
+    return str(found.experiment_id)
+
+
+def prepare_store(uri: str) -> None:
+    """Makes a local store that is missing, and corrects the addresses in one that was moved; others are left alone.
+
+    Raises FuselipError for a store that is damaged, or that another program left half made.
+    """
+    if not uri.startswith(SQLITE):
+        return
+    database = _database(uri)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_there(database):
+        with FileLock(database.with_name(f".{database.name}.lock")):
+            if not _is_there(database):
+                _make(database)
+    _require_whole(database)
+    _correct_addresses(database)
+
+
+def _database(uri: str) -> Path:
+    return Path(uri.removeprefix(SQLITE)).resolve()
+
+
+def _artifacts_beside(database: Path) -> Path:
+    return database.parent / "artifacts"
+
+
+def _is_there(database: Path) -> bool:
+    return database.is_file() and database.stat().st_size > 0
+
+
+def _make(database: Path) -> None:
+    """Makes the schema in a file beside `database` and renames it: a stopped process leaves no half-made store."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for left in database.parent.glob(f".{database.name}.*.partial*"):  # of stopped processes: this one has the lock
+        left.unlink(missing_ok=True)
+    for name in ("alembic", "mlflow.store.db.utils"):  # they report every table
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with atomic_write(database) as partial:
+        store = SqlAlchemyStore(f"{SQLITE}{partial}", _artifacts_beside(database).as_uri())
+        store.engine.dispose()
+
+
+def _require_whole(database: Path) -> None:
+    try:
+        with closing(sqlite3.connect(database, timeout=60)) as connection:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            # MLflow makes the default experiment last.
+            whole = "experiments" in tables and connection.execute("SELECT 1 FROM experiments").fetchone()
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):  # locked, or without permission: MLflow says so
+            return
+        raise FuselipError(
+            f"MLflow's store {database} is damaged ({error}); restore a copy, or move it away and run `fuselip sync`, "
+            "which sends the runs in artifacts/ again"
+        ) from error
+    if not whole:
+        raise FuselipError(
+            f"MLflow's store {database} is half made: the program that made it was stopped. It holds no run; delete "
+            "it, unless another program is making it at this moment, and run the same command again"
+        )
+
+
+def _correct_addresses(database: Path) -> None:
+    """Points all addresses below the store's former folder to where its artifacts lie now.
+
+    MLflow keeps absolute addresses, so a moved or copied checkout would read and write the files of the old one.
+    """
+    here = _artifacts_beside(database)
+    if not here.is_dir():  # the database alone was copied, its files are still where they were
+        return
+    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+        former = connection.execute(
+            "SELECT DISTINCT artifact_location FROM experiments JOIN experiment_tags USING (experiment_id)"
+            " WHERE key = ? AND value = ? AND artifact_location LIKE 'file:///%/artifacts' AND artifact_location != ?",
+            (KIND_TAG, KIND, here.as_uri()),
+        ).fetchall()
+        for (old,) in former:
+            for table, column in ADDRESSES:
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608 - names of this file
+                    f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                    (here.as_uri(), len(old) + 1, old, len(old) + 1, f"{old}/"),
+                )
+            logger.info("MLflow's store moved: addresses below %s now point to %s", old, here)
