@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from fuselip_core.errors import FuselipError
+from fuselip_core.files import foreign_content
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
@@ -76,7 +77,9 @@ def decode(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UnreadableImage("too_large", f"more than {PILLOWS_MEGAPIXELS} million pixels") from error
     except DECODER_ERRORS as error:
-        raise UnreadableImage("not_an_image", f"no image of a known format in {len(data)} bytes") from error
+        fault = foreign_content(data[:200])
+        what = f"the file {fault}" if fault else f"no image of a known format in {len(data)} bytes"
+        raise UnreadableImage("not_an_image", what) from error
     return checked(picture)
 
 

@@ -699,3 +699,38 @@ def test_manifest_is_plain_json(hub: FakeHub, target: Path) -> None:
 )
 def test_the_folder_of_a_source_hides_what_is_secret(source: str, name: str) -> None:
     assert folder_name_of(source) == name
+
+
+@pytest.mark.parametrize("variable", ["HF_ENDPOINT", "ZENODO_ENDPOINT"])
+@pytest.mark.parametrize("address", ["nonsense", "http://", "ftp://mirror.example", "https:mirror.example"])
+def test_an_endpoint_that_is_no_address_is_refused_at_once(
+    target: Path, monkeypatch: pytest.MonkeyPatch, variable: str, address: str
+) -> None:
+    monkeypatch.setenv(variable, address)
+    with pytest.raises(DownloadError, match=f"{variable} is '{address}', which is no address"):
+        download("rocov2", target, DownloadSettings())
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a/..", "a/b.git", "-a/b", "a/b.", "a/" + "x" * 100])
+def test_a_name_that_the_hub_does_not_allow_is_one_sentence(hub: FakeHub, target: Path, name: str) -> None:
+    with pytest.raises(DownloadError, match=r"write hub:OWNER/NAME|does not exist"):
+        download(f"hub:{name}", target, quick(attempts=1))
+
+
+def test_the_lock_is_no_file_of_the_data_set(hub: FakeHub, target: Path) -> None:
+    hub.add_record("1", {"a.csv": b"abc"})
+    download("zenodo:1", target, quick())
+    assert names(target) == {"a.csv", "download.json"}
+
+
+def test_a_quick_look_at_present_files_says_that_sizes_are_checked(
+    hub: FakeHub, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.add_record("1", {"a.csv": b"abc"})
+    download("zenodo:1", target, quick())
+    for verify, said in (("quick", "their sizes checked"), ("full", "their checksums checked")):
+        caplog.clear()
+        with caplog.at_level("INFO", "fuselip"):
+            download("zenodo:1", target, quick(verify=verify))
+        assert said in caplog.text and "verified" not in caplog.text

@@ -20,7 +20,7 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.model import fuselip_config
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.fuselip_config import FuseLIPConfig
-from fuselip_core.model.hub import load_model, load_pretrained, load_tokenizer, save_model
+from fuselip_core.model.hub import fetch, load_model, load_pretrained, load_tokenizer, save_model
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.presets import open_clip_config
 from fuselip_core.model.titok import TiTok, TiTokConfig
@@ -310,3 +310,36 @@ def test_late_fusion_checkpoint_has_no_tokenizer(tmp_path: Path) -> None:
     save_model(LateFusionModel(LateFusionConfig.of_size("tiny", "add")), tmp_path / "late")
     with pytest.raises(FuselipError, match="contains no image tokenizer"):
         load_tokenizer(tmp_path / "late")
+
+
+def test_torch_files_are_fetched_only_where_there_are_no_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    fetch("owner/name")
+    assert asked == [["*.json", "*.safetensors"], ["*.bin"]]
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    asked.clear()
+    fetch("owner/name")
+    assert asked == [["*.json", "*.safetensors"]]
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a/..", "a/b.git"])
+def test_a_name_that_the_hub_does_not_allow_is_a_sentence(name: str) -> None:
+    with pytest.raises(FuselipError, match="owner/name"):
+        fetch(name)
+
+
+def test_a_timeout_of_the_hub_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(name: str, allow_patterns: list[str]) -> str:
+        raise httpx.ReadTimeout("slow")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", slow)
+    with pytest.raises(FuselipError, match="the hub cannot be reached"):
+        fetch("owner/name")

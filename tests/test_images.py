@@ -189,3 +189,9 @@ def test_random_crops_repeat_by_seed_and_keep_to_their_scale() -> None:
     assert areas.max() < 0.62
     whole = random_crop(image, 50, (4.0, 4.0), np.random.default_rng(0))
     assert np.array_equal(whole, to_pixels(image, 50))
+
+
+def test_a_pointer_of_git_lfs_in_place_of_a_picture_is_named() -> None:
+    with pytest.raises(UnreadableImage, match="Git LFS") as raised:
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    assert raised.value.reason == "not_an_image"

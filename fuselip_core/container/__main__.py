@@ -122,7 +122,7 @@ def download(words: list[str]) -> None:
     require_writable(target, f"-v $(pwd)/ROCOv2_data:{target}", _in_container())
     settings = DownloadSettings(include=tuple(options.include), revision=options.revision, verify=options.verify)
     manifest = fetch(options.source, target, settings)
-    _say(f"{len(manifest.files)} files, {manifest.size / 1e9:.2f} GB, whole and verified in {target}")
+    _say(f"{len(manifest.files)} files, {manifest.size / 1e9:.2f} GB in {target}, all whole")
 
 
 # ---- the training image ------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ Model = FuseLIPModel | LateFusionModel
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Scheme of an address → what finds its folder; the package registers MLflow's, which this room must not know.
 RESOLVERS: dict[str, Callable[[str], Path]] = {}
-WANTED_FILES = ["*.json", "*.safetensors", "*.bin"]
+WANTED_FILES = (["*.json", "*.safetensors"], ["*.bin"])  # the second where the first brings no weights
 
 
 def load_model(
@@ -134,12 +134,20 @@ def fetch(name: str | Path) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=WANTED_FILES))
+        folder = Path(snapshot_download(str(name), allow_patterns=WANTED_FILES[0]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(str(name), allow_patterns=WANTED_FILES[1]))
+        return folder
+    except errors.HFValidationError as error:
+        raise FuselipError(f"'{name}' is no name that the hub allows; a model is called owner/name") from error
     except errors.GatedRepoError as error:
         raise FuselipError(f"'{name}' is gated; accept its terms on the hub and log in with `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
         raise FuselipError(f"the hub has no model '{name}', or it is private; check the name or log in") from error
-    except (errors.LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:
+        # huggingface_hub lets the errors of its HTTP library through: httpx in some releases, httpx2 in others.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise
         raise FuselipError(
             f"'{name}' is neither a folder nor in the cache, and the hub cannot be reached; "
             "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"

@@ -7,10 +7,8 @@ and asks no host.
 
 from __future__ import annotations
 
-import fcntl
 import fnmatch
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -30,10 +28,12 @@ from fuselip_core.data.download.partial_file import Digests, RemoteFile, digests
 from fuselip_core.data.download.retries import DownloadError, Patience, public_url
 from fuselip_core.data.download.transfer import Fetch
 from fuselip_core.files import sha256_of, write_json
+from fuselip_core.lock import sole_process
 from fuselip_core.progress import ByteMeter
 
 # Notes are written beside, then renamed (files.atomic_write): ``..<file>.partial.json.<process>.partial``.
 DRAFT = re.compile(r"\.(\..+\.partial\.json|download\.json)\.\d+\.partial")
+LOCK = ".download.lock"
 # Libraries that log whole addresses, which carry signatures of temporary access.
 CHATTY_LOGGERS = ("httpx", "httpcore", "httpx2", "httpcore2")
 
@@ -97,7 +97,12 @@ def _complete(target: Path, origin: Origin, settings: DownloadSettings) -> Downl
         if settings.verify == "full" and sha256_of(path) != file.sha256:
             logger.warning("%s has changed since it was downloaded; it is fetched again", path)
             return None
-    logger.info("%s: all %d files are there", target, len(manifest.files))
+    logger.info(
+        "%s: all %d files are there, their %s checked",
+        target,
+        len(manifest.files),
+        "checksums" if settings.verify == "full" else "sizes",
+    )
     return manifest
 
 
@@ -234,31 +239,22 @@ def _locked(target: Path) -> Iterator[None]:
     made = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(target, os.O_RDONLY)
     except OSError as error:
         raise DownloadError(f"{target} cannot be made ({error.strerror}); choose another folder") from None
+    lock = target / LOCK
     try:
-        if not _lock(descriptor, target):
-            raise DownloadError(f"another process is downloading into {target}; wait for it or end it")
-        try:
-            yield
-        except BaseException:
-            # A new folder into which nothing came is not left behind.
-            with suppress(OSError):
-                if made:
-                    target.rmdir()
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, target: Path) -> bool:
-    """False if another process holds the folder, or has taken it away since it was opened."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.fstat(descriptor).st_ino == target.stat().st_ino
-    except (BlockingIOError, FileNotFoundError):
-        return False
+        busy = DownloadError(f"another process is downloading into {target}; wait for it or end it")
+        with sole_process(lock, busy):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except BaseException:
+        # A new folder into which nothing came is not left behind.
+        with suppress(OSError):
+            if made:
+                target.rmdir()
+        raise
 
 
 @contextmanager

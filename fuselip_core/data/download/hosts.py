@@ -6,7 +6,6 @@ A source is written ``hub:OWNER/NAME[@REVISION]``, ``zenodo:RECORD``, ``https://
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from fuselip_core.data.download.retries import (
     refuse_status,
     retry_after,
 )
+from fuselip_core.files import read_json
 
 ORIGINS = Path(__file__).with_name("origins.json")
 HUB_TOKEN, ZENODO_TOKEN = "HF_TOKEN", "ZENODO_TOKEN"
@@ -51,11 +51,14 @@ class Endpoints:
         """Explicit addresses, else those of HF_ENDPOINT and ZENODO_ENDPOINT, else the public ones."""
         from huggingface_hub import constants
 
-        return cls(
-            hub=(hub or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/"),
-            zenodo=(zenodo or os.environ.get("ZENODO_ENDPOINT") or ZENODO).rstrip("/"),
-            timeout=timeout,
-        )
+        addresses = {
+            "HF_ENDPOINT": hub or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT,
+            "ZENODO_ENDPOINT": zenodo or os.environ.get("ZENODO_ENDPOINT") or ZENODO,
+        }
+        for variable, address in addresses.items():
+            if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
+                raise DownloadError(f"{variable} is '{address}', which is no address; write https://HOST, or unset it")
+        return cls(addresses["HF_ENDPOINT"].rstrip("/"), addresses["ZENODO_ENDPOINT"].rstrip("/"), timeout)
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,9 @@ class Origin:
 
 def origins() -> dict[str, Origin]:
     """The named data sets."""
-    content = json.loads(ORIGINS.read_text(encoding="utf-8"))
     return {
         name: Origin(entry["source"], tuple(entry.get("include", ())), entry.get("note", ""))
-        for name, entry in content.items()
+        for name, entry in read_json(ORIGINS).items()
     }
 
 
@@ -175,6 +177,7 @@ def _hub_errors(access: Access, revision: str | None) -> Iterator[None]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -191,6 +194,8 @@ def _hub_errors(access: Access, revision: str | None) -> Iterator[None]:
         ) from None
     except RevisionNotFoundError:
         raise DownloadError(f"{access.what} has no revision '{revision}'; see {access.page}/commits/main") from None
+    except HFValidationError:
+        raise DownloadError(f"{access.what} has no name that the Hub allows; write hub:OWNER/NAME") from None
     except OfflineModeIsEnabled:
         raise DownloadError(f"{access.what} cannot be listed in offline mode; unset HF_HUB_OFFLINE") from None
     except HfHubHTTPError as error:
@@ -204,7 +209,7 @@ def _hub_errors(access: Access, revision: str | None) -> Iterator[None]:
         raise DownloadError(f"the Hub answered {status} for {access.what}; see {access.page}") from None
     except Exception as error:
         # huggingface_hub lets the errors of its HTTP library through: httpx in some releases, httpx2 in others.
-        if not type(error).__module__.startswith("httpx"):
+        if not type(error).__module__.startswith("httpx") and not isinstance(error, TimeoutError | ConnectionError):
             raise
         raise TransientError(f"connection to {access.origin} failed ({type(error).__name__})") from None
 

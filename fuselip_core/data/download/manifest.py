@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fuselip_core.data.pair import DataError
+from fuselip_core.files import find_json
 
 MANIFEST = "download.json"
-
-DOWNLOAD_MANIFEST = "download.json"
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,8 @@ def provenance_of(root: Path) -> Provenance:
             f"{root} has an unfinished download ({partial.name}); run `fuselip data download` again, which goes on "
             "with it, or remove that file"
         )
-    try:
-        content = json.loads((root / DOWNLOAD_MANIFEST).read_text(encoding="utf-8"))
-        stated = {name: content.get(name) for name in ("source", "revision", "licence")}
-    except (OSError, ValueError, AttributeError):
-        return Provenance()
+    content = find_json(root / MANIFEST)
+    stated = {name: content.get(name) for name in ("source", "revision", "licence")}
     return Provenance(**{name: value if isinstance(value, str) else None for name, value in stated.items()})
 
 
@@ -68,9 +63,9 @@ class DownloadManifest:
 
 def read_manifest(target: Path) -> DownloadManifest | None:
     """The manifest of a finished download in `target`; None if there is none that can be read."""
+    content = find_json(target / MANIFEST)
     try:
-        content = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
         files = tuple(DownloadedFile(**file) for file in content.pop("files"))
         return DownloadManifest(files=files, **content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError):
         return None

@@ -43,7 +43,9 @@ class PreparedData:
                 f"no prepared data in {folder}; run `fuselip prepare`, or `fuselip data prepare --out {folder}`, first"
             )
         self.manifest = read_json(self.folder / MANIFEST, AGAIN)
-        if not {"counts", "shards", "data_version"} <= self.manifest.keys():
+        counts, shards = self.manifest.get("counts"), self.manifest.get("shards")
+        listed = isinstance(shards, list) and all(isinstance(shard, dict) and "path" in shard for shard in shards)
+        if not (isinstance(counts, dict) and listed and "data_version" in self.manifest):
             raise DataError(f"{self.folder / MANIFEST} is damaged (it lacks counts, shards or data_version); {AGAIN}")
         missing = [shard["path"] for shard in self.manifest["shards"] if not (self.folder / shard["path"]).is_file()]
         if missing:
