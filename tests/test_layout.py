@@ -30,7 +30,8 @@ MODULES = module_files()
 # Rooms from the ground up. A room imports its own modules and those of rooms below; data and model never meet.
 RANKS = (
     ("errors",),
-    ("distributed", "files", "html", "images", "lock", "progress"),
+    ("distributed", "files", "html", "lock", "progress"),
+    ("images",),
     ("recipes",),
     ("config",),
     ("data",),
