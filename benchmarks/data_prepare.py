@@ -75,7 +75,7 @@ def real_rows(root: Path, split: str, copies: int) -> Iterator[dict[str, Any]]:
 
     listing = list_rocov2(root)
     captions = {pair.group: pair.target.text for pair in listing.pairs}
-    with ImageReader(1 << 28) as reader:
+    with ImageReader() as reader:
         entries = [image for image in listing.images if image.split == split and image.image_id in captions]
         for copy, entry in itertools.product(range(copies), entries):
             data = {"bytes": reader.read(entry.place), "path": None}

@@ -118,6 +118,9 @@ class PrepareSettings(Section):
     )
     edited_share: Share = Field(1.0, description="Share of the training images that edits are made of.")
     limit: Int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
+    most_set_aside: Share = Field(
+        0.05, description="Share of samples that may be lost to damage or missing files; above it, prepare stops."
+    )
     dev_share: Number = Field(
         0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
     )

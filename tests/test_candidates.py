@@ -49,7 +49,7 @@ class Collapsed:
 
 
 def prepared_of(source: str, root: Path, out: Path) -> PreparedData:
-    settings = PrepareSettings.model_validate({"source": source, "root": root, "workers": 1})
+    settings = PrepareSettings.model_validate({"source": source, "root": root, "workers": 1, "most_set_aside": 1})
     prepare_data(settings, out)
     return PreparedData(out)
 

@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from fuselip_core.cli import data as data_cli
 from fuselip_core.cli.main import app
 from fuselip_core.config import SettingsError, SourceName
 from fuselip_core.data.inspect.contact_sheet import write_sheet
 from fuselip_core.data.inspect.diff import differences
+from fuselip_core.data.pair import DataError
 from fuselip_core.data.phantom.data_set import draw_data_set
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.sources.catalogue import source_names
@@ -83,8 +85,11 @@ def test_inspect_writes_a_page_that_needs_nothing_else(folders: tuple[Path, Path
     content = (tmp_path / "look" / "index.html").read_text(encoding="utf-8")
     page = Page(content)
     assert not page.open
-    assert len(page.addresses) == 12 and all(address.startswith("data:image/jpeg") for address in page.addresses)
-    for words in ("Counts", "Modality", "Licence", "Words a text", "Samples of train", "Samples of test"):
+    images = [address for address in page.addresses if not address.startswith("#")]
+    assert len(images) == 12 and all(address.startswith("data:image/jpeg") for address in images)
+    # Every link leads to a section of the page.
+    assert all(f'id="{address[1:]}"' in content for address in page.addresses if address.startswith("#"))
+    for words in ("Counts", "Modality", "Licence", "Words per text", "Samples of train", "Samples of test"):
         assert words in page.text
     # Licences may be addresses; nothing is loaded from one.
     assert not re.search(r"(?:src|href|url|@import)[=(\s'\"]*https?:", content)
@@ -153,7 +158,7 @@ def test_diff_names_rows(folders: tuple[Path, Path], tmp_path: Path) -> None:
     lines = captions.read_text().splitlines()
     gone, changed = lines[1].split(",")[0], lines[2].split(",")[0]
     captions.write_text("\n".join([lines[0], f"{changed},another caption", *lines[3:]]))
-    assert run(app, prepare_command(other, tmp_path / "out")).exit_code == 0
+    assert run(app, prepare_command(other, tmp_path / "out", "--set", "most_set_aside=1")).exit_code == 0
     result = run(app, ["data", "diff", str(prepared), str(tmp_path / "out")])
     assert result.exit_code == 1
     assert f"removed images train {gone}" in result.output
@@ -162,6 +167,25 @@ def test_diff_names_rows(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert found.keys() == {("images", "train"), ("pairs", "train")}
     assert found["images", "train"].added == (gone,) and not found["images", "train"].changed
     assert f"{gone}/caption" in found["pairs", "train"].added
+
+
+def test_a_terminal_shows_a_table_and_a_pipe_gets_json(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_cli, "_at_a_terminal", lambda: True)
+    for command in (
+        ["data", "inspect", str(folders[1]), "--out", str(tmp_path / "look")],
+        prepare_command(folders[0], tmp_path / "out"),
+    ):
+        result = run(app, command)
+        assert result.exit_code == 0 and len(result.output.splitlines()) < 15 and "{" not in result.output
+        assert re.search(r"train +12 +\d+ +12 +48", result.output) and "set aside: nothing" in result.output
+
+
+def test_raw_data_is_not_advised_to_be_replaced(folders: tuple[Path, Path]) -> None:
+    result = run(app, ["data", "inspect", str(folders[0])])
+    assert isinstance(result.exception, DataError) and "holds no prepared data" in str(result.exception)
+    assert "--out" not in str(result.exception) and f"--root {folders[0]}" in str(result.exception)
 
 
 def test_a_wrong_field_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:

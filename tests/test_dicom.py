@@ -531,7 +531,7 @@ def test_prepared_shards_and_manifest_name_nobody(tmp_path: Path) -> None:
     for number, file in enumerate(files):
         save(file, root / "Mustermann^Erika" / f"20240131-{number}")
     (root / "Knipser.txt").write_text("Ida")
-    prepare_data(PrepareSettings(source="dicom", root=root, workers=1), tmp_path / "out")
+    prepare_data(PrepareSettings(source="dicom", root=root, workers=1, most_set_aside=1), tmp_path / "out")
     prepared = PreparedData(tmp_path / "out")
     raw, content = b"", ""
     for path in (tmp_path / "out").iterdir():
@@ -579,7 +579,9 @@ def test_nobody_in_pydicoms_files_is_in_what_is_prepared(
         with contextlib.suppress(Exception), dicom_file.discreet():
             secrets |= identifying_values(pydicom.dcmread(path, stop_before_pixels=True))
     assert len(secrets) > 300
-    manifest = prepare_data(PrepareSettings(source="dicom", root=EXAMPLES, workers=1), tmp_path / "out")
+    manifest = prepare_data(
+        PrepareSettings(source="dicom", root=EXAMPLES, workers=1, most_set_aside=1), tmp_path / "out"
+    )
     inspect_data(tmp_path / "out", tmp_path / "look")
     prepared, captured = PreparedData(tmp_path / "out"), capfd.readouterr()
     texts = [(tmp_path / "out" / name).read_text() for name in ("manifest.json", "quarantine.jsonl")]
@@ -868,7 +870,7 @@ def test_one_picture_of_three_patients_is_in_one_split(tmp_path: Path) -> None:
     for number, own in enumerate(others):
         for name, values in (("own", own), ("shared", shared)):
             save(picture(values, PatientID=f"P{number}", BodyPartExamined="CHEST"), tmp_path / "in" / f"{name}{number}")
-    settings = PrepareSettings(source="dicom", root=tmp_path / "in", workers=1)
+    settings = PrepareSettings(source="dicom", root=tmp_path / "in", workers=1, most_set_aside=1)
     counts = prepare_data(settings, tmp_path / "out")["counts"]
     assert set(counts) == {"train", "valid", "test"}
     # Each case still has its own picture; of the shared one only test has copies.

@@ -130,7 +130,7 @@ def test_a_file_is_one_thing_to_prepare_library_and_server(embedder: Embedder, s
             archive.write(path, f"train/{path.stem}.jpg")
     rows = "".join(f"{path.stem},a scan of {path.stem}\n" for path in files)
     (root / "train_captions.csv").write_text(f"ID,Caption\n{rows}")
-    settings = PrepareSettings.model_validate({"source": "rocov2", "root": root, "workers": 1})
+    settings = PrepareSettings.model_validate({"source": "rocov2", "root": root, "workers": 1, "most_set_aside": 1})
     prepare_data(settings, tmp_path / "prepared")
     batches = PreparedData(tmp_path / "prepared").iter_images("train")
     taken = {row["image_id"]: row for batch in batches for row in batch.to_pylist()}

@@ -130,7 +130,9 @@ def test_an_archive_is_prepared(tmp_path: Path) -> None:
         pixels = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
         picture = Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC)
         picture.save(tmp_path / "raw" / f"{number}.png")
-    settings = PrepareSettings.model_validate({"source": "folder", "root": tmp_path / "raw", "workers": 1})
+    settings = PrepareSettings.model_validate(
+        {"source": "folder", "root": tmp_path / "raw", "workers": 1, "most_set_aside": 1}
+    )
     manifest = prepare_data(settings, tmp_path / "out")
     assert manifest["counts"] == {"train": {"images": 3, "cases": 3, "pairs": {}}}
     prepared = PreparedData(tmp_path / "out")

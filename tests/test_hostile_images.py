@@ -100,7 +100,7 @@ def test_each_is_used_or_set_aside(tmp_path: Path) -> None:
         archive.writestr("/etc/escape.jpg", good["cmyk"])
         archive.writestr("C:\\escape.jpg", good["cmyk"])
     (root / "train_captions.csv").write_text("\n".join(lines), encoding="utf-8")
-    settings = PrepareSettings.model_validate({"source": "rocov2", "root": root, "workers": 1})
+    settings = PrepareSettings.model_validate({"source": "rocov2", "root": root, "workers": 1, "most_set_aside": 1})
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning for each large picture would bury everything else
         manifest = prepare_data(settings, tmp_path / "out")
@@ -134,7 +134,7 @@ def test_an_archive_that_is_a_bomb_is_refused_as_a_whole(tmp_path: Path) -> None
         archive.writestr("train/b.jpg", b"\0" * 100_000)
         archive.filelist[1].header_offset = archive.filelist[0].header_offset
     (tmp_path / "train_captions.csv").write_text("ID,Caption\na,one scan\nb,two scans\n")
-    settings = PrepareSettings.model_validate({"source": "rocov2", "root": tmp_path, "workers": 1})
+    settings = PrepareSettings.model_validate({"source": "rocov2", "root": tmp_path, "workers": 1, "most_set_aside": 1})
     with pytest.raises(ArchiveError, match="share their bytes"):
         prepare_data(settings, tmp_path / "out")
 
@@ -144,7 +144,7 @@ def test_a_member_that_unpacks_to_gigabytes_is_never_unpacked(tmp_path: Path) ->
         archive.writestr("train/bomb.jpg", b"\0" * (64 << 20))
         archive.writestr("train/good.jpg", encoded(grey(1), "JPEG"))
     (tmp_path / "train_captions.csv").write_text("ID,Caption\nbomb,a scan\ngood,another scan\n")
-    settings = PrepareSettings.model_validate({"source": "rocov2", "root": tmp_path, "workers": 1})
+    settings = PrepareSettings.model_validate({"source": "rocov2", "root": tmp_path, "workers": 1, "most_set_aside": 1})
     manifest = prepare_data(settings, tmp_path / "out")
     assert manifest["quarantine"] == {"missing_image": 1, "unsafe_member": 1}
     assert manifest["counts"]["train"]["images"] == 1

@@ -145,7 +145,7 @@ def test_bad_images_are_set_aside_and_the_run_goes_on(raw: Path, tmp_path: Path)
     lines[7] = lines[7].split(",")[0] + ',"Replace this -\nDESCRIPTION OF THE IMAGE"'
     captions.write_text("\n".join(lines), encoding="utf-8")
 
-    manifest = prepare_data(settings(root, rows_per_shard=16, workers=2), tmp_path / "prepared")
+    manifest = prepare_data(settings(root, rows_per_shard=16, workers=2, most_set_aside=0.2), tmp_path / "prepared")
     found = [(item["split"], item["reason"]) for item in quarantine(tmp_path / "prepared")]
     expected = ["empty_image", "not_an_image", "too_large", "damaged_image", "copy_in_held_out"]
     assert [reason for split, reason in found if split == "train"] == [
@@ -279,9 +279,76 @@ def test_nothing_usable_is_an_error(raw: Path, tmp_path: Path) -> None:
     assert Path(str(raised.value).split("; ")[1].removesuffix(" names each")).read_text().count("\n") > 1
 
 
+def half(number: int, data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_a_split_that_loses_every_image_is_an_error(raw: Path, tmp_path: Path, split: str) -> None:
+    lost = damaged(raw, tmp_path / "raw", half, (split,))
+    count = COUNTS[split]
+    words = rf"split '{split}' of .*raw lost every image \({count} damaged_image\); .*quarantine.jsonl names each"
+    for most in (0.05, 1.0):  # no share allows it
+        with pytest.raises(DataError, match=words):
+            prepare_data(settings(lost, most_set_aside=most), tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_a_split_without_any_of_its_files_is_an_error(raw: Path, tmp_path: Path) -> None:
+    root = tmp_path / "raw"
+    shutil.copytree(raw, root)
+    with zipfile.ZipFile(root / "valid_images.zip", "w") as archive:
+        archive.writestr("valid/unasked.jpg", b"")
+    with pytest.raises(DataError, match=r"split 'valid' of .* lost every image \(8 missing_image"):
+        prepare_data(settings(root), tmp_path / "prepared")
+
+
+def test_more_loss_than_allowed_stops_and_is_gone_on_from(raw: Path, tmp_path: Path) -> None:
+    lost = damaged(raw, tmp_path / "raw", lambda number, data: half(number, data) if number < 10 else data)
+    with pytest.raises(DataError) as raised:
+        prepare_data(settings(lost, rows_per_shard=5), tmp_path / "prepared")
+    assert "10 of 58 samples" in str(raised.value) and "(10 damaged_image)" in str(raised.value)
+    assert "more than the 5% that prepare.most_set_aside allows" in str(raised.value)
+    work = tmp_path / "prepared.partial"
+    finished = {path.name: path.stat().st_ino for path in work.glob("images-*.parquet")}
+    assert len(finished) > 8 and str(work / "quarantine.jsonl") in str(raised.value)
+    manifest = prepare_data(settings(lost, rows_per_shard=5, most_set_aside=0.2), tmp_path / "prepared")
+    assert manifest["counts"]["train"]["images"] == 30 and manifest["quarantine"] == {"damaged_image": 10}
+    assert {name: (tmp_path / "prepared" / name).stat().st_ino for name in finished} == finished
+
+
+def test_copies_of_held_out_images_are_no_loss(raw: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(raw / "test_images.zip") as archive:
+        copies = [archive.read(name) for name in archive.namelist()]
+    copied = damaged(raw, tmp_path / "raw", lambda number, data: copies[number] if number < len(copies) else data)
+    manifest = prepare_data(settings(copied, most_set_aside=0), tmp_path / "prepared")
+    assert manifest["quarantine"] == {"copy_in_held_out": 10}
+
+
+def test_unsafe_members_count_and_the_end_says_what_was_set_aside(
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "raw"
+    shutil.copytree(raw, root)
+    with zipfile.ZipFile(root / "train_images.zip", "a") as archive:
+        for number in range(4):
+            archive.writestr(f"../escape-{number}.jpg", b"")
+    with pytest.raises(DataError, match=r"4 of 62 samples .* \(4 unsafe_member\)"):
+        prepare_data(settings(root), tmp_path / "prepared")
+    with caplog.at_level("INFO", logger="fuselip"):
+        prepare_data(settings(root, most_set_aside=0.1), tmp_path / "prepared")
+    assert any(line.startswith("train: 40 images, ") for line in caplog.messages)
+    assert caplog.messages[-1] == f"set aside: 4 unsafe member; {tmp_path / 'prepared' / 'quarantine.jsonl'} names each"
+
+
 def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fuselip prepare"):
         PreparedData(tmp_path)
+    with pytest.raises(
+        DataError, match=rf"if it is raw data, run `fuselip data prepare --root {raw}` and name"
+    ) as said:
+        PreparedData(raw)
+    assert "--out" not in str(said.value)  # which would replace the raw data
     prepare_data(settings(raw), tmp_path / "prepared")
     prepared = PreparedData(tmp_path / "prepared")
     with pytest.raises(DataError, match="train, valid, test"):
@@ -309,7 +376,8 @@ def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) ->
 
 
 def state_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_raw_data_is_never_replaced_by_what_is_made_of_it(raw: Path, tmp_path: Path) -> None:
@@ -350,10 +418,9 @@ def test_only_one_process_prepares_into_a_folder(raw: Path, tmp_path: Path) -> N
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    # The lock has gone with its holder, though its file is still there.
-    assert (tmp_path / ".prepared.lock").exists()
+    # The lock has gone with its holder; its file stays.
     prepare_data(settings(raw, rows_per_shard=5), target)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prepared"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".prepared.lock", "prepared"]
 
 
 def test_the_download_s_licence_and_version_go_along(raw: Path, tmp_path: Path) -> None:

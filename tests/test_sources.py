@@ -43,7 +43,8 @@ def encoded(seed: int, kind: str = "JPEG", **size: int) -> bytes:
 
 
 def prepare(source: str, root: Path, out: Path, **changes: object) -> tuple[dict[str, Any], PreparedData]:
-    settings = PrepareSettings.model_validate({"source": source, "root": root, "workers": 1, **changes})
+    fields = {"source": source, "root": root, "workers": 1, "most_set_aside": 1.0, **changes}
+    settings = PrepareSettings.model_validate(fields)
     return prepare_data(settings, out), PreparedData(out)
 
 

@@ -14,7 +14,7 @@ from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.tokens.store import SideTokens, TokenStore
 from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.errors import FuselipError
-from fuselip_core.evaluation.answers import normalise_answer
+from fuselip_core.evaluation.answers import answer_key
 from fuselip_core.evaluation.comparisons import findings
 from fuselip_core.evaluation.retrieval import CaptionPool, caption_rows
 from fuselip_core.evaluation.tasks import evaluate, quick_look
@@ -299,7 +299,7 @@ def test_without_training_answers_there_is_no_majority(tmp_path: Path) -> None:
 
 
 def test_answers_that_differ_only_in_writing_are_one(tmp_path: Path) -> None:
-    assert normalise_answer("  Left  LUNG. ") == "left lung"
+    assert answer_key("  Left  LUNG. ") == "left lung"
     rows: list[Row] = [("vqa", 0, "where?", "Left lung", "open"), ("vqa", 1, "where?", "left lung.", "open")]
     metrics = evaluate(Collapsed(), store_of(tmp_path, rows), FakePrepared(2), SETTINGS).metrics
     assert metrics["answers/pool"] == 1

@@ -18,8 +18,30 @@ NAMES_SHOWN = 10
 Folder = Annotated[Path, typer.Argument(help="Prepared data: a folder with manifest.json.")]
 
 
+def _at_a_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
 def _show(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False, default=str))
+    typer.echo(json.dumps(content, indent=2 if _at_a_terminal() else None, ensure_ascii=False, default=str))
+
+
+def _show_counts(found: dict[str, Any]) -> None:
+    """A row a split, as a person reads it, and what was set aside."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    kinds = sorted({kind for part in found["counts"].values() for kind in part["pairs"]})
+    table = Table("split", box=box.SIMPLE)
+    for name in ("images", "cases", *(f"{kind} pairs" for kind in kinds)):
+        table.add_column(name, justify="right")
+    for split, part in found["counts"].items():
+        numbers = [part["images"], part["cases"], *(part["pairs"].get(kind, 0) for kind in kinds)]
+        table.add_row(split, *(f"{number:,}" for number in numbers))
+    Console().print(table)
+    reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in found["quarantine"].items())
+    typer.echo(f"set aside: {reasons or 'nothing'}")
 
 
 @app.command()
@@ -72,7 +94,14 @@ def prepare(
         given["dicom"] = {"text": text}
     settings = config.check_settings(config.merge(fields, {"prepare": given}), origin="fuselip data prepare")
     manifest = prepare_data(settings.prepare, out)
-    _show({"folder": out, **{key: manifest[key] for key in ("counts", "quarantine", "duplicates", "notes")}})
+    found = {"folder": out, **{key: manifest[key] for key in ("counts", "quarantine", "duplicates", "notes")}}
+    if not _at_a_terminal():
+        _show(found)
+        return
+    _show_counts(found)
+    for note in manifest["notes"]:
+        typer.echo(f"- {note}")
+    typer.echo(f"prepared: {out}")
 
 
 @app.command()
@@ -113,7 +142,12 @@ def inspect(
     """Counts, lengths, modalities and a contact sheet: index.html and contact-sheet.png."""
     from fuselip_core.data.inspect.page import inspect_data
 
-    _show(inspect_data(folder, out or folder.with_name(f"{folder.name}-inspection"), samples, seed))
+    found = inspect_data(folder, out or folder.with_name(f"{folder.name}-inspection"), samples, seed)
+    if not _at_a_terminal():
+        _show(found)
+        return
+    _show_counts(found)
+    typer.echo(f"lengths, modalities and samples: {found['page']}")
 
 
 @app.command()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuselip_core.config import EvaluateSettings
+from fuselip_core.data.pair import answer_text
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.store import ABSENT, ANSWER_TYPES, TokenStore
 from fuselip_core.evaluation.embed import SideEncoder, embed
@@ -39,7 +40,7 @@ class AnswerPool:
     def of(cls, store: TokenStore, rows: Array) -> AnswerPool:
         """The pool of the question pairs `rows`."""
         targets, place = np.unique(store.pairs.target_text[rows], return_inverse=True)
-        names = [normalise_answer(text) for text in store.texts_of(targets)]
+        names = [answer_key(text) for text in store.texts_of(targets)]
         first: dict[str, int] = {}
         for number, name in enumerate(names):
             first.setdefault(name, number)
@@ -54,9 +55,9 @@ class AnswerPool:
         )
 
 
-def normalise_answer(text: str) -> str:
+def answer_key(text: str) -> str:
     """Answers that differ in case, spaces or a full stop are one answer."""
-    return " ".join(text.lower().split()).rstrip(" .")
+    return answer_text(text).rstrip(" .")
 
 
 def question_rows(store: TokenStore) -> Array:
@@ -180,13 +181,13 @@ def _majority_guesses(store: TokenStore, prepared: PreparedData, pool: AnswerPoo
     for kind, question, answer, answer_type in zip(*columns, strict=True):
         if kind == QUESTION:
             for key in (answer_type or "", "any"):
-                by_type[key][normalise_answer(answer)] += 1
-            by_question[normalise_answer(question)][normalise_answer(answer)] += 1
+                by_type[key][answer_key(answer)] += 1
+            by_question[answer_key(question)][answer_key(answer)] += 1
     if not by_type:
         return {}
     types = [ANSWER_TYPES[code] for code in pool.types]
     plain = [_most_frequent(by_type.get(name) or by_type["any"]) for name in types]
-    questions = [normalise_answer(text) for text in store.texts_of(pool.questions)]
+    questions = [answer_key(text) for text in store.texts_of(pool.questions)]
     seen = [
         _most_frequent(by_question[question]) if question in by_question else guess
         for question, guess in zip(questions, plain, strict=True)

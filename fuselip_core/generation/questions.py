@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuselip_core.data.pair import one_line
+from fuselip_core.data.prepare.extra_pairs import names_of_concepts
 from fuselip_core.data.prepare.rule_questions import questions_of
-from fuselip_core.data.table_reader import read_table
 from fuselip_core.errors import FuselipError, sentence_of
 from fuselip_core.generation.generated_questions import CaptionRow, Work, Write, caption_rows, generate, version_of
 
@@ -56,7 +55,9 @@ def run(job: Job) -> bool:
 
 def run_part(job: Job, rank: int, world: int, write: Write | None = None) -> bool:
     """The share of process `rank`; True if with it all is done. `write` takes the place of the job's own generator."""
-    names = _names(job.names) if job.model is None else None
+    names = None
+    if job.model is None:
+        names = names_of_concepts(job.names) if job.names else {}
     work = Work(job.part_rows, job.batch_size, rank, world, _identity(job))
     return generate(lambda: caption_rows(job.captions, names), write or _writer(job, rank), job.out, work)
 
@@ -102,12 +103,6 @@ def _from_concepts(row: CaptionRow, seed: int) -> str:
     """Questions without a language model, in the form in which a model writes them: both are checked alike."""
     pairs = questions_of(row.image_id, row.caption, row.concepts, row.modality, seed)
     return json.dumps([{"question": question, "answer": answer} for question, answer in pairs])
-
-
-def _names(path: Path | None) -> dict[str, str]:
-    if path is None:
-        return {}
-    return {row["CUI"].strip(): one_line(row["Canonical name"]) for row in read_table(path, ("CUI", "Canonical name"))}
 
 
 def _identity(job: Job) -> dict[str, Any]:

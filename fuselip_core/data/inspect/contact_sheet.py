@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import functools
 import importlib.util
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,13 +31,6 @@ def thumbnail(data: bytes | None, side: int = CELL) -> Image.Image | None:
     image = image.convert("RGB")
     image.thumbnail((side, side))
     return image
-
-
-def data_uri(image: Image.Image) -> str:
-    """The image as a data: address, so that a page needs no file beside it."""
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def write_sheet(path: Path, parts: Mapping[str, tuple[Sequence[Mapping[str, Any]], Mapping[str, bytes]]]) -> None:

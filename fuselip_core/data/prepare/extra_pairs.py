@@ -83,7 +83,7 @@ def _statement_pairs(listing: Listing) -> Iterator[Pair]:
 
 
 def _question_pairs(root: Path, listing: Listing) -> Iterator[Pair]:
-    names = names_of_concepts(root) if (root / NAMES).is_file() else {}
+    names = names_of_concepts(root / NAMES) if (root / NAMES).is_file() else {}
     captions = {
         (pair.split, pair.query.image): pair.target.text or "" for pair in listing.pairs if pair.kind == "caption"
     }
@@ -102,7 +102,7 @@ def add_concept_pairs(root: Path, listing: Listing) -> None:
     """
     if not listing.concept_names and not (root / NAMES).is_file():
         raise DataError(f"{root} has no {NAMES} with the names of concepts; put it there, or take it from extra_pairs")
-    names = listing.concept_names or names_of_concepts(root)
+    names = listing.concept_names or names_of_concepts(root / NAMES)
     nameless = 0
     for image in listing.images:
         codes = set(image.concepts)
@@ -114,9 +114,9 @@ def add_concept_pairs(root: Path, listing: Listing) -> None:
         listing.notes.append(f"{nameless} concepts of images have no name in {NAMES} and are in no pair")
 
 
-def names_of_concepts(root: Path) -> dict[str, str]:
-    """Concept code → name; raises DataError without a readable table."""
-    rows = read_table(root / NAMES, ("CUI", "Canonical name"))
+def names_of_concepts(table: Path) -> dict[str, str]:
+    """Concept code → name, of ROCOv2's cui_mapping.csv; raises DataError without a readable table."""
+    rows = read_table(table, ("CUI", "Canonical name"))
     return {row["CUI"].strip(): one_line(row["Canonical name"]) for row in rows}
 
 

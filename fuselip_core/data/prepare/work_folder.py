@@ -67,7 +67,7 @@ def close_work(work: Path) -> None:
 
 def key_of(plan: Plan, settings: PrepareSettings, *more: object) -> str:
     """Changes with the settings, the tables, the size or time of any file that holds images, and whatever is added."""
-    digest = hashlib.sha256(f"{more!r} {settings.model_dump_json(exclude={'workers'})}".encode())
+    digest = hashlib.sha256(f"{more!r} {settings.model_dump_json(exclude={'workers', 'most_set_aside'})}".encode())
     last: Path | None = None
     for split in plan.splits:
         for image in plan.images[split]:

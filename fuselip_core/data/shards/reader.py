@@ -18,6 +18,7 @@ from fuselip_core.files import read_json
 
 MANIFEST = "manifest.json"
 AGAIN = "run `fuselip prepare` again"
+FIRST = "run `fuselip prepare` first"
 
 
 def validation_split(splits: Collection[str]) -> str:
@@ -39,9 +40,12 @@ class PreparedData:
         self.folder = Path(folder)
         self._sources: dict[str, NDArray[np.int64]] = {}
         if not (self.folder / MANIFEST).is_file():
-            raise DataError(
-                f"no prepared data in {folder}; run `fuselip prepare`, or `fuselip data prepare --out {folder}`, first"
+            # Raw data must not be named as --out: prepared data replaces what stands there.
+            raw = self.folder.is_dir() and any(self.folder.iterdir())
+            remedy = (
+                f"if it is raw data, run `fuselip data prepare --root {folder}` and name its output" if raw else FIRST
             )
+            raise DataError(f"{folder} holds no prepared data (it has no {MANIFEST}); {remedy}")
         self.manifest = read_json(self.folder / MANIFEST, AGAIN)
         counts, shards = self.manifest.get("counts"), self.manifest.get("shards")
         listed = isinstance(shards, list) and all(isinstance(shard, dict) and "path" in shard for shard in shards)
