@@ -98,7 +98,9 @@ def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path:
     # A form that fills in what nobody gave would hide a recipe's values, or those of a data set's own settings.
     assert {name: value for name, value in asked.items() if value} == wanted(served)
     watch(page, served, run_id)
-    expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text("the alias champion stays")
+    expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text(
+        "champion of fuselip-sample-tiny stays where it is"
+    )
     page.screenshot(path=tmp_path / "logs.png")
     # Anew: what the page has drawn while the run was under way is out of scale.
     page.reload()
