@@ -98,6 +98,9 @@ def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path:
     # A form that fills in what nobody gave would hide a recipe's values, or those of a data set's own settings.
     assert {name: value for name, value in asked.items() if value} == wanted(served)
     watch(page, served, run_id)
+    # The page draws only the lines in view, and registering comes last.
+    page.get_by_role("combobox", name="log sort order").click()
+    page.get_by_role("option", name="Newest to oldest").click()
     expect(page.get_by_role("tabpanel", name="Logs")).to_contain_text(
         "champion of fuselip-sample-tiny stays where it is"
     )
