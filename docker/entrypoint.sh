@@ -14,8 +14,10 @@ export HF_HOME="${HF_HOME:-$XDG_CACHE_HOME/huggingface}"
 export MPLCONFIGDIR="${MPLCONFIGDIR:-$XDG_CACHE_HOME/matplotlib}"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$XDG_CACHE_HOME/torchinductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$XDG_CACHE_HOME/triton}"
-mkdir -p "$MPLCONFIGDIR" 2>/dev/null || {
-  echo "error: nothing can be written to $XDG_CACHE_HOME; with --read-only add --tmpfs /tmp" >&2
-  exit 1
-}
+for folder in "${TMPDIR:-/tmp}" "$MPLCONFIGDIR"; do
+  mkdir -p "$folder" 2>/dev/null && [ -w "$folder" ] || {
+    echo "error: nothing can be written to $folder; with --read-only add --tmpfs /tmp" >&2
+    exit 1
+  }
+done
 exec "$@"

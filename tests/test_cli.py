@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,11 @@ def fuselip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Capt
         return Done(int(ended.value.code or 0), *capsys.readouterr())
 
     return call
+
+
+def test_version_is_the_projects(fuselip: Callable[..., Done]) -> None:
+    done = fuselip("--version")
+    assert (done.code, done.out) == (0, f"fuselip {version('fuselip-rocov2')}\n")
 
 
 def test_help_lists_every_stage_and_needs_no_torch() -> None:

@@ -18,9 +18,10 @@ from fuselip_core.container import __main__ as container
 from fuselip_core.container import skip_done as chain
 from fuselip_core.container.embed import read_rows
 from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
-from fuselip_core.container.mounts import MountError, require_data, require_writable, sole_user
+from fuselip_core.container.mounts import MountError, require_data, require_writable
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.files import write_json
+from fuselip_core.lock import sole_process
 
 NOBODY = 12345
 
@@ -137,11 +138,17 @@ def test_an_empty_address_of_mlflow_is_none(workspace: Path, signals: None, monk
     assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{workspace}/logs/mlflow/mlflow.db"
 
 
-def test_only_one_run_holds_a_folder(tmp_path: Path) -> None:
-    with sole_user(tmp_path), pytest.raises(MountError, match="another container"), sole_user(tmp_path):
-        pass
-    with sole_user(tmp_path):
-        pass
+def test_only_one_run_holds_a_folder(
+    workspace: Path, signals: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(container, "run_stages", lambda *_: {})
+    (workspace / "ROCOv2_data" / "valid_captions.csv").write_text("ID,Caption\n")
+    assert container.main(["train", "tiny"]) == 0
+    lock = workspace / "models" / ".work" / "fuselip-rocov2-tiny" / ".lock"
+    with sole_process(lock, FuselipError("held already")):
+        assert container.main(["train", "tiny"]) == 1
+    assert "another container is at work in" in capsys.readouterr().err
+    assert container.main(["train", "tiny"]) == 0
 
 
 def test_a_stage_runs_again_only_if_what_it_reads_has_changed(

@@ -18,8 +18,8 @@ import pytest
 from engine import BASE, CLOSED, DOCKER, Mounted, ask, build, engine, image_of, labels_of, run, services, serving
 from repository_copy import copy_repository
 
-from fuselip_core.container.mounts import sole_user
-from fuselip_core.errors import Interrupted
+from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.lock import sole_process
 
 USER = 12345
 SHORT = (
@@ -94,8 +94,13 @@ def test_the_download_image_is_small_and_says_what_is_wrong(buildkit: bool, tmp_
     above = client.images.get(image).attrs["Size"] - client.images.get(BASE).attrs["Size"]
     assert above < 450e6
     assert labels_of(image)["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert client.images.get(image).attrs["Config"]["User"] == "1000:1000"
     done = run(image, "--help", options=CLOSED)
     assert done.returncode == 0 and "bacor_fuselip_download" in done.stdout
+    cache = ("-v", f"{tmp_path}:/.cache")
+    for options in (("--read-only",), ("--read-only", *cache)):
+        done = run(image, "--help", options=options)
+        assert done.returncode == 1 and "with --read-only add --tmpfs /tmp" in done.stderr
     done = run(image)
     assert done.returncode == 1 and "nothing is mounted at /app/fuselip/ROCOv2_data" in done.stderr
     (tmp_path / "ROCOv2_data").mkdir()
@@ -175,7 +180,8 @@ def test_another_user_trains_stops_resumes_and_registers(mounted: Mounted) -> No
 def test_a_killed_container_goes_on_and_keeps_others_out(mounted: Mounted) -> None:
     """On the folders of the test before: only the training is made again."""
     words = ("tiny", *SHORT, "train.steps=40", "train.checkpoint_every=4", "train.seed=1")
-    with sole_user(mounted.models / ".work" / "fuselip-rocov2-tiny"):
+    lock = mounted.models / ".work" / "fuselip-rocov2-tiny" / ".lock"
+    with sole_process(lock, FuselipError("held already")):
         other = mounted.run(*words)
     assert other.returncode == 1 and "another container is at work" in other.stderr.splitlines()[-1], other.stderr
     with in_training(mounted, words, steps=6) as training:

@@ -54,8 +54,19 @@ SizeOption = Annotated[
 ArtifactsOption = Annotated[Path | None, typer.Option("--artifacts", help="Folder of every stage's output.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from fuselip_core.data.prepare.prepare import tool_version
+
+        typer.echo(f"fuselip {tool_version()}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; stands anywhere.")] = False,
 ) -> None:
     """FuseLIP adapted to radiology: one encoder for images, texts, and images with text."""

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple, NoReturn, get_args
 from fuselip_core import config
 from fuselip_core.cli import main as cli
 from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
-from fuselip_core.container.mounts import require_data, require_writable, sole_user
+from fuselip_core.container.mounts import MountError, require_data, require_writable
 from fuselip_core.container.skip_done import own_shards, run_stages
 from fuselip_core.errors import FuselipError, Interrupted, sentence_of
 from fuselip_core.files import atomic_folder
+from fuselip_core.lock import sole_process
 
 SIZES = get_args(config.Size)
 DATA_VOLUME = "-v $(pwd)/ROCOv2_data:/workspace/ROCOv2_data"
@@ -175,7 +176,9 @@ def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
     os.environ["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{logs}/mlflow/mlflow.db"
     (logs / name).mkdir(parents=True, exist_ok=True)
     _keep_log(logs / name / f"{verb}.log")
-    with sole_user(work):
+    work.mkdir(parents=True, exist_ok=True)
+    busy = MountError(f"another container is at work in {work}; wait for it or stop it")
+    with sole_process(work / ".lock", busy):
         _say_device()
         if "prepare" in stages and own_shards(settings.prepare.root) is None:
             settings = without_nameless_concepts(settings, asked)
@@ -230,7 +233,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         epilog="Other verbs: tokenize, evaluate, embed. Folders: data in /workspace/ROCOv2_data (Parquet, zip, "
         "or JPEG with text), models in /workspace/models, logs and MLflow's store in /workspace/logs unless "
         "MLFLOW_TRACKING_URI is set. docker stop saves a checkpoint (exit code 75); the same command goes on from it. "
-        "No process shares memory with another, so --shm-size does not matter.",
+        "Docker's default --shm-size is enough.",
     )
     parser.add_argument(
         "words", nargs="*", metavar="WORD", help="size (small, base, large, tiny) or section.field=value"

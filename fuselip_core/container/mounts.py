@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
 import re
 import tempfile
@@ -58,18 +56,6 @@ def is_mounted(folder: Path) -> bool:
     while not folder.exists():
         folder = folder.parent
     return folder.stat().st_dev != Path("/").stat().st_dev
-
-
-@contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """Holds `folder` for one run at a time; raises MountError while another one, in any container, holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MountError(f"another container is at work in {folder}; wait for it or stop it") from None
-        yield
 
 
 def _files(folder: Path) -> Iterator[Path]:
