@@ -70,7 +70,7 @@ def stand_in(stage):
             if "." in name:
                 write_json(settings.artifacts / name, CONTENT.get(name, {}))
             else:
-                (settings.artifacts / name).mkdir(parents=True)
+                (settings.artifacts / name).mkdir(parents=True, exist_ok=True)
                 made = f"train {settings.train.steps}" if stage == "train" else stage
                 (settings.artifacts / name / "made").write_text(made)
                 if stage == "prepare":

@@ -41,7 +41,7 @@ def edit(path: Path, before: str, after: str) -> None:
 
 def test_a_changed_default_runs_the_stages_that_read_it(checkout: Path) -> None:
     """No recipe states evaluate.examples: its value is the default in config.py."""
-    edit(checkout / "fuselip_core" / "config.py", "examples: int = Field(12,", "examples: int = Field(13,")
+    edit(checkout / "fuselip_core" / "config.py", "examples: Int = Field(12,", "examples: Int = Field(13,")
     assert reproduce(checkout) == ["evaluate"]
 
 
@@ -51,7 +51,7 @@ def test_a_changed_base_runs_the_stages_that_read_it(checkout: Path) -> None:
 
 
 def test_what_changes_no_value_runs_nothing(checkout: Path) -> None:
-    edit(checkout / "fuselip_core" / "config.py", '"Examples shown in', '"Number of examples shown in')
+    edit(checkout / "fuselip_core" / "config.py", 'description="Examples shown in', 'description="Number of examples shown in')
     edit(checkout / "fuselip_core" / "recipes" / "vqa-rad.yaml", "views: 12", "views: 11")
     with (checkout / "params.yaml").open("a", encoding="utf-8") as stream:
         stream.write("\n# A remark.\n")
