@@ -131,6 +131,10 @@ def test_the_server_image_has_what_the_worker_of_the_stack_calls(template: Path)
     code = "import docker, dvc, flows.server.serve, flows.server.recover, flows.run.container, boto3, psycopg2"
     done = run(image, "python", "-c", code, options=(*CLOSED, *mount))
     assert done.returncode == 0, done.stderr
+    # DVC calls this stage in the worker's own container, not in one of the stages' images.
+    words = ("python", "-m", "fuselip_core", "settings", "--settings", "params.yaml", "--out", "/tmp/settings.yaml")
+    done = run(image, *words, options=(*CLOSED, *mount))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a repository to another user")
