@@ -299,7 +299,7 @@ def test_a_split_without_any_of_its_files_is_an_error(raw: Path, tmp_path: Path)
     shutil.copytree(raw, root)
     with zipfile.ZipFile(root / "valid_images.zip", "w") as archive:
         archive.writestr("valid/unasked.jpg", b"")
-    with pytest.raises(DataError, match=r"split 'valid' of .* lost every image \(8 missing_image"):
+    with pytest.raises(DataError, match=r"split 'valid' of .* lost every image \(40 missing_image"):
         prepare_data(settings(root), tmp_path / "prepared")
 
 
