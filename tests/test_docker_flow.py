@@ -53,7 +53,7 @@ def test_a_flow_in_containers_skips_what_is_done_and_tells_what_failed(boxed: Pa
 def test_a_terminated_flow_stops_its_container(boxed: Path) -> None:
     code, said = terminate_flow(boxed, "--runner", "docker")
     assert code == 128 + signal.SIGTERM and (boxed / "saved").is_file(), said
-    assert sentences(said) == ["error: stopped; the same command goes on from what is done"]
+    assert sentences(said) == ["error: stopped; the same command resumes it"]
     assert not engine().containers.list(all=True, filters={"label": f"fuselip.repository={boxed}"})
 
 

@@ -117,4 +117,4 @@ def test_a_terminated_flow_ends_its_stage_and_says_what_follows(template: Path, 
     assert code == 128 + signal.SIGTERM, said
     assert (folder / "saved").is_file(), said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: stopped; the same command goes on from what is done"] and "Traceback" not in said
+    assert errors == ["error: stopped; the same command resumes it"] and "Traceback" not in said
