@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -40,8 +41,10 @@ def test_the_site_builds_strictly_and_asks_nobody(repository: Path, tmp_path: Pa
 
 
 # Programs of others. Other tests execute what matters of them: images in test_docker.py, the model server in
-# test_serving.py, deployments in test_deployments.py.
+# test_serving.py, deployments in test_deployments.py, backup and restore in test_stack.py.
 OTHERS = {
+    "docker/backup.sh",
+    "docker/restore.sh",
     "docker",
     "mkdir",
     "export",
@@ -59,7 +62,9 @@ COMMANDS = documented_commands(Path(__file__).parents[1])
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_documented_commands_exist_with_their_options(command: Documented, repository: Path) -> None:
-    program, *arguments = command.words
+    # Settings of the environment stand before the program.
+    words = [*itertools.dropwhile(lambda word: "=" in word, command.words)]
+    program, *arguments = words
     program = program.removeprefix(".venv/bin/")
     if program == "make":
         done = subprocess.run(["make", "-n", *arguments], cwd=repository, capture_output=True, text=True)
