@@ -9,7 +9,7 @@ SOURCE ?=
 ROOT ?=
 SET ?=
 NAME ?=
-MODEL ?= models:/fuselip-sample@champion
+MODEL ?= models:/fuselip-sample-tiny@champion
 PORT ?=
 # Handed over by the environment, which neither make nor the shell reads: spaces, quotes and dollars arrive whole.
 export GIVEN_SOURCE = $(value SOURCE)
