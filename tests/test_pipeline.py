@@ -69,7 +69,7 @@ def test_main_job_ends_with_a_registered_model(small: Path, first: Done) -> None
 def test_summary_says_what_to_look_at_and_to_type_next(first: Done) -> None:
     for words in ("recall@1", "chance", "artifacts/metrics.json", "report/index.html", "fuselip-sample-tiny version 1"):
         assert words in first.stdout
-    assert "mlflow ui" in first.stdout and "models serve" in first.stdout and "make demo SET=" in first.stdout
+    assert all(f"make {words}" in first.stdout for words in ("serve-ui", "serve-model MODEL=models:", "demo SET="))
 
 
 def test_everything_made_is_versioned_or_ignored(small: Path, first: Done) -> None:
