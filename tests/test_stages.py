@@ -177,7 +177,7 @@ def test_evaluation_sets_are_asked_as_well(run: Settings, tmp_path: Path) -> Non
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert "Evaluation sets" in page and "sugarcrepe/add_att" in page
     wrong = run.evaluate.model_copy(update={"candidates": (tmp_path / "crepe",)})
-    with pytest.raises(FuselipError, match="no prepared data in"):
+    with pytest.raises(FuselipError, match="holds no prepared data"):
         stages.evaluate(run.model_copy(update={"artifacts": tmp_path, "evaluate": wrong}))
 
 
