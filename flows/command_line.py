@@ -145,9 +145,9 @@ def _quiet(terminal: bool) -> None:
     def is_new(record: logging.LogRecord) -> bool:
         if record.name.endswith(".stage"):
             return not terminal
-        return not (
-            record.name.startswith(("prefect.flow_runs", "prefect.task_runs")) and record.levelno >= logging.ERROR
-        )
+        # Prefect reports the end of a flow that returns a failed state as INFO.
+        least = logging.INFO if record.name.startswith("prefect.flow_runs") else logging.ERROR
+        return not (record.name.startswith(("prefect.flow_runs", "prefect.task_runs")) and record.levelno >= least)
 
     for name in ("", "prefect"):
         for handler in logging.getLogger(name).handlers:

@@ -108,8 +108,6 @@ def test_failing_stage_ends_with_its_sentence(small: Path) -> None:
     assert len(errors) == 1 and errors[0].startswith("error: train: ")
     assert "Traceback" not in done.stderr
     sentence = errors[0].removeprefix("error: train: ")
-    if done.stderr.count(sentence) == 3:
-        pytest.xfail("known fault: the sentence stands three times, not once by the stage and once at the end")
     assert done.stderr.count(sentence) == 2, "once by the stage, once at the end"
 
 
