@@ -114,7 +114,7 @@ def _fuselip(size: str) -> dict[str, Tensor]:
     model, pixels, text = _load_fuselip(name), _pixels(False), _text_ids()[TEXTS]
     own_ids = model.tokenize_image(pixels, append_empty_text=True)
     # A code on a tie may fall to the other side on another machine; what follows must not hang on it.
-    codes = model.vocabulary.codes(reference.expected(f"{name}.image_input_ids")[:, :-2])
+    codes = reference.expected(f"{name}.image_input_ids")[:, :-2] - model.vocabulary.image_offset
     assert model.image_tokenizer is not None
     model.image_tokenizer.model.codes = lambda pixels: codes  # type: ignore[method-assign]
     long_text = _text_ids()[LONG_TEXT].expand(4, -1)

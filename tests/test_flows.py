@@ -242,10 +242,21 @@ def test_stage_runs_once_and_again_after_its_parameter_changes(copy: Path, said:
         (signal.SIGTERM, "interrupted", "by SIGTERM; the same command resumes it"),
     ],
 )
+@pytest.mark.parametrize("command", ['exec /bin/sh "$@"', '/bin/sh "$@"; exit $?'], ids=["replaced", "stays"])
 def test_a_stage_that_a_signal_ends_says_which(
-    copy: Path, said: list[str], number: signal.Signals, status: str, words: str
+    copy: Path,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    status: str,
+    words: str,
+    command: str,
 ) -> None:
-    """The exit code comes all the way up from the shell, through DVC."""
+    """The exit code comes all the way up through DVC, from a shell that the stage replaces or that waits for it."""
+    shell = copy / "shell"
+    shell.write_text(f"#!/bin/sh\n{command}\n")
+    shell.chmod(0o755)
+    monkeypatch.setenv("SHELL", str(shell))
     stages = copy / "fuselip_core" / "stages.py"
     ends = f"os.kill(os.getpid(), {int(number)})"
     stages.write_text(stages.read_text().replace('note("calls", stage)', ends))

@@ -85,14 +85,16 @@ def _end_with_parent() -> None:
 def _exit_code(status: int) -> int:
     """The stage's exit code; as in a shell, 128 and more for one that a signal ended.
 
-    A stage that ends with an error has said why. One that a signal ended has not, so this says it.
+    A stage that ends with an error has said why. One that a signal ended has not, so this says it. DVC starts stages
+    through a shell: some replace themselves by the command, others stay, and then tell of the signal by their own code.
     """
-    if status >= 0:
+    number = -status if status < 0 else status - 128
+    if number not in set(signal.Signals):
         return status
-    name = signal.Signals(-status).name
-    hint = "; most likely this machine ran out of memory" if status == -signal.SIGKILL else ""
+    name = signal.Signals(number).name
+    hint = "; most likely this machine ran out of memory" if number == signal.SIGKILL else ""
     sys.stderr.write(f"error: the stage was ended from outside by {name}{hint}; the same command resumes it\n")
-    return 128 - status
+    return 128 + number
 
 
 def dvc_problem(error: Exception) -> FuselipError:
