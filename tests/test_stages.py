@@ -77,9 +77,15 @@ def test_registered_version_embeds_like_the_saved_model(run: Settings) -> None:
     assert vectors.shape == (2, 128)
 
 
-def test_a_registered_model_is_loaded_by_its_address(run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registered_model_is_loaded_by_its_address(
+    run: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From the registry that the environment names, whichever this process used before."""
+    import mlflow
+
     from fuselip_core import Embedder as FrontDoor
 
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'other.db'}")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run.artifacts.parent / 'mlflow.db'}")
     registered = FrontDoor.from_pretrained("models:/fuselip-sample-tiny/1", "cpu").embed(texts=["left"])
     assert np.array_equal(registered, Embedder.from_pretrained(run.artifacts / "model", "cpu").embed(texts=["left"]))

@@ -18,7 +18,8 @@ def fetch_model(address: str) -> Path:
     from mlflow.models import Model
 
     try:
-        place = mlflow.artifacts.download_artifacts(address, tracking_uri=tracking_uri())
+        # Both, since the registry's default is whatever address this process used last.
+        place = mlflow.artifacts.download_artifacts(address, tracking_uri=tracking_uri(), registry_uri=tracking_uri())
         artifacts = Model.load(place).flavors["python_function"]["artifacts"]
         return Path(place) / artifacts["model"]["path"]
     except KeyError as error:
