@@ -46,6 +46,7 @@ RANKS = (
     ("evaluation.report",),
     ("generation", "tokenizer"),
     ("registry",),
+    ("search",),
     ("stages",),
     ("cli",),
     ("__main__", "container"),

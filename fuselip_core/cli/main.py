@@ -14,6 +14,7 @@ import typer
 
 from fuselip_core import config
 from fuselip_core.cli import data as data_cli
+from fuselip_core.cli import index as index_cli
 from fuselip_core.cli import vqa as vqa_cli
 from fuselip_core.errors import FuselipError, run_to_exit
 from fuselip_core.files import atomic_write
@@ -38,6 +39,7 @@ recipes = typer.Typer(help="The recipes that come with the package.", no_args_is
 app.add_typer(recipes, name="recipes")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(vqa_cli.app, name="vqa")
+app.add_typer(index_cli.app, name="index")
 
 SettingsOption = Annotated[
     Path | None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ from fuselip_core.model.hub import Model, load_pretrained
 from fuselip_core.model.processing import FuseLIPProcessor
 from fuselip_core.progress import track
 
-Picture = Image.Image | str | Path
+Picture = Image.Image | str | Path | torch.Tensor  # the last: what `pixels` made of one
 
 
 class Embedder:
-    """A model and its processor behind one call, for both families."""
+    """A model and its processor behind one call, for both families. `name` is what it was loaded by, if it was."""
+
+    name = ""
 
     def __init__(self, model: Model, processor: FuseLIPProcessor) -> None:
         self.model, self.processor = model.eval(), processor
@@ -30,7 +34,18 @@ class Embedder:
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str | torch.device | None = None) -> Embedder:
         """Loads a folder, a hub id or models:/NAME@ALIAS; `device` None takes a GPU if there is one."""
-        return cls(*load_pretrained(name, device))
+        embedder = cls(*load_pretrained(name, device))
+        embedder.name = str(name)
+        return embedder
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the weights (name, type, shape, values): equal for the same model, wherever it lies."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     def __repr__(self) -> str:
         size, tokens = self.processor.size, self.processor.context_length
@@ -94,7 +109,16 @@ class Embedder:
             embeddings = self.model.encode_text(ids)
         return embeddings.float().cpu().numpy()
 
+    def pixels(self, picture: Image.Image) -> torch.Tensor:
+        """What the model sees of a picture, (3, S, S) float32; `embed` takes it in the picture's place.
+
+        Safe to call from many threads, beside a model at work.
+        """
+        return self._to_pixels(picture)
+
     def _pixels(self, picture: Picture | None, row: int) -> torch.Tensor:
+        if isinstance(picture, torch.Tensor):
+            return picture
         if not isinstance(picture, Image.Image | str | Path):
             raise FuselipError(f"row {row}: an image is a Pillow image or a path, not {type(picture).__name__}")
         name = "image" if isinstance(picture, Image.Image) else f"image {picture}"

@@ -43,6 +43,22 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     return Fingerprint(bits, np.asarray(thumbnail, dtype=np.uint8).reshape(-1))
 
 
+def looks_same(one: Fingerprint, other: Fingerprint) -> bool:
+    """True for two pictures that are the same to the eye, by the rules above."""
+    near = (one.bits ^ other.bits).bit_count() <= MOST_BITS
+    return near and _correlation(one.thumbnail, other.thumbnail[None]) >= LEAST_CORRELATION
+
+
+def _correlation(mine: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
+    """The highest correlation of a thumbnail with N others (N, THUMBNAIL * THUMBNAIL); 0 for one that is flat."""
+    one, others = mine.astype(np.float64), theirs.astype(np.float64)
+    if not len(others) or one.std() < LEAST_SPREAD:
+        return 0.0
+    one, others = one - one.mean(), others - others.mean(1, keepdims=True)
+    norms = np.linalg.norm(others, axis=1) * np.linalg.norm(one)
+    return float(np.max(others @ one / np.maximum(norms, 1e-9)))
+
+
 class HeldOutIndex:
     """Exact and perceptual hashes of held-out images in memory-mapped files: `build` once, look up in any process."""
 
@@ -77,13 +93,7 @@ class HeldOutIndex:
             np.concatenate([self._sharing(band, int(wanted.view(np.uint8)[band])) for band in range(BANDS)])
         )
         rows = rows[np.bitwise_count(self._bits[rows] ^ wanted[0]) <= MOST_BITS]
-        mine = image.thumbnail.astype(np.float64)
-        if not len(rows) or mine.std() < LEAST_SPREAD:
-            return 0.0
-        theirs = self._thumbnails[rows].astype(np.float64)
-        mine, theirs = mine - mine.mean(), theirs - theirs.mean(1, keepdims=True)
-        norms = np.linalg.norm(theirs, axis=1) * np.linalg.norm(mine)
-        return float(np.max(theirs @ mine / np.maximum(norms, 1e-9)))
+        return _correlation(image.thumbnail, self._thumbnails[rows])
 
     def has_near(self, image: Fingerprint) -> bool:
         """True if a held-out image looks the same."""

@@ -1,0 +1,348 @@
+"""An index over an archive: vectors, captions and thumbnails in one LanceDB table, in a folder or on S3.
+
+Every change is one transaction of the table: a process that is killed leaves the index as it was or as it is to be. An
+index remembers the digest of its model, and a query of another one is refused. Legend: N rows, W width of a vector.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, looks_same
+from fuselip_core.errors import FuselipError
+from fuselip_core.search import DEFAULT_INDEX
+
+TABLE, MAP_TABLE = "pictures", "map"
+METADATA = b"fuselip"
+ANN_ROWS = 100_000  # above so many rows a search is approximate unless asked otherwise
+RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher 2009)
+HYBRID_DEPTH = 100  # the least number of rows of each ranking that are fused
+MOST_ON_MAP, FEWEST_FOR_UMAP = 10_000, 32
+SHOWN = ("id", "caption", "concepts", "modality", "case", "split", "source", "licence", "place", "thumbnail")
+LOOK = ("sha256", "bits", "grey")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A found picture. score: cosine similarity, or of a search by words alone the BM25 score.
+
+    thumbnail: JPEG. folded: how many equal pictures, ranked behind it, this one stands for.
+    """
+
+    id: str
+    score: float
+    caption: str
+    concepts: tuple[str, ...]
+    modality: str
+    case: str
+    split: str
+    source: str
+    licence: str
+    place: str
+    thumbnail: bytes
+    indexed_at: datetime
+    folded: int = 0
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a picture must be, to be found: one of the named values of each field that names any."""
+
+    modality: tuple[str, ...] = ()
+    concept: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
+    source: tuple[str, ...] = ()
+    indexed_after: datetime | None = None
+    indexed_before: datetime | None = None
+
+    def condition(self) -> str | None:
+        """The filter in the table's SQL; None where there is none."""
+        parts = [
+            f"{name} IN ({_quoted(values)})"
+            for name in ("modality", "split", "source")
+            if (values := getattr(self, name))
+        ]
+        if self.concept:
+            parts.append(f"array_has_any(concepts, [{_quoted(self.concept)}])")
+        for sign, moment in ((">=", self.indexed_after), ("<", self.indexed_before)):
+            if moment is not None:
+                parts.append(f"indexed_at {sign} timestamp '{moment.astimezone(UTC).isoformat(sep=' ')}'")
+        return " AND ".join(parts) or None
+
+
+NO_FILTERS = Filters()
+
+
+def schema_of(width: int, model_name: str, model_digest: str) -> pa.Schema:
+    """Columns of the table; its metadata names the model."""
+    texts = ("id", "caption", "modality", "case", "split", "source", "licence", "place", "sha256", "row_hash")
+    about = {"model_name": model_name, "model_digest": model_digest, "width": width}
+    return pa.schema(
+        [
+            *((name, pa.string()) for name in texts),
+            ("concepts", pa.list_(pa.string())),
+            ("thumbnail", pa.binary()),
+            ("bits", pa.uint64()),
+            ("grey", pa.binary()),
+            ("indexed_at", pa.timestamp("us", tz="UTC")),
+            ("vector", pa.list_(pa.float32(), width)),
+        ],
+        metadata={METADATA: json.dumps(about).encode()},
+    )
+
+
+def connect(folder: str | Path) -> Any:
+    """The database in a folder or at an s3:// address; each read sees the newest state."""
+    import lancedb
+
+    return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
+
+
+class Index:
+    """An index that was built; safe to use from many threads, and beside a process that adds or removes."""
+
+    def __init__(self, folder: str | Path, table: Any) -> None:
+        self.folder, self._table = folder, table
+        about = json.loads(table.schema.metadata[METADATA])
+        self.model_name, self.model_digest = str(about["model_name"]), str(about["model_digest"])
+        self.width = int(about["width"])
+
+    @classmethod
+    def open(cls, folder: str | Path = DEFAULT_INDEX) -> Index:
+        """Raises FuselipError where there is no index, or it cannot be read."""
+        remedy = f"build one with `fuselip index build ARCHIVE --index {folder}`"
+        try:
+            if not str(folder).startswith("s3://") and not (Path(folder) / f"{TABLE}.lance").is_dir():
+                raise FuselipError(f"there is no index in {folder}; {remedy}")
+            return cls(folder, connect(folder).open_table(TABLE))
+        except FuselipError:
+            raise
+        except (KeyError, TypeError) as error:
+            raise FuselipError(f"{folder} holds a table that is no index of this project; {remedy}") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FuselipError(f"the index in {folder} cannot be read ({reason}); {remedy}") from error
+
+    def __len__(self) -> int:
+        return int(self._table.count_rows())
+
+    def info(self) -> dict[str, Any]:
+        """Folder, model, number of pictures and of cases, dates."""
+        columns = self._columns("case", "indexed_at")
+        moments = columns["indexed_at"].drop_null()
+        return {
+            "folder": str(self.folder),
+            "model": self.model_name,
+            "model_digest": self.model_digest,
+            "width": self.width,
+            "rows": columns.num_rows,
+            "cases": len(columns["case"].unique()),
+            "search": "approximate" if self._approximate else "exact",
+            "first_indexed": min(moments.to_pylist(), default=None),
+            "last_indexed": max(moments.to_pylist(), default=None),
+        }
+
+    def facets(self) -> dict[str, dict[str, int]]:
+        """Number of pictures by modality, concept, split and source, the most frequent value first."""
+        columns = self._columns("modality", "concepts", "split", "source")
+        found = {"concept" if name == "concepts" else name: _counts(columns[name]) for name in columns.column_names}
+        return {name: found[name] for name in ("modality", "concept", "split", "source")}
+
+    def check_model(self, digest: str) -> None:
+        """Raises FuselipError where the model of a query is not that of the index."""
+        if digest != self.model_digest:
+            raise FuselipError(
+                f"the index in {self.folder} was built with {self.model_name} (digest {self.model_digest[:12]}), not "
+                f"with the model in use (digest {digest[:12]}); use that model, or build the index again"
+            )
+
+    def search(
+        self,
+        vector: NDArray[np.float32] | None,
+        words: str | None = None,
+        limit: int = 10,
+        offset: int = 0,
+        filters: Filters = NO_FILTERS,
+        threshold: float | None = None,
+        fold: bool = True,
+        exact: bool | None = None,
+    ) -> list[Hit]:
+        """The pictures nearest to `vector` (W), best first; with `words` too, those and the captions that match.
+
+        Both rankings are fused by reciprocal rank. threshold: least cosine similarity. fold: equal pictures become one
+        hit. exact: None searches approximately where the index is large. Raises FuselipError for a query without
+        content.
+        """
+        if words is not None:
+            require_words(words)
+        if vector is None and words is None:
+            raise FuselipError("the query has neither words nor a picture; give one of them")
+        query = None if vector is None else self._unit(vector)
+        wanted = offset + limit
+        depth = wanted * 2 + 10 if fold else wanted
+        while True:
+            rows = self._ranked(query, words, depth, filters, exact)
+            rows = [row for row in rows if query is None or threshold is None or row["score"] >= threshold]
+            hits = _folded(rows) if fold else [(row, 0) for row in rows]
+            if len(hits) >= wanted or len(rows) < depth:
+                return [_hit(row, folded) for row, folded in hits[offset:wanted]]
+            depth *= 2
+
+    def vectors(self, ids: Sequence[str]) -> NDArray[np.float32]:
+        """(N, W) of the named pictures, in the order of `ids`; raises FuselipError for one that is not there."""
+        rows = self._named(ids, ("id", "vector"))
+        return np.array([rows[name]["vector"] for name in ids], dtype=np.float32).reshape(len(ids), self.width)
+
+    def get(self, name: str) -> Hit:
+        """The picture with this id; raises FuselipError where there is none."""
+        return _hit(self._named([name], (*SHOWN, "indexed_at"))[name] | {"score": 1.0}, 0)
+
+    def map(self) -> tuple[list[str], NDArray[np.float32]]:
+        """Ids of at most MOST_ON_MAP pictures and their places on a plane (N, 2), like beside like (UMAP).
+
+        Computed on first use, which takes some seconds, and kept beside the pictures until they change.
+        """
+        database = connect(self.folder)
+        version = str(self._table.version)
+        if MAP_TABLE in database.table_names():
+            kept = database.open_table(MAP_TABLE).to_arrow()
+            if (kept.schema.metadata or {}).get(b"version") == version.encode():
+                return kept["id"].to_pylist(), np.stack([kept["x"], kept["y"]], axis=1).astype(np.float32)
+        columns = self._columns("id", "vector")
+        chosen = np.sort(np.random.default_rng(0).permutation(columns.num_rows)[:MOST_ON_MAP])
+        columns = columns.take(chosen)
+        flat = columns["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.width)
+        places = _plane(flat)
+        ids = columns["id"]
+        table = pa.table({"id": ids, "x": places[:, 0], "y": places[:, 1]}).replace_schema_metadata(
+            {"version": version}
+        )
+        with contextlib.suppress(OSError, RuntimeError):  # of a read-only index: then it is computed each time
+            database.create_table(MAP_TABLE, table, mode="overwrite")
+        return ids.to_pylist(), places
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _approximate(self) -> bool:
+        return any(index.columns == ["vector"] for index in self._table.list_indices())
+
+    def _columns(self, *names: str) -> pa.Table:
+        return self._table.search().select(list(names)).to_arrow()
+
+    def _unit(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        query = np.asarray(vector, dtype=np.float32).reshape(-1)
+        norm = float(np.linalg.norm(query))
+        if len(query) != self.width or not np.isfinite(norm) or norm == 0.0:
+            raise FuselipError(
+                f"the query is no vector of {self.width} finite numbers; embed it with {self.model_name}"
+            )
+        return query / np.float32(norm)
+
+    def _ranked(
+        self, query: NDArray[np.float32] | None, words: str | None, depth: int, filters: Filters, exact: bool | None
+    ) -> list[dict[str, Any]]:
+        columns, where = [*SHOWN, "indexed_at", *LOOK, "vector"], filters.condition()
+        rankings = []
+        deep = max(depth, HYBRID_DEPTH) if query is not None and words is not None else depth
+        if query is not None:
+            nearest = self._table.search(query).distance_type("cosine").select(columns)
+            nearest = nearest.bypass_vector_index() if exact else nearest
+            rankings.append(_limited(nearest, where, deep))
+        if words is not None:
+            rankings.append(
+                _limited(self._table.search(words, query_type="fts").select([*columns, "_score"]), where, deep)
+            )
+        fused: dict[str, float] = defaultdict(float)
+        rows: dict[str, dict[str, Any]] = {}
+        for ranking in rankings:
+            for rank, row in enumerate(ranking, 1):
+                fused[row["id"]] += 1.0 / (RANK_CONSTANT + rank)
+                rows.setdefault(row["id"], row)
+        for row in rows.values():
+            row["score"] = row["_score"] if query is None else float(np.dot(query, np.float32(row["vector"])))
+        return [rows[name] for name in sorted(fused, key=lambda name: (-fused[name], name))][:depth]
+
+    def _named(self, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+        if not ids:
+            return {}
+        found = self._table.search().where(f"id IN ({_quoted(ids)})").select(list(columns)).limit(len(set(ids)))
+        rows = {row["id"]: row for row in found.to_arrow().to_pylist()}
+        if missing := [name for name in ids if name not in rows]:
+            raise FuselipError(f"the index in {self.folder} has no picture '{missing[0]}'; search for it again")
+        return rows
+
+
+def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, W) → (N, 2). A handful of vectors has no neighbourhoods: they are laid out by their principal components."""
+    if len(vectors) < FEWEST_FOR_UMAP:
+        centred = vectors - vectors.mean(axis=0)
+        _, _, axes = np.linalg.svd(centred, full_matrices=False)
+        places = centred @ axes[:2].T
+        return np.pad(places, ((0, 0), (0, 2 - places.shape[1]))).astype(np.float32)
+    import umap  # type: ignore[import-untyped]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a fixed seed means one thread
+        plane = umap.UMAP(metric="cosine", n_neighbors=min(15, len(vectors) - 1), random_state=0).fit_transform(vectors)
+    return np.nan_to_num(plane).astype(np.float32)
+
+
+def require_words(text: str) -> None:
+    """Raises FuselipError for a text without a letter or digit, which no search can answer."""
+    if not any(map(str.isalnum, text)):
+        raise FuselipError("the query has no letter and no digit; write what the picture should show")
+
+
+def _limited(query: Any, where: str | None, limit: int) -> list[dict[str, Any]]:
+    query = query.where(where, prefilter=True) if where else query
+    rows: list[dict[str, Any]] = query.limit(limit).to_arrow().to_pylist()
+    return rows
+
+
+def _quoted(values: Sequence[str]) -> str:
+    return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
+
+
+def _counts(column: pa.ChunkedArray) -> dict[str, int]:
+    values = column.to_pylist()
+    if pa.types.is_list(column.type):
+        values = [value for several in values for value in several or ()]
+    return {value: count for value, count in Counter(values).most_common() if value}
+
+
+def _folded(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int]]:
+    """Rows without those whose picture equals one before them, each with the number of those."""
+    kept: list[tuple[dict[str, Any], Fingerprint | None]] = []
+    counts: list[int] = []
+    for row in rows:
+        mark = None
+        if row["grey"]:
+            mark = Fingerprint(row["bits"], np.frombuffer(row["grey"], np.uint8).reshape(THUMBNAIL**2))
+        for place, (other, its) in enumerate(kept):
+            if mark and its and (row["sha256"] == other["sha256"] or looks_same(mark, its)):
+                counts[place] += 1
+                break
+        else:
+            kept.append((row, mark))
+            counts.append(0)
+    return [(row, count) for (row, _), count in zip(kept, counts, strict=True)]
+
+
+def _hit(row: dict[str, Any], folded: int) -> Hit:
+    values = {name: row[name] for name in (*SHOWN, "score", "indexed_at")}
+    return Hit(
+        **values | {"concepts": tuple(row["concepts"] or ()), "thumbnail": row["thumbnail"] or b""}, folded=folded
+    )

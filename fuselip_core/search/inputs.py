@@ -1,0 +1,240 @@
+"""One iterator over whatever a user has: pictures in folders, tables, prepared data, DICOM trees, published data sets.
+
+A row is read by the same code as everywhere else: data sets by their adapter in `data/sources`, tables by
+`table_reader`, prepared data by `PreparedData`. What cannot be used is set aside with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fuselip_core.config import PrepareSettings
+from fuselip_core.data.dicom.listing import DicomPlace
+from fuselip_core.data.download.manifest import provenance_of
+from fuselip_core.data.pair import SPLIT_OF, DataError, ImageEntry, SetAside, one_line
+from fuselip_core.data.places import Derived, Place
+from fuselip_core.data.prepare.extra_pairs import NAMES, names_of_concepts
+from fuselip_core.data.shards.reader import MANIFEST, PreparedData
+from fuselip_core.data.sources.catalogue import list_source, source_names
+from fuselip_core.data.table_reader import SUFFIXES as TABLES
+from fuselip_core.data.table_reader import columns_of, read_table
+from fuselip_core.data.walk import files_below
+from fuselip_core.images import SUFFIXES as PICTURES
+
+IMAGE_COLUMNS = ("image", "file_name")
+TEXT_COLUMNS = ("text", "caption")
+OTHER_COLUMNS = ("id", "concepts", "modality", "case", "split", "licence")
+DICOM_MARK = 128, b"DICM"  # where every file since 1996 says what it is (PS3.10, 7.1)
+
+OnSetAside = Callable[[SetAside], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One item of an archive.
+
+    image: the bytes of an image file, where they are, or None. text: is embedded, with the image where there is one.
+    caption: is shown and searched by words, not embedded. place: where a person finds the picture; empty for DICOM,
+    whose paths may name people.
+    """
+
+    id: str
+    image: bytes | Place | Derived | None = None
+    text: str | None = None
+    caption: str = ""
+    concepts: tuple[str, ...] = ()
+    modality: str = ""
+    case: str = ""
+    split: str = ""
+    source: str = ""
+    licence: str = ""
+    place: str = ""
+
+
+class Archive:
+    """The rows of `source`, a folder or a table, in a stable order; iterate as often as you like.
+
+    kind: a name of `fuselip data sources`; found out where it is None. total: the number of rows, where it is known.
+    """
+
+    def __init__(self, source: Path, kind: str | None = None, settings: PrepareSettings | None = None) -> None:
+        """Raises DataError for a source that is missing or holds nothing that can be embedded."""
+        self.source, self.total = source, None
+        self.notes: list[str] = []
+        self._set_aside: list[Iterable[SetAside]] = []
+        if not source.exists():
+            raise DataError(
+                f"there is no {source} (a container sees only what is mounted, under the path it has there)"
+            )
+        self.kind = kind or kind_of(source)
+        self._rows: Callable[[OnSetAside], Iterator[Row]]
+        if self.kind == "table":
+            columns_of(source)
+            self._rows = lambda set_aside: _of_table(source, set_aside)
+        elif self.kind == "prepared":
+            prepared = PreparedData(source)
+            self.total = sum(prepared.image_count(split) for split in prepared.splits)
+            self._rows = lambda set_aside: _of_prepared(prepared)
+        else:
+            listing = list_source(self.kind, source, settings)
+            self.total, self.notes = len(listing.images), listing.notes
+            self._rows = lambda set_aside: _of_listing(self.kind, source, listing, set_aside)
+
+    def rows(self, set_aside: OnSetAside) -> Iterator[Row]:
+        """Yields the rows; `set_aside` takes what cannot be used."""
+        return self._rows(set_aside)
+
+
+def kind_of(source: Path) -> str:
+    """table, prepared, or the name of the adapter that reads a folder; raises DataError where nothing fits."""
+    if source.is_file():
+        if source.suffix in TABLES:
+            return "table"
+        raise DataError(f"{source} is neither a folder nor a table ({', '.join(TABLES)}); name one of these")
+    if (source / MANIFEST).is_file():
+        return "prepared"
+    if next(source.glob("*_captions.csv"), None):
+        return "rocov2"
+    pictures = False
+    for path in files_below(source):
+        if path.suffix.lower() in PICTURES:
+            pictures = True
+        elif _is_dicom(path):
+            return "dicom"
+    if pictures:
+        return "folder"
+    raise DataError(
+        f"{source} holds no pictures ({', '.join(PICTURES)} or DICOM); name the folder that does, or its kind with "
+        f"--kind ({', '.join(source_names())})"
+    )
+
+
+def _is_dicom(path: Path) -> bool:
+    start, mark = DICOM_MARK
+    with path.open("rb") as stream:
+        return stream.read(start + len(mark))[start:] == mark
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _of_table(path: Path, set_aside: OnSetAside) -> Iterator[Row]:
+    """Paths in a table are relative to it. An image may also be its bytes, as in Parquet files of the Hub."""
+    names = columns_of(path)
+    if not {*IMAGE_COLUMNS, "text"} & set(names):
+        raise DataError(f"{path} has neither a column image, file_name nor text, but: {', '.join(names)}; rename one")
+
+    def bad_row(line: int, fault: str) -> None:
+        set_aside(SetAside(f"{path.name}:{line}", "", "bad_row", f"line {line}: {fault}"))
+
+    columns = (*IMAGE_COLUMNS, *TEXT_COLUMNS, *OTHER_COLUMNS)
+    for number, values in enumerate(read_table(path, (), columns, bad_row), 1):
+        image = next((values[name] for name in IMAGE_COLUMNS if values[name]), None)
+        text, caption = (one_line(str(values[name] or "")) for name in TEXT_COLUMNS)
+        stated = str(values["split"] or "").strip().lower()
+        yield Row(
+            id=str(values["id"] or f"{path.stem}/{number}"),
+            image=_image_of(image, path.parent),
+            text=text or None,
+            caption=caption or text,
+            concepts=_concepts_of(values["concepts"]),
+            modality=str(values["modality"] or "").strip(),
+            case=str(values["case"] or "").strip(),
+            split=SPLIT_OF.get(stated, stated),
+            source=path.stem,
+            licence=str(values["licence"] or "").strip(),
+            place=str(path.parent / image) if isinstance(image, str) else "",
+        )
+
+
+def _image_of(value: Any, folder: Path) -> bytes | Place | None:
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    return Place(folder / str(value).strip()) if value and str(value).strip() else None
+
+
+def _concepts_of(value: Any) -> tuple[str, ...]:
+    parts = str(value or "").split(";") if not isinstance(value, list) else map(str, value)
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+# ---- prepared data, and folders that an adapter knows ----------------------------------------------------------------
+
+
+class _Captions:
+    """Captions by image; pairs come in about the order of the images, so few wait at any time."""
+
+    def __init__(self, pairs: Iterable[tuple[str | None, str | None]]) -> None:
+        self._pairs, self._waiting = iter(pairs), dict[str, str]()
+
+    def of(self, image: str) -> str:
+        while image not in self._waiting and (pair := next(self._pairs, None)):
+            if pair[0] is not None and pair[1]:
+                self._waiting.setdefault(pair[0], pair[1])
+        return self._waiting.pop(image, "")
+
+
+def _of_prepared(prepared: PreparedData) -> Iterator[Row]:
+    columns = ["image_id", "bytes", "modality", "concepts", "case", "source", "licence", "attribution"]
+    names = _names_in(Path(str(prepared.manifest.get("settings", {}).get("root", ""))))
+    for split in prepared.splits:
+        table = prepared.pairs(split).select(["kind", "query_image", "target_text"])
+        captions = _Captions(
+            (row["query_image"], row["target_text"])
+            for batch in table.to_batches(1024)
+            for row in batch.to_pylist()
+            if row["kind"] == "caption"
+        )
+        for batch in prepared.iter_images(split, columns, batch_rows=64):
+            for row in batch.to_pylist():
+                yield Row(
+                    id=row["image_id"],
+                    image=row["bytes"],
+                    caption=captions.of(row["image_id"]),
+                    concepts=tuple(names.get(code, code) for code in row["concepts"] or ()),
+                    modality=row["modality"] or "",
+                    case=row["case"] or "",
+                    split=split,
+                    source=row["source"] or "",
+                    licence=row["licence"] or "",
+                    place=row["attribution"] or "",
+                )
+
+
+def _of_listing(kind: str, root: Path, listing: Any, set_aside: OnSetAside) -> Iterator[Row]:
+    for item in listing.set_aside:
+        set_aside(item)
+    captions = _Captions((pair.query.image, pair.target.text) for pair in listing.pairs if pair.kind == "caption")
+    origin, names = provenance_of(root), listing.concept_names or _names_in(root)
+    own = root.resolve().name if kind == "folder" else ""
+    for entry in listing.images:
+        yield Row(
+            id=f"{own}/{entry.image_id}" if own else entry.image_id,
+            image=entry.place,
+            caption=captions.of(entry.image_id),
+            concepts=tuple(names.get(code, code) for code in entry.concepts),
+            modality=entry.modality or "",
+            case=entry.case,
+            split=entry.split,
+            source=own or kind,
+            licence=entry.licence or origin.licence or "",
+            place=_shown_place(entry),
+        )
+
+
+def _shown_place(entry: ImageEntry) -> str:
+    if isinstance(entry.place, DicomPlace):
+        return ""
+    if entry.attribution:
+        return entry.attribution
+    place = entry.place.source if isinstance(entry.place, Derived) else entry.place
+    return f"{place.file}:{place.member}" if place.member else str(place.file)
+
+
+def _names_in(root: Path) -> Mapping[str, str]:
+    return names_of_concepts(root / NAMES) if (root / NAMES).is_file() else {}
