@@ -55,7 +55,7 @@ SECTIONS = ("prepare", "model", *STAGES[1:])
 
 Size = Literal["tiny", "small", "base", "large"]
 Family = Literal["fuselip", "siglip-sf", "siglip-mlf"]
-ExtraPairs = Literal["sentences", "concepts", "questions", "statements", "edits", "general-edits"]
+ExtraPairs = Literal["sentences", "concepts", "questions", "statements", "mirrored", "edits", "general-edits"]
 SourceName = Literal[
     "phantom",
     "rocov2",
@@ -114,7 +114,8 @@ class PrepareSettings(Section):
         (),
         description="Kinds of pairs made of an image beside the published ones: one sentence of its caption, the names "
         "of its concepts, questions that rules ask about them, its questions with their answers as texts that describe "
-        "it, and edits (training only): such as keep left and right, or the published ones with flips and colours.",
+        "it, and for training all pairs of the mirrored image with left and right exchanged in their texts, or edits: "
+        "such as keep left and right, or the published ones with flips and colours.",
     )
     edited_share: Share = Field(1.0, description="Share of the training images that edits are made of.")
     limit: Int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
@@ -138,9 +139,10 @@ class PrepareSettings(Section):
     seed: Int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
 
     @model_validator(mode="after")
-    def _edits_are_of_one_sort(self) -> PrepareSettings:
-        if {"edits", "general-edits"} <= set(self.extra_pairs):
-            raise ValueError("extra_pairs has both edits and general-edits; leave one out (flips spoil left and right)")
+    def _images_are_made_one_way(self) -> PrepareSettings:
+        made = [kind for kind in self.extra_pairs if kind in ("mirrored", "edits", "general-edits")]
+        if len(made) > 1:
+            raise ValueError(f"extra_pairs has both {' and '.join(made)}; leave one out (flips spoil left and right)")
         return self
 
 
@@ -157,6 +159,9 @@ class CodebookSettings(Section):
     """The image tokenizer: trained from scratch, fine-tuned from a published one, or taken as it is."""
 
     init: str | None = Field(None, description="Folder or hub id of a tokenizer to start from; from scratch if empty.")
+    image_size: Int | None = Field(None, ge=16, le=1024, description="Pixels a side it reads; the preset's if empty.")
+    patch_size: Int | None = Field(None, ge=2, le=64, description="Pixels a side of a patch; the preset's if empty.")
+    codes: Int | None = Field(None, ge=2, le=65536, description="Size of the codebook; the preset's if empty.")
     steps: Int = Field(600, ge=0, description="Optimiser steps; 0 takes the tokenizer of `init` as it is.")
     batch_size: Int = Field(64, ge=1, description="Images a step.")
     learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
@@ -171,6 +176,12 @@ class CodebookSettings(Section):
     )
     revive_every: Int = Field(50, ge=0, description="Steps between replacements of unused codes; 0 never.")
     seed: Int = Field(0, ge=0, description="Seed of weights, order and crops.")
+
+    @model_validator(mode="after")
+    def _dimensions_are_free(self) -> CodebookSettings:
+        if self.init is not None and (self.image_size, self.patch_size, self.codes) != (None, None, None):
+            raise ValueError("image_size, patch_size and codes are those of `init`; leave them empty, or init")
+        return self
 
     @model_validator(mode="after")
     def _perceptual_term_has_a_model(self) -> CodebookSettings:
@@ -230,6 +241,11 @@ class TrainSettings(Section):
     )
     alike_pairs: Literal["negatives", "ignored"] = Field(
         "negatives", description="Pairs of the same image, or of images with the same concepts, as negatives or not."
+    )
+    equal_targets: Literal["each", "once"] = Field(
+        "each",
+        description="A target that several pairs of a batch share, such as the answer yes, is a negative of the others "
+        "each time, or once, so that frequent answers are not pushed down.",
     )
     mixture: dict[str, float] = Field(
         {"caption": 1.0},
@@ -301,6 +317,9 @@ class EvaluateSettings(Section):
     )
     transformations: tuple[Literal["crop", "rotate", "light", "colour", "flip", "colorize"], ...] = Field(
         (), description="Families of image transformations whose variants of a held-out image are to be told apart."
+    )
+    classes: dict[str, str] = Field(
+        {}, description="Concept → caption of a class: images that have one of the concepts are to find its caption."
     )
     retention: Path | None = Field(
         None, description="Artifacts of a run on general data: what the adaptation keeps of train.init's ability there."

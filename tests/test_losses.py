@@ -80,3 +80,17 @@ def test_masks_hide_the_asked_share_and_no_special_token() -> None:
     assert torch.equal(hidden[~places], ids[~places])
     assert not places[:, 0].any() and not places[:, 20].any() and not places[:, 40:].any()
     assert places.sum() / (64 * 38) == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_repeated_target_is_a_negative_once() -> None:
+    query, target = unit(4, 8, 6), unit(4, 8, 7)
+    scale, bias = torch.tensor(10.0), torch.tensor(-1.0)
+    keys = torch.tensor([[5, -1, -1], [7, -1, -1], [5, -1, -1], [9, -1, -1]])
+    logits = scale * query @ target.T + bias
+    # Rows 0 and 2 have the same target: no negatives of each other, and one negative of rows 1 and 3.
+    left_out = [(0, 2), (2, 0), (1, 2), (3, 2)]
+    kept = [(i, j) for i in range(4) for j in range(4) if (i, j) not in left_out]
+    by_hand = -sum(F.logsigmoid(logits[i, j] * (1 if i == j else -1)) for i, j in kept) / 4
+    for rows in (None, 1, 3):
+        loss_of = SigmoidLoss(scale, bias, rows, once=True)
+        torch.testing.assert_close(loss_of(query, target, keys, keys, belong=True), by_hand)

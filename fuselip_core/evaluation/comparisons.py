@@ -87,7 +87,8 @@ def findings(metrics: Mapping[str, float]) -> list[Finding]:
     found = [
         _retrieval_finding(metrics, direction) for direction in ASKED if f"retrieval/{direction}/recall_at_1" in metrics
     ]
-    return found + ([_answer_finding(metrics)] if "answers/fused/accuracy" in metrics else [])
+    found += [_answer_finding(metrics)] if "answers/fused/accuracy" in metrics else []
+    return found + ([_class_finding(metrics)] if "classes/zero_shot/accuracy" in metrics else [])
 
 
 def _retrieval_finding(metrics: Mapping[str, float], direction: str) -> Finding:
@@ -123,6 +124,19 @@ def _answer_finding(metrics: Mapping[str, float]) -> Finding:
         verdict if metrics["answers/fused/accuracy/low"] > chance else NO_BETTER,
         better and metrics["answers/fused/accuracy/low"] > chance,
     )
+
+
+def _class_finding(metrics: Mapping[str, float]) -> Finding:
+    name = "classes/zero_shot/accuracy"
+    frequent = metrics["classes/most_frequent/accuracy"]
+    sentence = (
+        f"Given an image, finds the caption of its class among {1 / metrics['classes/chance']:.0f} for "
+        f"{share_text(metrics, name)}; the most frequent class is right for {percent(frequent)}."
+    )
+    controls = {"most_frequent": "the most frequent class", "other_image": "another image"}
+    equal = [words for control, words in controls.items() if metrics[f"classes/gain/{control}/accuracy/low"] <= 0]
+    verdict = f"not distinguishable from {' or '.join(equal)}" if equal else "better than every control"
+    return Finding("Image → caption of its class", sentence, verdict, not equal)
 
 
 def share_text(metrics: Mapping[str, float], name: str) -> str:

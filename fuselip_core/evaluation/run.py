@@ -15,6 +15,7 @@ from fuselip_core.encoding.open import PIXELS
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.before_after import measure_adaptation, open_adaptation
 from fuselip_core.evaluation.candidates import measure_candidates
+from fuselip_core.evaluation.classes import measure_classes
 from fuselip_core.evaluation.comparisons import findings
 from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.evaluation.tasks import open_split
@@ -48,6 +49,7 @@ def measure_run(settings: Settings) -> EvaluationResult:
     embedder = Embedder(model, processor)
     for data in candidates:
         measure_candidates(embedder, data, wanted, result)
+    measure_classes(embedder, own.encoder, own.store, own.prepared, wanted, result)
     measure_transformations(embedder, own.prepared, wanted, result)
     result.metrics |= measure_adaptation(before, result.metrics, wanted)
     result.metrics |= made

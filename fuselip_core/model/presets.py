@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -100,9 +101,29 @@ def encoder_size(name: str) -> EncoderSize:
     return _pick(ENCODERS, name)
 
 
-def tokenizer_config(name: str) -> TiTokConfig:
-    """Dimensions of the image tokenizer of a size; raises FuselipError for an unknown size."""
-    return _pick(TOKENIZERS, name)
+def tokenizer_config(
+    name: str, image_size: int | None = None, patch_size: int | None = None, codes: int | None = None
+) -> TiTokConfig:
+    """Dimensions of the image tokenizer of a size, with other pixels a side, patches or number of codes where given.
+
+    A preset with one latent a patch keeps one a patch. Raises FuselipError for an unknown size, or patches that do not
+    fill the image.
+    """
+    preset = _pick(TOKENIZERS, name)
+    image, patch = image_size or preset.image_size, patch_size or preset.patch_size
+    if image % patch:
+        raise FuselipError(
+            f"patches of {patch} pixels do not fill an image of {image}: "
+            "set codebook.image_size to a multiple of codebook.patch_size"
+        )
+    one_a_patch = preset.latent_tokens == (preset.image_size // preset.patch_size) ** 2
+    return dataclasses.replace(
+        preset,
+        image_size=image,
+        patch_size=patch,
+        latent_tokens=(image // patch) ** 2 if one_a_patch else preset.latent_tokens,
+        codebook_size=codes or preset.codebook_size,
+    )
 
 
 def open_clip_config(name: str, context_length: int | None = None) -> dict[str, Any]:

@@ -58,8 +58,10 @@ def train_codebook(settings: Settings) -> dict[str, float]:
 def _new_tokenizer(settings: Settings) -> TiTok:
     """The tokenizer to start from: random, one of this project's folders, or a published one with a new decoder."""
     seed_everything(settings.codebook.seed)
-    if settings.codebook.init is not None:
-        return load_tokenizer(settings.codebook.init, decoder=True)
-    if settings.codebook.steps == 0:
+    wanted = settings.codebook
+    if wanted.init is not None:
+        return load_tokenizer(wanted.init, decoder=True)
+    if wanted.steps == 0:
         raise FuselipError("codebook.steps is 0 and codebook.init is empty: there is no image tokenizer; set one")
-    return TiTok(tokenizer_config(settings.model.size), decoder=True)
+    config = tokenizer_config(settings.model.size, wanted.image_size, wanted.patch_size, wanted.codes)
+    return TiTok(config, decoder=True)

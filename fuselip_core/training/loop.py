@@ -157,7 +157,8 @@ class Trainer:
         keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored")).to(self.device)
 
         def contrast(query: Tensor, target: Tensor) -> Tensor:
-            loss_of = SigmoidLoss(self.model.logit_scale.exp(), self.model.logit_bias, settings.contrast_rows)
+            once = settings.equal_targets == "once"
+            loss_of = SigmoidLoss(self.model.logit_scale.exp(), self.model.logit_bias, settings.contrast_rows, once)
             return contrastive_over_all(query, target, keys, loss_of, self.world, settings.all_combinations)
 
         losses = backward(self.encoder, parts, contrast, settings.mask_weight, self.world, self._uses_bfloat16())

@@ -43,12 +43,15 @@ class SigmoidLoss:
     """The sigmoid loss of embeddings (B, W) with others (C, W); their keys tell which are no negatives, see `akin`.
 
     `scale` (already exponentiated) and `bias` are scalars. With `rows`, only so many embeddings are compared at a time,
-    and again in the backward pass: a large batch then takes B x W of memory and not B x B.
+    and again in the backward pass: a large batch then takes B x W of memory and not B x B. With `once`, a target that
+    others of the same process repeat is a negative once: otherwise an answer to a third of all questions is pushed away
+    a third of a batch times, and the model ranks by likelihood over frequency where likelihood alone is wanted.
     """
 
     scale: Tensor
     bias: Tensor
     rows: int | None = None
+    once: bool = False
 
     def __call__(self, left: Tensor, right: Tensor, keys: Tensor, others: Tensor, belong: bool = False) -> Tensor:
         """Summed over `right`, averaged over `left`; left i and right i are a right pair if `belong`, else none is."""
@@ -68,6 +71,8 @@ class SigmoidLoss:
     def _of_rows(self, left: Tensor, right: Tensor, keys: Tensor, others: Tensor, first: int | None) -> Tensor:
         """Sum over some rows of `left`, the first of which belongs to row `first` of `right`."""
         ignored, belong = akin(keys, others), None
+        if self.once:
+            ignored = ignored | repeated(others)
         if first is not None:
             places = torch.arange(len(others), device=left.device)
             belong = places == places[first : first + len(left), None]
@@ -107,3 +112,11 @@ def akin(keys: Tensor, others: Tensor) -> Tensor:
     same_target = (keys[:, None, :2] == others[None, :, :2]).all(dim=-1)
     same_set = (keys[:, None, 2] == others[None, :, 2]) & (keys[:, None, 2] >= 0)
     return same_target | same_set
+
+
+def repeated(keys: Tensor) -> Tensor:
+    """Whether an earlier one of the keys (C, 3) int64 has the same target, (C) bool."""
+    places = torch.arange(len(keys), device=keys.device)
+    _, group = torch.unique(keys[:, :2], dim=0, return_inverse=True)
+    first = places.new_full((len(keys),), len(keys)).scatter_reduce(0, group, places, "amin")
+    return places != first[group]

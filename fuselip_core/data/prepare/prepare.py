@@ -32,6 +32,7 @@ from fuselip_core.data.pair import SPLITS, DataError, Pair, SetAside
 from fuselip_core.data.prepare.edit_pairs import add_edits
 from fuselip_core.data.prepare.extra_pairs import add_extra_pairs
 from fuselip_core.data.prepare.image_rounds import Results, count_duplicates, shard_name, write_images
+from fuselip_core.data.prepare.mirrored_pairs import add_mirrored
 from fuselip_core.data.prepare.splits import Plan, plan_splits
 from fuselip_core.data.prepare.tables import write_candidates, write_pair_shard, write_table
 from fuselip_core.data.prepare.work_folder import MANIFEST, close_work, key_of, open_work, reserved
@@ -65,6 +66,8 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
         with published_form(settings.source, settings.root):
             add_extra_pairs(settings.root, listing, settings.extra_pairs)
         plan = plan_splits(listing, settings)
+        if "mirrored" in settings.extra_pairs:
+            add_mirrored(plan)
         add_edits(plan, settings.extra_pairs, settings.edited_share, settings.seed)
         origin = provenance_of(settings.root)
         open_work(work, key_of(plan, settings, tool_version(), origin))
@@ -120,6 +123,7 @@ def _write_tables(plan: Plan, images: Results, work: Path) -> _Tables:
     tables = _Tables()
     for split in plan.splits:
         missing = {item.id for part in images[split] for item in part.set_aside}
+        missing |= {made.image_id for made in plan.made.get(split, ()) if made.source in missing}
         # 8 bytes of memory an image, however many.
         cases = array("Q", (_short(image.case) for image in plan.images[split] if image.image_id not in missing))
         counts = {"images": len(cases), "cases": len(np.unique(np.asarray(cases))), "pairs": {}}

@@ -1,0 +1,55 @@
+"""Every training image once more, mirrored left to right, with the words left and right of its texts exchanged.
+
+Doubles a small data set without making its texts false. It is meant for texts that speak of sides of the picture or of
+organs that come in pairs: a mirrored chest has the heart on the wrong side, whatever the words say. No file holds a
+mirrored image; it is tokenized from its original. Held-out splits stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from fuselip_core.data.pair import MadeImage, Side
+from fuselip_core.data.places import Place
+from fuselip_core.data.prepare.splits import Plan
+from fuselip_core.data.transforms import Flip, edit_to_json
+
+_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+_OTHER = {"left": "right", "right": "left"}
+
+
+def add_mirrored(plan: Plan) -> None:
+    """Adds the mirrored training images and their pairs of the same kinds. Call it before edits are added."""
+    edit = edit_to_json(Flip("horizontal"))
+    # Only pictures of their own: a part of a picture is no image to turn.
+    names = {
+        image.image_id: f"{image.image_id}/mirrored" for image in plan.images["train"] if type(image.place) is Place
+    }
+    plan.made["train"].extend(MadeImage(name, source, edit) for source, name in names.items())
+    pairs = [pair for pair in plan.pairs["train"] if pair.images and names.keys() >= set(pair.images)]
+    plan.pairs["train"].extend(
+        replace(
+            pair,
+            pair_id=f"{pair.pair_id}/mirrored",
+            group=f"{pair.group}/mirrored",
+            query=_mirrored(pair.query, names),
+            target=_mirrored(pair.target, names),
+        )
+        for pair in pairs
+    )
+    plan.notes.append(f"{len(names):,} training images are also read mirrored, with left and right exchanged in words")
+
+
+def _mirrored(side: Side, names: dict[str, str]) -> Side:
+    return Side(side.image and names[side.image], side.text and exchange_sides(side.text))
+
+
+def exchange_sides(text: str) -> str:
+    """The text with left and right exchanged, capitals kept: "Left-sided" becomes "Right-sided"."""
+
+    def other(found: re.Match[str]) -> str:
+        word = found.group()
+        return _OTHER[word.lower()].capitalize() if word[0].isupper() else _OTHER[word.lower()]
+
+    return _SIDE.sub(other, text)
