@@ -359,7 +359,7 @@ def test_the_hubs_own_way_to_ask_for_patience(hub: FakeHub, target: Path) -> Non
     policy = {"RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
     hub.fail(f"/api/datasets/{ROCO}", Fault(status=429, headers={"RateLimit": '"api";r=0;t=1', **policy}))
     hub.fail("README.md", Fault(status=429, headers={"RateLimit": '"resolvers";r=0;t=9000', **policy}))
-    with pytest.raises(DownloadError, match=r"README\.md: .* asks to come back in 9000 s"):
+    with pytest.raises(DownloadError, match=r"README\.md: .* asks to wait 9000 s"):
         download("rocov2", target, quick())
     first, second = hub.requests_for(f"/api/datasets/{ROCO}")[:2]
     assert second.moment - first.moment >= 0.95
@@ -368,7 +368,7 @@ def test_the_hubs_own_way_to_ask_for_patience(hub: FakeHub, target: Path) -> Non
 def test_a_server_that_asks_for_an_hour_is_not_waited_for(hub: FakeHub, target: Path) -> None:
     hub.add_record("1", {"a.csv": b"abc"})
     hub.fail("a.csv", Fault(status=429, headers={"Retry-After": "3600"}))
-    with pytest.raises(DownloadError, match="asks to come back in 3600 s"):
+    with pytest.raises(DownloadError, match="asks to wait 3600 s"):
         download("zenodo:1", target, quick())
 
 

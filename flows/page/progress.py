@@ -40,7 +40,7 @@ class ProgressArtifact:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         percent = min(percent, 100.0)
-        # Called while the stage is read from: a server that is away must not end it.
+        # Called while the stage is read from: an unreachable server must not end it.
         try:
             if self._artifact is None:
                 made = create_progress_artifact(percent, key=f"progress-{self._stage}", description=what)

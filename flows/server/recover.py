@@ -150,7 +150,7 @@ def main(
         try:
             recover(_say, gone or ())
         except Exception as error:
-            # A server that is away or restarts must not end the watch.
+            # A server that restarts or cannot be reached must not end the watch.
             if not every:
                 raise
             _say(f"error: {sentence_of(error)}")

@@ -1,7 +1,7 @@
 """What a run tells the outside: JSON lines on disk always; MLflow, and wandb if asked for, follow them.
 
 The disk comes first. Every event is appended to ``<artifacts>/tracking/<run>/events.jsonl`` and flushed; the services
-read that file behind a cursor of their own. So a tracking server that is away, slow or lost never stops a run: one
+read that file behind a cursor of their own. So an unreachable, slow or lost tracking server never stops a run: one
 warning, and what it missed is sent when it is back, by the same run, by the next stage, or by ``fuselip sync``.
 
 Where events go is a matter of the environment, not of the settings: ``FUSELIP_TRACKERS`` (default ``mlflow``; also

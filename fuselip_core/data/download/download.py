@@ -79,7 +79,7 @@ def download(source: str, target: Path, settings: DownloadSettings | None = None
 
 
 def _sweep(target: Path) -> None:
-    """Takes away the drafts of notes that a killed process was writing; bytes of files stay."""
+    """Deletes the unfinished notes of a killed process; partial files stay."""
     for path in target.rglob(".*.partial"):
         if DRAFT.fullmatch(path.name):
             path.unlink()
@@ -176,13 +176,13 @@ def _present(wanted: list[RemoteFile], target: Path) -> dict[str, Digests]:
         if not path.is_file() or (file.size is None and file.checksum is None):
             continue
         if file.size is not None and path.stat().st_size != file.size:
-            logger.warning("%s has not the size that its host lists; it is fetched again", path)
+            logger.warning("%s differs in size from what its host lists; fetching it again", path)
             continue
         digests = digests_of(path, file)
         if digests.match:
             present[file.path] = digests
         else:
-            logger.warning("%s has not the checksum that its host lists; it is fetched again", path)
+            logger.warning("%s differs in checksum from what its host lists; fetching it again", path)
     return present
 
 
@@ -208,7 +208,7 @@ def _fetch_missing(
 ) -> dict[str, Digests]:
     """Fetches in `connections` threads; the first failure stops the others and is raised."""
     stop = threading.Event()
-    # A thread that waits for another attempt wakes up as soon as the download is given up.
+    # A thread that waits for its next attempt wakes up as soon as the download is given up.
     patience = replace(patience, sleep=stop.wait)
     total = sum(file.size or 0 for file in missing)
     with ExitStack() as stack:
@@ -250,7 +250,7 @@ def _locked(target: Path) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
     except BaseException:
-        # A new folder into which nothing came is not left behind.
+        # Leave no empty folder behind.
         with suppress(OSError):
             if made:
                 target.rmdir()

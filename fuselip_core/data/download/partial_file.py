@@ -176,7 +176,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DownloadError(
-                f"the disk of {path.parent} is full; make room and run it again, it goes on where it stopped"
+                f"the disk of {path.parent} is full; make room and run it again, and it resumes where it stopped"
             ) from None
         raise DownloadError(f"{path} cannot be written ({os.strerror(error.errno or 0)})") from None
 

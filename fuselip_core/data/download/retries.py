@@ -1,4 +1,4 @@
-"""What may pass and what may not when a host is asked over HTTP, and how long to go on asking.
+"""Which failures of an HTTP request are worth another attempt, and how many attempts to make.
 
 Nothing here writes a secret: messages name hosts, pages and variables, never headers, queries or tokens.
 """
@@ -33,13 +33,13 @@ class DownloadError(FuselipError):
 
 
 class GaveUp(DownloadError):
-    """A host or a network that failed again and again; a later call goes on where this one stopped."""
+    """Every attempt failed; a later call resumes where this one stopped."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class TransientError(Exception):
-    """A failure that may pass; `retry_after` is the wait in seconds that the server asked for."""
+    """A failure that another attempt may overcome; `retry_after` is the wait in seconds that the server asked for."""
 
     def __init__(self, reason: str, *, retry_after: float | None = None, progressed: bool = False) -> None:
         super().__init__(reason)
@@ -67,7 +67,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to go on: consecutive failures without a new byte, and waits in seconds between them."""
+    """When to give up: consecutive failures without a new byte, and the waits in seconds between them."""
 
     attempts: int = 6
     first_wait: float = 1.0
@@ -78,7 +78,7 @@ class Patience:
 def persist(attempt: Callable[[], Result], patience: Patience, what: str) -> Result:
     """Calls `attempt` until it raises no TransientError; waits grow exponentially, or as long as the server asks.
 
-    An attempt that brought new bytes starts the count afresh. Raises GaveUp when patience runs out.
+    An attempt that received new bytes resets the count. Raises GaveUp when patience runs out.
     """
     failures = 0
     backoff = tenacity.wait_exponential_jitter(
@@ -98,7 +98,7 @@ def persist(attempt: Callable[[], Result], patience: Patience, what: str) -> Res
 
     def wait(state: tenacity.RetryCallState) -> float:
         asked = _error_of(state).retry_after
-        # Tenacity counts every attempt; what matters is how many failed since the last byte came.
+        # Tenacity counts every attempt; the wait depends on the failures since the last new byte.
         state.attempt_number = failures
         return asked if asked is not None else backoff(state)
 
@@ -130,8 +130,8 @@ def _error_of(state: tenacity.RetryCallState) -> TransientError:
 
 def _gave_up(what: str, error: TransientError, failures: int, patience: Patience) -> str:
     if (error.retry_after or 0.0) > patience.longest_wait:
-        return f"{what}: {error}, and its server asks to come back in {error.retry_after:.0f} s; run it again then"
-    return f"{what}: {error}, {failures} times in a row; run it again later, it goes on where it stopped"
+        return f"{what}: {error}, and its server asks to wait {error.retry_after:.0f} s; run it again after that"
+    return f"{what}: {error}, {failures} times in a row; run it again later, and it resumes where it stopped"
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -30,14 +30,14 @@ class Stopped(Exception):
 
 
 class Meter(Protocol):
-    """Anything that is told of bytes as they come (negative when some have to come again)."""
+    """Receives the number of bytes that arrive (negative when some must be fetched again)."""
 
     def advance(self, count: int) -> None: ...
 
 
 @dataclass
 class Fetch:
-    """Fetches one file; call `run`. Everything that one attempt needs and the next goes on with."""
+    """Fetches one file with `run`; holds the state that one attempt leaves to the next."""
 
     client: httpx.Client
     file: RemoteFile
@@ -95,7 +95,7 @@ class Fetch:
         if _content_range(response).total == partial.size and self.file.size is None:
             return
         self._restart(partial)
-        raise TransientError("the server refused to go on where the last run stopped")
+        raise TransientError("the server refused to resume where the last run stopped")
 
     def _start(self, response: httpx.Response, partial: Partial) -> int | None:
         """Size of the whole file once this answer is read, or None if the server does not say."""
