@@ -53,7 +53,7 @@ IDENTITY_NAMES = (
 
 
 def identities(dataset: Dataset) -> tuple[str, ...]:
-    """Every value of the header that names somebody or something of theirs, as text."""
+    """Every value of the header that could identify a person, as text."""
     found: list[str] = []
     for name in IDENTITY_NAMES:
         value = dataset.get(name)
