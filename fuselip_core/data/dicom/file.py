@@ -59,7 +59,7 @@ def _looks_bare(path: Path) -> bool:
 
 
 def _refuse_inflating(path: Path, bare: bool) -> None:
-    """Refuses a decompression bomb: a deflated file is inflated whole while it is read, so its size is counted first."""
+    """Refuses a decompression bomb: a deflated file is inflated whole when read, so its size is counted first."""
     if bare:
         return
     meta = read_file_meta_info(path)
