@@ -31,6 +31,7 @@ from flows.run.runner import Ending, OnLine, Outcome, ProcessRunner, Runner
 from flows.run.sample_data import ensure_sample
 from fuselip_core.errors import FuselipError, sentence_of
 from fuselip_core.files import find_json
+from fuselip_core.preflight import check_prepared, check_run
 
 RunnerName = Literal["process", "docker"]
 # What the form shows and what an empty field means: the workers of docker/compose.yaml say `docker`.
@@ -53,6 +54,7 @@ def run_stages(request: Request, stages: Sequence[str], runner_name: RunnerName)
             name_flow_run("dry-run", run_name(run, with_data=False))
             create_markdown_artifact(key="dry-run", markdown=preview(run), description=f"What {run.name} would be")
             return Ending(run, (), dry=True)
+        check_run(run.settings, stages, REPOSITORY)
         with run_lock(REPOSITORY, run.folder, owner, get_run_logger().info):
             # Planned again: the flow that held the lock may have changed the run.
             return _run_stages(plan(REPOSITORY, request).write(), stages, make_runner(runner_name))
@@ -83,6 +85,7 @@ def _run_stages(run: Run, stages: Sequence[str], runner: Runner) -> Ending:
         outcomes.append(state.result())
         if stage == "prepare":
             name_flow_run(run_name(run, with_data=True))
+            check_prepared(run.settings, stages, REPOSITORY)
     return Ending(run, tuple(outcomes))
 
 

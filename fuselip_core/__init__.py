@@ -20,7 +20,7 @@ _PLACES = {"Embedder": "fuselip_core.model.embedder", "load_model": "fuselip_cor
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        importlib.import_module("fuselip_core.model.hub").RESOLVERS["models:/"] = _registered
+        importlib.import_module("fuselip_core.model.fetch").RESOLVERS["models:/"] = _registered
         return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'fuselip_core' has no attribute '{name}'")
 

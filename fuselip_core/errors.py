@@ -15,7 +15,7 @@ class FuselipError(ValueError):
 
 
 class Interrupted(FuselipError):
-    """The run was asked to stop, has saved a checkpoint and goes on from it when started again."""
+    """The run was asked to stop, has saved a checkpoint and resumes from it when started again."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 

@@ -72,13 +72,13 @@ def _sweep(path: Path) -> None:
 def _full_disk_named(path: Path) -> Iterator[None]:
     """Turns what libraries raise on a full disk, each its own, into the OSError that says so.
 
-    Safetensors quotes the system's words; torch does not, so the disk itself is asked.
+    Safetensors and shutil quote the system's words; torch does not, so the disk itself is asked.
     """
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # shutil's list of failures is one without
+            raise
         if os.strerror(errno.ENOSPC) in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         try:

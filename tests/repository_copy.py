@@ -46,7 +46,7 @@ def slow(ticks):
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     done = len(Path("ticks").read_text().split()) if Path("ticks").exists() else 0
-    print(f"going on from step {done}", flush=True)
+    print(f"resuming from step {done}", flush=True)
     for step in range(done, ticks):
         if stop:
             note("saved", str(step))

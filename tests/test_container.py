@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -10,10 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from fuselip_core.config import Settings, SettingsError, load_settings
+from fuselip_core.config import STAGES, Settings, SettingsError, load_settings
 from fuselip_core.container import __main__ as container
 from fuselip_core.container import skip_done as chain
 from fuselip_core.container.embed import read_rows
@@ -22,6 +25,7 @@ from fuselip_core.container.mounts import MountError, require_data, require_writ
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.files import write_json
 from fuselip_core.lock import sole_process
+from fuselip_core.tracking.run import open_run, run_of
 
 NOBODY = 12345
 
@@ -132,7 +136,7 @@ def test_a_folder_mounted_to_be_read_only_is_one_sentence(small_disk: Path) -> N
 
 def test_an_empty_address_of_mlflow_is_none(workspace: Path, signals: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    monkeypatch.setattr(container, "run_stages", lambda *_: {})
+    monkeypatch.setattr(container, "run_stages", lambda *_, **__: None)
     (workspace / "ROCOv2_data" / "valid_captions.csv").write_text("ID,Caption\n")
     assert container.main(["train", "tiny"]) == 0
     assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{workspace}/logs/mlflow/mlflow.db"
@@ -141,7 +145,7 @@ def test_an_empty_address_of_mlflow_is_none(workspace: Path, signals: None, monk
 def test_only_one_run_holds_a_folder(
     workspace: Path, signals: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(container, "run_stages", lambda *_: {})
+    monkeypatch.setattr(container, "run_stages", lambda *_, **__: None)
     (workspace / "ROCOv2_data" / "valid_captions.csv").write_text("ID,Caption\n")
     assert container.main(["train", "tiny"]) == 0
     lock = workspace / "models" / ".work" / "fuselip-rocov2-tiny" / ".lock"
@@ -151,21 +155,39 @@ def test_only_one_run_holds_a_folder(
     assert container.main(["train", "tiny"]) == 0
 
 
-def test_a_stage_runs_again_only_if_what_it_reads_has_changed(
-    workspace: Path, signals: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[str] = []
+@pytest.fixture
+def called(workspace: Path, signals: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that were run: stand-ins that only leave what the next ones, and a reader, look for."""
+    names: list[str] = []
+    pairs = {"caption": 4, "sentence": 4, "concepts": 4, "vqa": 4, "edit": 4}
+    counts = {split: {"images": 4, "pairs": pairs} for split in ("train", "valid", "test")}
 
-    def stand_in(stage: str, settings: Settings) -> dict[str, int]:
-        called.append(stage)
-        (settings.artifacts / chain.OUTPUT[stage]).mkdir(parents=True, exist_ok=True)
+    def stand_in(stage: str, settings: Settings) -> dict[str, Any]:
+        names.append(stage)
+        if stage == "register":
+            write_json(settings.artifacts / "registered.json", {})
+            return {"name": "fuselip-rocov2-tiny", "version": 1, "tracking_uri": "sqlite:///here"}
+        folder = settings.artifacts / chain.OUTPUT[stage]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.html").write_text(f"{stage} {len(names)}")
         if stage == "prepare":
-            write_json(settings.artifacts / "prepared" / "manifest.json", {"counts": {}})
-        return {"calls": len(called)}
+            write_json(folder / "manifest.json", {"counts": counts, "shards": [], "data_version": "x"})
+        if stage == "train":
+            (settings.artifacts / "history.jsonl").touch()
+        if stage == "evaluate":
+            write_json(settings.artifacts / "metrics.json", {"calls": len(names)})
+        return {"calls": len(names)}
 
-    for stage in ("prepare", "codebook", "tokenize"):
+    for stage in STAGES:
         monkeypatch.setattr(f"fuselip_core.stages.{stage}", functools.partial(stand_in, stage))
+    monkeypatch.setattr(container, "check_run", lambda *_: None)  # see test_preflight.py
     (workspace / "ROCOv2_data" / "valid_captions.csv").write_text("ID,Caption\n")
+    return names
+
+
+def test_a_stage_runs_again_only_if_what_it_reads_has_changed(
+    workspace: Path, called: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "fuselip")
     words = ["train", "tokenize", "tiny", "--recipe", "rocov2-tiny", "codebook.steps=1"]
     for more, wanted in (
@@ -182,6 +204,76 @@ def test_a_stage_runs_again_only_if_what_it_reads_has_changed(
     called.clear()
     assert container.main(words) == 0
     assert called == ["prepare", "codebook", "tokenize"]
+
+
+def test_evaluate_measures_once_more_and_does_not_make_train_do_so(called: list[str]) -> None:
+    assert container.main(["train", "tiny"]) == 0
+    assert called == list(STAGES)
+    for words, wanted in (
+        (["evaluate", "tiny"], ["evaluate"]),
+        (["evaluate", "tiny"], ["evaluate"]),
+        (["tiny"], ["register"]),
+        (["evaluate", "tiny", "evaluate.seed=1"], ["evaluate"]),
+        (["tiny"], ["evaluate", "register"]),  # what is registered is measured as its settings say
+        (["tiny"], ["register"]),
+    ):
+        called.clear()
+        assert container.main(["train", *words]) == 0
+        assert called == wanted
+
+
+def test_model_and_report_are_delivered_where_registering_fails(
+    workspace: Path, called: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(settings: Settings) -> dict[str, Any]:
+        raise FuselipError("the registry did not take the model")
+
+    caplog.set_level(logging.INFO, "fuselip")
+    with monkeypatch.context() as patch:
+        patch.setattr("fuselip_core.stages.register", refuse)
+        assert container.main(["train", "tiny"]) == 1
+    logs = workspace / "logs" / "fuselip-rocov2-tiny"
+    assert (workspace / "models" / "fuselip-rocov2-tiny" / "index.html").read_text() == "train 4"
+    assert (logs / "report" / "index.html").read_text() == "evaluate 5"
+    assert (logs / "metrics.json").is_file() and (logs / "history.jsonl").is_file()
+    assert f"model: {workspace}/models/fuselip-rocov2-tiny" in caplog.text
+    assert f"report: {logs}/report/index.html" in caplog.text
+    called.clear()
+    assert container.main(["train", "tiny"]) == 0
+    assert called == ["register"], "the same command only registers"
+    assert (logs / "registered.json").is_file()
+
+
+def test_the_model_is_delivered_where_logs_are_full(
+    small_disk: Path, workspace: Path, called: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "logs").rmdir()
+    (workspace / "logs").symlink_to(small_disk)
+    (small_disk / "fuselip-rocov2-tiny").mkdir()
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
+        while True:
+            filler.write(bytes(1 << 16))
+    assert container.main(["train", "tiny"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: no space is left on the disk at ")
+    assert (workspace / "models" / "fuselip-rocov2-tiny" / "index.html").read_text() == "train 4"
+
+
+def test_sync_is_a_word_of_the_image(
+    workspace: Path, signals: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workspace / "models" / ".work" / "fuselip-rocov2-tiny"
+    with monkeypatch.context() as away:
+        away.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        with open_run(load_settings(recipe="sample", artifacts=run), "train") as log:
+            log.metrics({"train/loss": 1.0}, 1)
+        assert container.main(["train", "sync"]) == 1
+    assert "fuselip-rocov2-tiny: not all is sent; check MLFLOW_TRACKING_URI" in capsys.readouterr().err
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    assert container.main(["train", "sync"]) == 0
+    known = run_of(run)
+    assert known["mlflow_uri"] == f"sqlite:///{workspace}/logs/mlflow/mlflow.db"
+    client = MlflowClient(known["mlflow_uri"])
+    assert client.get_run(known["mlflow_run_id"]).data.metrics == {"train/loss": 1.0}
 
 
 def test_own_shards_are_used_as_they_are(workspace: Path) -> None:

@@ -181,7 +181,7 @@ def test_cancelling_a_flow_stops_the_container_of_its_stage(tmp_path: Path) -> N
         ContainerRunner().run("prepare", run, cancel)
     assert not client.containers.list(all=True, filters=mine)
     assert time.monotonic() - start < 280, "ended by itself"
-    assert any("the same command goes on from what is done" in line for line in lines), lines
+    assert any("the same command resumes it" in line for line in lines), lines
 
 
 def test_a_stage_in_a_container_is_up_to_date_for_dvc(tmp_path: Path) -> None:

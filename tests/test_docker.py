@@ -155,10 +155,10 @@ def test_another_user_trains_stops_resumes_and_registers(mounted: Mounted) -> No
     with in_training(mounted, words) as training:
         code, said = training.end("stop", "-t", "60")
     assert code == Interrupted.exit_code, said[-2000:]
-    assert "saved; the same command goes on from there" in said.splitlines()[-1]
+    assert "saved; the same command resumes it" in said.splitlines()[-1]
     done = run("bacor_fuselip_train", *words, options=(*CLOSED, *mounted.options))
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "going on from step" in done.stderr and "codebook: nothing has changed" in done.stderr
+    assert "resuming from step" in done.stderr and "codebook: nothing has changed" in done.stderr
     model = mounted.models / "fuselip-rocov2-tiny"
     assert {"config.json", "model.safetensors"} <= {path.name for path in model.iterdir()}
     assert (mounted.logs / model.name / "report" / "index.html").is_file()
@@ -182,7 +182,7 @@ def test_a_killed_container_goes_on_and_keeps_others_out(mounted: Mounted) -> No
     assert code == 128 + signal.SIGKILL and "error: " not in said, said[-2000:]
     done = mounted.run(*words, options=("--shm-size", "1m"))
     assert done.returncode == 0, done.stderr[-2000:]
-    step = re.search(r"going on from step (\d+)", done.stderr)
+    step = re.search(r"resuming from step (\d+)", done.stderr)
     assert step and 4 <= int(step[1]) < 40 and int(step[1]) % 4 == 0, done.stderr[-2000:]
     measured = mounted.run("evaluate", *words, "evaluate.examples=1")
     assert measured.returncode == 0 and "evaluate: starting" in measured.stderr, measured.stderr[-2000:]

@@ -118,7 +118,7 @@ def test_what_can_not_be_trained_on_is_one_sentence(drawn: Path, tmp_path: Path)
     hidden.mkdir(mode=0o700)
     for options, sentence in (
         (mounted.options, "train-00001-of-00002 is missing"),
-        (full, "no space is left on the disk"),
+        (full, "no space is left on the disk at /workspace/models"),
         (of_root, f"user {USER}:{USER} may not write to /workspace/models"),
         (("-v", f"{hidden}:/workspace/ROCOv2_data:ro", *beside), "can't be read by user"),
     ):

@@ -399,7 +399,7 @@ def test_progress_is_read_from_lines_and_never_ends_a_stage(monkeypatch: pytest.
     lines: list[str] = []
     progress = ProgressArtifact("train", lines.append)
     monkeypatch.setattr(progress, "_show", lambda percent, what: shown.append(percent))
-    for line in ("going on from step 3", "training: 30 of 60", "training: 31 of 60", "training: 4 of ?"):
+    for line in ("resuming from step 3", "training: 30 of 60", "training: 31 of 60", "training: 4 of ?"):
         progress(line)
     assert shown == [50.0] and len(lines) == 4, "shown now and then, and every line is passed on"
     silent = ProgressArtifact("no stage! of this name", lines.append)

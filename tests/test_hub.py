@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.model import fuselip_config
+from fuselip_core.model.fetch import fetch
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.fuselip_config import FuseLIPConfig
-from fuselip_core.model.hub import fetch, load_model, load_pretrained, load_tokenizer, save_model
+from fuselip_core.model.hub import load_model, load_pretrained, load_tokenizer, save_model
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.presets import open_clip_config
 from fuselip_core.model.titok import TiTok, TiTokConfig

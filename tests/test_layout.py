@@ -47,7 +47,7 @@ RANKS = (
     ("generation", "tokenizer"),
     ("registry",),
     ("search",),
-    ("stages",),
+    ("preflight", "stages"),
     ("cli",),
     ("__main__", "container"),
     ("flows.environment",),

@@ -122,12 +122,12 @@ def test_a_killed_process_goes_on_and_a_terminated_one_says_so(tokens: Settings,
     wait_for_checkpoint(tmp_path / "cut", process)
     # A process that is still starting would be ended by the signal itself; it says when it goes on.
     assert process.stderr is not None
-    while "going on from step" not in (line := process.stderr.readline()):
+    while "resuming from step" not in (line := process.stderr.readline()):
         assert line
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert "the same command goes on from there" in errors
+    assert "the same command resumes it" in errors
     assert_equal_to_uninterrupted(tokens, tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -12,22 +11,13 @@ from typing import Annotated
 
 import typer
 
-from fuselip_core import config
+from fuselip_core import config, stages
 from fuselip_core.cli import data as data_cli
 from fuselip_core.cli import index as index_cli
 from fuselip_core.cli import vqa as vqa_cli
 from fuselip_core.errors import FuselipError, run_to_exit
 from fuselip_core.files import atomic_write
 from fuselip_core.tracking import telemetry
-
-STAGE_HELP = {
-    "prepare": "Raw data set to Parquet shards and a manifest.",
-    "codebook": "Train, fine-tune or take over the image tokenizer.",
-    "tokenize": "Images to codes and texts to ids, once.",
-    "train": "Train the joint encoder; goes on from its last checkpoint.",
-    "evaluate": "Measure the encoder beside chance and controls.",
-    "register": "Put the encoder into MLflow's model registry.",
-}
 
 app = typer.Typer(
     help="FuseLIP adapted to radiology: one encoder for images, texts, and images with text.",
@@ -79,8 +69,8 @@ def _settings_file(given: Path | None, recipe: str | None) -> Path | None:
     return found if given is None and recipe is None and found.is_file() else given
 
 
-def _add_stage(name: str, help_text: str) -> None:
-    @app.command(name, help=help_text)
+def _add_stage(name: str) -> None:
+    @app.command(name, help=getattr(stages, name).__doc__)
     def run(
         settings: SettingsOption = None,
         overrides: SetOption = None,
@@ -89,14 +79,13 @@ def _add_stage(name: str, help_text: str) -> None:
         artifacts: ArtifactsOption = None,
     ) -> None:
         values = config.load_settings(_settings_file(settings, recipe), overrides or (), recipe, artifacts, size)
-        stages = importlib.import_module("fuselip_core.stages")
         summary = getattr(stages, name)(values)
         if os.environ.get("FUSELIP_SUMMARY") != "off":
             typer.echo(json.dumps(summary, indent=2 if sys.stdout.isatty() else None, default=str))
 
 
-for _name, _help in STAGE_HELP.items():
-    _add_stage(_name, _help)
+for _name in config.STAGES:
+    _add_stage(_name)
 
 
 @app.command("settings")

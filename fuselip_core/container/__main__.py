@@ -2,7 +2,7 @@
 
     bacor_fuselip_download [SOURCE]
     bacor_fuselip_train [small|base|large|tiny] [--recipe NAME] [section.field=value ...]
-    bacor_fuselip_train tokenize|evaluate|embed ...
+    bacor_fuselip_train tokenize|evaluate|embed|sync ...
 
 No step of its own: `fuselip_core/stages.py` does the work, this module finds the data, skips what is done, and says in
 one sentence what is wrong. Exit codes: 0 done, 1 failed, 2 wrong arguments, 75 stopped with its state saved.
@@ -30,6 +30,7 @@ from fuselip_core.container.skip_done import own_shards, run_stages
 from fuselip_core.errors import FuselipError, Interrupted, sentence_of
 from fuselip_core.files import atomic_folder
 from fuselip_core.lock import sole_process
+from fuselip_core.preflight import check_prepared, check_run
 
 SIZES = get_args(config.Size)
 DATA_VOLUME = "-v $(pwd)/ROCOv2_data:/workspace/ROCOv2_data"
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _command(image, words)
     except Stopped:
-        sys.stderr.write("error: stopped; the same command goes on from what is done\n")
+        sys.stderr.write("error: stopped; the same command resumes it\n")
         return Interrupted.exit_code
     except Exception as error:
         if debug:
@@ -84,6 +85,7 @@ def _command(image: str, words: list[str]) -> None:
         "tokenize": tokenize,
         "evaluate": evaluate,
         "embed": embed,
+        "sync": sync,
     }
     if words and words[0] in verbs:
         verbs[words[0]](words[1:])
@@ -130,18 +132,33 @@ def download(words: list[str]) -> None:
 
 
 def train(words: list[str]) -> None:
-    """Adapts the encoder to the mounted data set: all stages, from what an earlier run has finished."""
+    """Adapts the encoder to the mounted data set: all stages, without those that an earlier run has finished."""
     _run(words, "train", config.STAGES)
 
 
 def tokenize(words: list[str]) -> None:
-    """Prepares the mounted data set and makes its tokens; a later `train` with the same settings goes on from them."""
+    """Prepares the mounted data set and makes its tokens; a later `train` with the same settings resumes there."""
     _run(words, "tokenize", config.STAGES[:3])
 
 
 def evaluate(words: list[str]) -> None:
-    """Measures what an earlier `train` with the same size and recipe has made."""
+    """Measures once more what an earlier `train` with the same size and recipe has made."""
     _run(words, "evaluate", ("evaluate",))
+
+
+def sync(words: list[str]) -> None:
+    """Sends what MLflow and wandb missed while they were away; corrects the addresses in a store that has moved."""
+    parser = Parser(prog="bacor_fuselip_train sync", description=sync.__doc__)
+    parser.parse_args(words)
+    require_writable(_workspace() / "logs", LOGS_VOLUME, _in_container())
+    _set_tracking_uri()
+    from fuselip_core.tracking.run import sync as send
+
+    work = _work_folder()
+    names = sorted(path.name for path in work.iterdir()) if work.is_dir() else []
+    if unsent := [name for name in names if send(work / name)]:
+        raise FuselipError(f"{', '.join(unsent)}: not all is sent; check MLFLOW_TRACKING_URI and try again")
+    _say(f"all is sent: {', '.join(names) or 'there are no runs yet'}")
 
 
 def embed(words: list[str]) -> None:
@@ -172,19 +189,33 @@ def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
         require_data(settings.prepare.root, DATA_VOLUME)
     elif not (work / "model").is_dir():
         raise FuselipError(f"there is no trained model in {work}; run `train` with the same size and recipe first")
-    # An empty one, as of a variable that the caller has not set, is none.
-    os.environ["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{logs}/mlflow/mlflow.db"
+    _set_tracking_uri()
     (logs / name).mkdir(parents=True, exist_ok=True)
     _keep_log(logs / name / f"{verb}.log")
     work.mkdir(parents=True, exist_ok=True)
     busy = MountError(f"another container is at work in {work}; wait for it or stop it")
+    delivered: list[str] = []
+
+    def deliver(stage: str, summary: Any) -> None:
+        if line := _publish(stage, summary, work, models / name, logs / name):
+            delivered.append(line)
+
+    def fit(prepared: config.Settings) -> config.Settings:
+        fitted = without_missing_kinds(prepared, asked)
+        check_prepared(fitted, stages)
+        return fitted
+
     with sole_process(work / ".lock", busy):
+        check_run(settings, stages)
         _say_device()
         if "prepare" in stages and own_shards(settings.prepare.root) is None:
             settings = without_nameless_concepts(settings, asked)
-        done = run_stages(settings, stages, lambda prepared: without_missing_kinds(prepared, asked))
-        _publish(work, models / name, logs / name)
-    _say(_summary(settings, done, models / name, logs / name))
+        try:
+            run_stages(settings, stages, fit, deliver, force=verb == "evaluate")
+        finally:
+            # Also where a later stage failed, such as registering.
+            for line in delivered:
+                _say(line)
 
 
 class Asked(NamedTuple):
@@ -202,7 +233,7 @@ def read_words(words: list[str], verb: str) -> Asked:
     sizes = [word for word in options.words if "=" not in word]
     for word in sizes:
         if word not in SIZES:
-            near = difflib.get_close_matches(word, [*SIZES, "tokenize", "evaluate", "embed"], n=1)
+            near = difflib.get_close_matches(word, [*SIZES, "tokenize", "evaluate", "embed", "sync"], n=1)
             hint = f"did you mean {near[0]}?" if near else "write overrides as section.field=value"
             raise config.SettingsError(f"'{word}' is no size ({', '.join(SIZES)}) and no override; {hint}")
     if len(sizes) > 1:
@@ -216,8 +247,7 @@ def read_words(words: list[str], verb: str) -> Asked:
     settings = config.load_settings(recipe=recipe, overrides=[root, *overrides], size=sizes[0] if sizes else None)
     name = options.name or f"{settings.register_.name}-{settings.model.size}"
     config.check_run_name(name)
-    work = Path(os.environ.get("FUSELIP_WORK", _workspace() / "models" / ".work")) / name
-    return Asked(settings.model_copy(update={"artifacts": work}), name, fields)
+    return Asked(settings.model_copy(update={"artifacts": _work_folder() / name}), name, fields)
 
 
 def recipe_of_size(size: str | None) -> str:
@@ -230,9 +260,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog="bacor_fuselip_train" + ("" if verb == "train" else f" {verb}"),
         description=what,
-        epilog="Other verbs: tokenize, evaluate, embed. Folders: data in /workspace/ROCOv2_data (Parquet, zip, "
+        epilog="Other verbs: tokenize, evaluate, embed, sync. Folders: data in /workspace/ROCOv2_data (Parquet, zip, "
         "or JPEG with text), models in /workspace/models, logs and MLflow's store in /workspace/logs unless "
-        "MLFLOW_TRACKING_URI is set. docker stop saves a checkpoint (exit code 75); the same command goes on from it. "
+        "MLFLOW_TRACKING_URI is set. docker stop saves a checkpoint (exit code 75); the same command resumes. "
         "Docker's default --shm-size is enough.",
     )
     parser.add_argument(
@@ -245,30 +275,27 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _publish(work: Path, model: Path, logs: Path) -> None:
-    """Copies what a reader wants to the mounted folders: the model, and report, measures and curves."""
-    for source, target in ((work / "model", model), (work / "report", logs / "report")):
-        if source.is_dir():
-            with atomic_folder(target) as folder:
-                shutil.copytree(source, folder, dirs_exist_ok=True)
-    for name in ("metrics.json", "history.jsonl", "registered.json"):
-        if (work / name).is_file():
-            shutil.copyfile(work / name, logs / name)
+def _publish(stage: str, summary: Any, work: Path, model: Path, logs: Path) -> str | None:
+    """Copies what a finished stage made for a reader to the mounted folders; returns a line that says where it lies."""
+    if stage == "tokenize":
+        return f"tokens: {work / 'tokens'}"
+    if stage == "train":
+        _replace(model, work / "model")
+        shutil.copy(work / "history.jsonl", logs)
+        return f"model: {model}"
+    if stage == "evaluate":
+        _replace(logs / "report", work / "report")
+        shutil.copy(work / "metrics.json", logs)
+        return f"report: {logs / 'report' / 'index.html'}"
+    if stage == "register":
+        shutil.copy(work / "registered.json", logs)
+        return f"registered: {summary['name']} version {summary['version']} on {summary['tracking_uri']}"
+    return None
 
 
-def _summary(settings: config.Settings, done: dict[str, Any], model: Path, logs: Path) -> str:
-    lines = []
-    if (settings.artifacts / "model").is_dir():
-        lines.append(f"model: {model}")
-    if "evaluate" in done:
-        lines.append(f"report: {logs / 'report' / 'index.html'}")
-    if registered := done.get("register"):
-        lines.append(
-            f"registered: {registered['name']} version {registered['version']} on {registered['tracking_uri']}"
-        )
-    if "train" not in done and "tokenize" in done:
-        lines.append(f"tokens: {settings.artifacts / 'tokens'}")
-    return "\n".join(lines)
+def _replace(target: Path, source: Path) -> None:
+    with atomic_folder(target) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def _say_device() -> None:
@@ -292,6 +319,16 @@ def _say(line: str) -> None:
 
 def _workspace() -> Path:
     return Path(os.environ.get("FUSELIP_WORKSPACE", "/workspace"))
+
+
+def _work_folder() -> Path:
+    return Path(os.environ.get("FUSELIP_WORK", _workspace() / "models" / ".work"))
+
+
+def _set_tracking_uri() -> None:
+    # An empty one, as of a variable that the caller has not set, is none.
+    own = f"sqlite:///{_workspace() / 'logs'}/mlflow/mlflow.db"
+    os.environ["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or own
 
 
 def _in_container() -> bool:

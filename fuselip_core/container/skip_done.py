@@ -6,7 +6,6 @@ A stage that ended leaves ``done/<stage>.json`` with a key of its data and setti
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 import shutil
@@ -14,19 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fuselip_core import config
+from fuselip_core import config, stages
 from fuselip_core.data.prepare.prepare import tool_version
-from fuselip_core.files import write_json
+from fuselip_core.files import find_json, write_json
 
-# Settings that change what a stage writes, and its output.
-STAGE_SECTIONS = {
-    "prepare": ("prepare",),
-    "codebook": ("model", "codebook"),
-    "tokenize": ("model", "tokenize"),
-    "train": ("model", "train"),
-    "evaluate": ("evaluate",),
-    "register": ("register_",),
-}
 OUTPUT = {"prepare": "prepared", "codebook": "codebook", "tokenize": "tokens", "train": "model", "evaluate": "report"}
 
 logger = logging.getLogger("fuselip")
@@ -34,31 +24,34 @@ logger = logging.getLogger("fuselip")
 
 def run_stages(
     settings: config.Settings,
-    stages: Sequence[str],
+    names: Sequence[str],
     fit: Callable[[config.Settings], config.Settings] = lambda settings: settings,
-) -> dict[str, Any]:
-    """Runs `stages` in order but for those whose data and settings are those of their last run; returns summaries.
+    deliver: Callable[[str, Any], None] = lambda stage, summary: None,
+    force: bool = False,
+) -> None:
+    """Runs the stages `names` in order, without those whose data and settings are the ones of their last run.
 
-    `fit` gets the settings when the data are prepared, and returns those that the other stages are to have.
+    `fit` gets the settings once the data are prepared, and returns those for the other stages. `deliver` gets each
+    stage's name and summary as soon as its output is there. `force` runs finished stages again.
     """
-    functions = importlib.import_module("fuselip_core.stages")
-    done: dict[str, Any] = {}
-    key = fingerprint(settings.prepare.root) if "prepare" in stages else ""
-    for stage in stages:
+    before = config.STAGES[: config.STAGES.index(names[0])]
+    key = _key_in(settings, before[-1]) if before else fingerprint(settings.prepare.root)
+    for stage in names:
         key = _key(settings, stage, key)
-        marker = settings.artifacts / "done" / f"{stage}.json"
-        if _is_done(marker, key, settings.artifacts, stage):
+        marker = _marker(settings, stage)
+        # Registering the same model twice makes no second version, and a store may have been emptied since.
+        is_done = stage != "register" and (settings.artifacts / OUTPUT[stage]).exists()
+        if is_done and not force and _key_in(settings, stage) == key:
             logger.info("%s: nothing has changed", stage)
-            done[stage] = json.loads(marker.read_text(encoding="utf-8"))["summary"]
         else:
             marker.unlink(missing_ok=True)
             logger.info("%s: starting", stage)
-            if stage != "prepare" or not take_prepared(settings):
-                done[stage] = getattr(functions, stage)(settings)
-            write_json(marker, {"key": key, "summary": json.loads(json.dumps(done.get(stage), default=str))})
+            taken = stage == "prepare" and take_prepared(settings)
+            summary = None if taken else getattr(stages, stage)(settings)
+            write_json(marker, {"key": key, "summary": json.loads(json.dumps(summary, default=str))})
+        deliver(stage, find_json(marker)["summary"])
         if stage == "prepare":
             settings = fit(settings)
-    return done
 
 
 def take_prepared(settings: config.Settings) -> bool:
@@ -92,15 +85,15 @@ def fingerprint(folder: Path) -> str:
 
 
 def _key(settings: config.Settings, stage: str, before: str) -> str:
-    sections = [getattr(settings, name).model_dump_json() for name in STAGE_SECTIONS[stage]]
+    values = settings.model_dump(mode="json", by_alias=True)
+    sections = [values[name] for name in ("model", stage) if stage != "prepare" or name == stage]
     return hashlib.sha256(repr((tool_version(), before, stage, sections)).encode()).hexdigest()
 
 
-def _is_done(marker: Path, key: str, artifacts: Path, stage: str) -> bool:
-    # Registering the same model twice makes no second version, and a store may have been emptied since.
-    if stage == "register" or not (artifacts / OUTPUT[stage]).exists():
-        return False
-    try:
-        return bool(json.loads(marker.read_text(encoding="utf-8"))["key"] == key)
-    except (OSError, ValueError, KeyError):
-        return False
+def _key_in(settings: config.Settings, stage: str) -> str:
+    """The key that the last run of the stage left; empty if there is none."""
+    return str(find_json(_marker(settings, stage)).get("key", ""))
+
+
+def _marker(settings: config.Settings, stage: str) -> Path:
+    return settings.artifacts / "done" / f"{stage}.json"

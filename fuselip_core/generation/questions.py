@@ -47,7 +47,7 @@ def run(job: Job) -> bool:
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
         reason = "its process died, most likely for lack of memory; free some" if sentences.empty() else sentences.get()
         raise FuselipError(
-            f"writing questions failed on GPU {error.error_index}: {reason}; the same command goes on from the "
+            f"writing questions failed on GPU {error.error_index}: {reason}; the same command resumes from the "
             f"finished parts in {job.out}"
         ) from error
     return run_part(job, 0, 1, write=_nothing_left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_folder
+from fuselip_core.model.fetch import fetch
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.late_fusion import LateFusionConfig, LateFusionModel
 from fuselip_core.model.processing import FuseLIPProcessor, ImageProcessor, TextTokenizer
@@ -23,10 +24,6 @@ from fuselip_core.model.weights import CheckpointError, load_strictly, read_weig
 STARTED_FROM = "started_from.json"  # beside a trained model: the checkpoint that it went on from
 
 Model = FuseLIPModel | LateFusionModel
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Scheme of an address → what finds its folder; the package registers MLflow's, which this room must not know.
-RESOLVERS: dict[str, Callable[[str], Path]] = {}
-WANTED_FILES = (["*.json", "*.safetensors"], ["*.bin"])  # the second where the first brings no weights
 
 
 def load_model(
@@ -117,41 +114,6 @@ def _with_weights(tokenizer: TiTok, state: dict[str, Tensor], folder: Path) -> T
         tokenizer.reconstructs = False
     tokenizer.load_state_dict({key: value.to(torch.float32) for key, value in stored.items()}, strict=False)
     return tokenizer
-
-
-def fetch(name: str | Path) -> Path:
-    """A folder as it is; a hub id's files, from the cache or the hub (HF_ENDPOINT and HF_HUB_OFFLINE are heeded).
-
-    Addresses of another scheme, such as models:/, go to the function that RESOLVERS has for it.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    for scheme, resolve in RESOLVERS.items():
-        if str(name).startswith(scheme):
-            return resolve(str(name))
-    if not HUB_ID.fullmatch(str(name)):
-        raise FuselipError(f"there is no folder '{name}', and a model on the hub is called owner/name")
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        folder = Path(snapshot_download(str(name), allow_patterns=WANTED_FILES[0]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(str(name), allow_patterns=WANTED_FILES[1]))
-        return folder
-    except errors.HFValidationError as error:
-        raise FuselipError(f"'{name}' is no name that the hub allows; a model is called owner/name") from error
-    except errors.GatedRepoError as error:
-        raise FuselipError(f"'{name}' is gated; accept its terms on the hub and log in with `hf auth login`") from error
-    except errors.RepositoryNotFoundError as error:
-        raise FuselipError(f"the hub has no model '{name}', or it is private; check the name or log in") from error
-    except Exception as error:
-        # huggingface_hub lets the errors of its HTTP library through: httpx in some releases, httpx2 in others.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
-            raise
-        raise FuselipError(
-            f"'{name}' is neither a folder nor in the cache, and the hub cannot be reached; "
-            "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
-        ) from error
 
 
 def _build(folder: Path, names: set[str]) -> Model:

@@ -120,7 +120,7 @@ class CodebookTrainer:
                     self.checkpoints.save(self.step, self._state())
                     last_save = time.monotonic()
                 if stopped:
-                    raise Interrupted(f"stopped at step {self.step} and saved; the same command goes on from there")
+                    raise Interrupted(f"stopped at step {self.step} and saved; the same command resumes it")
         self.tokenizer.reconstructs |= self.step > 0
 
     def _begin(self) -> None:
@@ -218,7 +218,7 @@ class CodebookTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.used.copy_(state["used"])
         set_random_state(state["random"])
-        logger.info("image tokenizer: going on from step %d", self.step)
+        logger.info("image tokenizer: resuming from step %d", self.step)
 
 
 def open_perception(settings: CodebookSettings, device: torch.device) -> Perception | None:

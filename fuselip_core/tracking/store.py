@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from filelock import FileLock
 
@@ -97,6 +99,30 @@ def prepare_store(uri: str) -> None:
     _correct_addresses(database)
 
 
+def require_answer(uri: str) -> None:
+    """Raises FuselipError where no MLflow answers at `uri`, or a local store can't be written."""
+    try:
+        if uri.startswith(("http://", "https://")):  # first without MLflow, which takes seconds to load and tries again
+            with contextlib.suppress(HTTPError):
+                urlopen(uri, timeout=5).close()  # noqa: S310 - the scheme is one of two
+        mlflow_client(uri).search_experiments(max_results=1)
+    except FuselipError:
+        raise
+    # A wrong address fails in as many ways as there are servers, drivers and schemes.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FuselipError(
+            f"no MLflow answers at {uri} ({reason}); start it, or correct MLFLOW_TRACKING_URI (empty: a local store)"
+        ) from error
+    if uri.startswith(SQLITE) and not os.access(_database(uri), os.W_OK):
+        raise FuselipError(f"{_database(uri)} can't be written; change its owner or mode, or MLFLOW_TRACKING_URI")
+
+
+def store_folder(uri: str) -> Path | None:
+    """The folder of a local store; None for any other address."""
+    return _database(uri).parent if uri.startswith(SQLITE) else None
+
+
 def _database(uri: str) -> Path:
     return Path(uri.removeprefix(SQLITE)).resolve()
 
@@ -124,7 +150,7 @@ def _make(database: Path) -> None:
 
 def _require_whole(database: Path) -> None:
     try:
-        with closing(sqlite3.connect(database, timeout=60)) as connection:
+        with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             # MLflow makes the default experiment last.
             whole = "experiments" in tables and connection.execute("SELECT 1 FROM experiments").fetchone()
@@ -150,7 +176,7 @@ def _correct_addresses(database: Path) -> None:
     here = _artifacts_beside(database)
     if not here.is_dir():  # the database alone was copied, its files are still where they were
         return
-    with closing(sqlite3.connect(database, timeout=60)) as connection, connection:
+    with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
         former = connection.execute(
             "SELECT DISTINCT artifact_location FROM experiments JOIN experiment_tags USING (experiment_id)"
             " WHERE key = ? AND value = ? AND artifact_location LIKE 'file:///%/artifacts' AND artifact_location != ?",

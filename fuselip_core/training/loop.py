@@ -139,7 +139,7 @@ class Trainer:
                 if due or stopped:
                     self._save()
                 if stopped and self.step < self.schedule.steps:
-                    raise Interrupted(f"stopped at step {self.step} and saved; the same command goes on from there")
+                    raise Interrupted(f"stopped at step {self.step} and saved; the same command resumes it")
         if self.average:
             self.average.keep()
         return TrainingSummary(self.step, self.pairs, self._seconds())
@@ -295,4 +295,4 @@ class Trainer:
         self.mixture.load_state_dict(state["mixture"])
         self.pairs, self.seconds = state["pairs"], state["seconds"]
         set_random_state(state["random"][self.world.rank])
-        logger.info("training: going on from step %d", self.step)
+        logger.info("training: resuming from step %d", self.step)

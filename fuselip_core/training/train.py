@@ -30,7 +30,7 @@ QuickLook = Callable[[StoredSides, TokenStore, int], dict[str, float]]  # encode
 
 
 def train_encoder(settings: Settings, quick_look: QuickLook) -> dict[str, float]:
-    """Trains on tokens/ and writes model/ and history.jsonl; goes on from checkpoints/ after an interruption.
+    """Trains on tokens/ and writes model/ and history.jsonl; resumes from checkpoints/ after an interruption.
 
     `quick_look` measures the model on the validation split while it trains. Returns the metrics of the training.
     """
