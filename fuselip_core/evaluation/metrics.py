@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from fuselip_core.errors import FuselipError
 TIE = 2e-6
 CHUNK_BYTES = 16 << 20  # scores held at once
 RESAMPLES = 2000
-DRAWS_AT_ONCE = 1 << 20
+DRAWS_AT_ONCE = 1 << 24  # counts held at once, 8 bytes each
 CONFIDENCE = 0.95
 _TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 
@@ -169,10 +170,7 @@ def ratio_interval(
 
     Every draw of whole clusters takes its own largest mean, so that the choice of the largest is part of the spread.
     """
-    owner = _owners(len(first), clusters)
-    sizes = np.bincount(owner).astype(np.float64)
-    sums = np.stack([np.bincount(owner, weights=np.asarray(each, np.float64)) for each in (first, *others)])
-    means = np.concatenate(list(_draws(sums, sizes, seed)), axis=1)
+    means = _resampled_means(np.stack([first, *others]).astype(np.float64), _owners(len(first), clusters), seed)
     low, high = np.quantile(means[0] / means[1:].max(axis=0, initial=floor), _TAILS)
     return float(low), float(high)
 
@@ -189,18 +187,39 @@ def _slack(owner: Array) -> float:
 
 def _bootstrap(values: Array, owner: Array, seed: int) -> tuple[float, float]:
     """95 % interval of the mean of `values` (N) over RESAMPLES draws of whole clusters."""
-    sizes, sums = np.bincount(owner).astype(np.float64), np.bincount(owner, weights=values)
-    low, high = np.quantile(np.concatenate(list(_draws(sums[None], sizes, seed)), axis=1), _TAILS)
+    low, high = np.quantile(_resampled_means(values[None], owner, seed), _TAILS)
     return float(low), float(high)
 
 
-def _draws(sums: Array, sizes: Array, seed: int) -> Iterator[Array]:
-    """Means (S, draws) of S scores over draws of whole clusters, from the sums (S, C) and sizes (C) of clusters."""
+def _resampled_means(scores: Array, owner: Array, seed: int) -> Array:
+    """Means (S, RESAMPLES) of S scores (S, N) over draws of whole clusters; `owner` (N): the cluster of each item."""
+    clusters = int(owner.max()) + 1
+    parts = np.stack([np.bincount(owner, minlength=clusters), *(np.bincount(owner, each) for each in scores)], axis=1)
+    sums = np.concatenate([draws @ parts for draws in _draws(clusters, seed)]).T
+    means: Array = sums[1:] / sums[0]
+    return means
+
+
+def _draws(clusters: int, seed: int) -> Iterator[Array]:
+    """How often each cluster is drawn: float64 (draws, C), RESAMPLES draws in all, as many at a time as fit."""
     generator = np.random.default_rng(seed)
-    at_once = max(1, DRAWS_AT_ONCE // len(sizes))
+    at_once = max(1, DRAWS_AT_ONCE // clusters)
+    if at_once >= RESAMPLES:
+        yield _all_draws(clusters, seed)
+        return
     for start in range(0, RESAMPLES, at_once):
-        drawn = generator.integers(0, len(sizes), (min(at_once, RESAMPLES - start), len(sizes)))
-        yield sums[:, drawn].sum(axis=2) / sizes[drawn].sum(axis=1)
+        yield _counts(generator, min(at_once, RESAMPLES - start), clusters)
+
+
+@lru_cache(maxsize=2)
+def _all_draws(clusters: int, seed: int) -> Array:
+    """The measures of a split share their clusters, so they share the draws as well."""
+    return _counts(np.random.default_rng(seed), RESAMPLES, clusters)
+
+
+def _counts(generator: np.random.Generator, draws: int, clusters: int) -> Array:
+    drawn = generator.integers(0, clusters, (draws, clusters)) + clusters * np.arange(draws)[:, None]
+    return np.bincount(drawn.ravel(), minlength=draws * clusters).reshape(draws, clusters).astype(np.float64)
 
 
 def deranged(count: int, seed: int) -> Array:
