@@ -5,6 +5,7 @@ Legend: B pairs, K codes an image, L tokens, T tokens of all sequences, W width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -78,15 +79,15 @@ class TokenPairs:
         return query, target, masked
 
 
-class TokenEncoder:
-    """Embeds stored sides without gradient; what evaluation and validation see of the model."""
+class StoredEncoder(ABC):
+    """Embeds stored sides without gradient; what evaluation and validation see of a model of any family."""
 
-    def __init__(self, model: FuseLIPModel, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
     @property
-    def text_length(self) -> int:
-        """Tokens that the model reads of a text without an image, begin and end not counted."""
+    def text_length(self) -> int | None:
+        """Tokens that the model reads of a text without an image, begin and end not counted; None: all stored."""
         return int(self.model.config.context_length) - 2
 
     @torch.no_grad()
@@ -94,9 +95,24 @@ class TokenEncoder:
         """One side of B pairs → unit-norm embeddings (B, W) float32."""
         training = self.model.training
         self.model.eval()
-        embeddings, _ = encode_sides(self.model, [side], 0.0, self.device)
+        embeddings = self._embeddings(side)
         self.model.train(training)
-        return embeddings[0].float().cpu().numpy()
+        return embeddings.float().cpu().numpy()
+
+    @abstractmethod
+    def _embeddings(self, side: SideTokens) -> Tensor:
+        """One side of B pairs → unit-norm embeddings (B, W)."""
+
+
+class TokenEncoder(StoredEncoder):
+    """The joint encoder on stored codes."""
+
+    def __init__(self, model: FuseLIPModel, device: torch.device) -> None:
+        super().__init__(model)
+        self.device = device
+
+    def _embeddings(self, side: SideTokens) -> Tensor:
+        return encode_sides(self.model, [side], 0.0, self.device)[0][0]
 
 
 def gather_sides(store: Store, rows: np.ndarray, view_rng: np.random.Generator) -> list[SideTokens]:

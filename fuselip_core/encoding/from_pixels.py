@@ -25,7 +25,7 @@ from fuselip_core.data.shards.in_order import Draw, decoding_threads, pixel_batc
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.joined import Store
 from fuselip_core.data.tokens.store import SideTokens, TokenStore
-from fuselip_core.encoding.from_codes import gather_sides
+from fuselip_core.encoding.from_codes import StoredEncoder, gather_sides
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space, write_json
 from fuselip_core.images import random_crop
@@ -121,26 +121,16 @@ class PicturePairs:
         return query, target, torch.zeros((), device=self.pictures.device)
 
 
-class PictureEncoder:
-    """Embeds sides of a picture store without gradient; what evaluation and validation see of a late-fusion model."""
+class PictureEncoder(StoredEncoder):
+    """A late-fusion model on a picture store."""
 
     def __init__(self, model: LateFusionModel, pictures: PictureSource) -> None:
-        self.model, self.pictures = model, pictures
+        super().__init__(model)
+        self.pictures = pictures
 
-    @property
-    def text_length(self) -> int:
-        """Tokens that the model reads of a text without an image, begin and end not counted."""
-        return int(self.model.config.context_length) - 2
-
-    @torch.no_grad()
-    def encode(self, side: SideTokens) -> np.ndarray:
-        """One side of B pairs → unit-norm embeddings (B, W) float32."""
-        training = self.model.training
-        self.model.eval()
+    def _embeddings(self, side: SideTokens) -> Tensor:
         inputs = picture_sides([side], self.model.config.context_length)
-        embeddings = encode_pictures(self.model, inputs, self.pictures)[0]
-        self.model.train(training)
-        return embeddings.float().cpu().numpy()
+        return encode_pictures(self.model, inputs, self.pictures)[0]
 
 
 def picture_sides(sides: Sequence[SideTokens], context_length: int) -> PictureSides:

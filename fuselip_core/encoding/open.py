@@ -14,9 +14,10 @@ from fuselip_core.data.shards.by_row import PictureReader
 from fuselip_core.data.shards.in_order import evaluation_view, pixel_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.joined import JoinedStore, Store
-from fuselip_core.data.tokens.store import TokenStore, read_manifest
+from fuselip_core.data.tokens.store import MANIFEST, TokenStore, read_manifest
 from fuselip_core.distributed import World
-from fuselip_core.encoding.from_codes import PairEncoder, TokenEncoder, TokenPairs
+from fuselip_core.encoding.comparison import ComparisonEncoder, open_comparison_store
+from fuselip_core.encoding.from_codes import PairEncoder, StoredEncoder, TokenEncoder, TokenPairs
 from fuselip_core.encoding.from_pixels import (
     DecodedPictures,
     PictureEncoder,
@@ -29,15 +30,17 @@ from fuselip_core.encoding.from_pixels import (
     require_tokenized,
 )
 from fuselip_core.errors import FuselipError
+from fuselip_core.model.comparison import TwoTowers
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.hub import Model
 from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import as_pixels
 from fuselip_core.model.titok import TiTok
 
-StoredSides = TokenEncoder | PictureEncoder
+AnyModel = Model | TwoTowers
 
 PIXELS = Path("work") / "pixels"
+TEXTS = Path("work") / "texts"
 MOST_CACHED = 4 << 30  # bytes of pixels on disk; what would be more is decoded when it is asked for
 
 
@@ -73,7 +76,8 @@ def _pictures(
     for name, folder in folders.items():
         prepared, manifest = PreparedData(folder.parent / "prepared"), read_manifest(folder)
         require_tokenized(prepared, manifest)
-        parts.append((scratch / f"{name or 'own'}-{split}.npy", prepared, manifest, views or int(manifest["views"])))
+        drawn = views or int(manifest["views"])
+        parts.append((scratch / f"{name or 'own'}-{split}-{drawn}x{size}.npy", prepared, manifest, drawn))
     pixels = sum(prepared.row_count(split) * views * 3 * size**2 for _, prepared, _, views in parts)
     made: PictureSource | None = None
     for rank in range(world.size):  # one after the other: the first makes the files, the others find them
@@ -95,17 +99,34 @@ def _joined(stores: Mapping[str, TokenStore]) -> Store:
     return JoinedStore(stores[""], further) if further else stores[""]
 
 
-def open_measuring(model: Model, artifacts: Path, split: str, device: torch.device) -> tuple[TokenStore, StoredSides]:
+def token_folder(artifacts: Path) -> Path:
+    """The token store of a run, or its store of texts alone, which is enough for models that bring their own codes."""
+    texts = artifacts / TEXTS
+    return (
+        texts
+        if (texts / MANIFEST).is_file() and not (artifacts / "tokens" / MANIFEST).is_file()
+        else artifacts / "tokens"
+    )
+
+
+def open_measuring(
+    model: AnyModel, artifacts: Path, split: str, device: torch.device
+) -> tuple[TokenStore, StoredEncoder]:
     """A split of the run in `artifacts` and an encoder that reads its sides, whatever the model's family.
 
     Where a joint encoder has another image tokenizer than that run, the split's images are tokenized anew, in memory.
     Raises FuselipError where the prepared data are not those that were tokenized.
     """
-    folder, prepared = artifacts / "tokens", PreparedData(artifacts / "prepared")
+    folder, prepared = token_folder(artifacts), PreparedData(artifacts / "prepared")
     if read_manifest(folder).get("data_version") != prepared.data_version:
         raise FuselipError(f"{prepared.folder} is not what was tokenized; run the tokenize stage again")
+    if isinstance(model, TwoTowers):
+        files = PictureReader(artifacts / PIXELS / f"compared-{split}.index", prepared, split)
+        return open_comparison_store(folder, split, model), ComparisonEncoder(model, files)
     if isinstance(model, FuseLIPModel):
         store = TokenStore(folder, split)
+        if model.image_tokenizer is None and folder.name == TEXTS.name:
+            raise FuselipError(f"the model has no image tokenizer, and {artifacts} no codes; run the tokenize stage")
         if model.image_tokenizer is not None and not _is_codebook(model.image_tokenizer.model, artifacts / "codebook"):
             store = _tokenized_anew(store, prepared, model.image_tokenizer.model, device)
         return store, TokenEncoder(model, device)
@@ -115,6 +136,8 @@ def open_measuring(model: Model, artifacts: Path, split: str, device: torch.devi
 
 def _is_codebook(tokenizer: TiTok, folder: Path) -> bool:
     """Whether `tokenizer` has the encoder and codes of the codebook in `folder`."""
+    if not folder.is_dir():
+        return False
     codebook = TiTok.load(folder)
     if codebook.config != tokenizer.config:
         return False

@@ -88,7 +88,8 @@ def findings(metrics: Mapping[str, float]) -> list[Finding]:
         _retrieval_finding(metrics, direction) for direction in ASKED if f"retrieval/{direction}/recall_at_1" in metrics
     ]
     found += [_answer_finding(metrics)] if "answers/fused/accuracy" in metrics else []
-    return found + ([_class_finding(metrics)] if "classes/zero_shot/accuracy" in metrics else [])
+    found += [_class_finding(metrics)] if "classes/zero_shot/accuracy" in metrics else []
+    return found + ([_concept_finding(metrics)] if "concepts/probe/f1" in metrics else [])
 
 
 def _retrieval_finding(metrics: Mapping[str, float], direction: str) -> Finding:
@@ -137,6 +138,18 @@ def _class_finding(metrics: Mapping[str, float]) -> Finding:
     equal = [words for control, words in controls.items() if metrics[f"classes/gain/{control}/accuracy/low"] <= 0]
     verdict = f"not distinguishable from {' or '.join(equal)}" if equal else "better than every control"
     return Finding("Image → caption of its class", sentence, verdict, not equal)
+
+
+def _concept_finding(metrics: Mapping[str, float]) -> Finding:
+    reached = share_text(metrics, "concepts/probe/f1")
+    sentence = (
+        f"A linear probe of the image embedding names the concepts of an image with an F1 of {reached}; always naming "
+        f"the most frequent ones reaches {percent(metrics['concepts/most_frequent/f1'])}."
+    )
+    better = metrics["concepts/gain/probe/f1/low"] > 0
+    control = "naming the most frequent concepts"
+    verdict = f"better than {control}" if better else f"not distinguishable from {control}"
+    return Finding("Image → concepts", sentence, verdict, better)
 
 
 def share_text(metrics: Mapping[str, float], name: str) -> str:

@@ -17,8 +17,8 @@ class SideEncoder(Protocol):
     """What evaluation needs of a model; both model families offer it (encoding/)."""
 
     @property
-    def text_length(self) -> int:
-        """Tokens that the model reads of a text without an image, begin and end not counted; the rest is cut."""
+    def text_length(self) -> int | None:
+        """Tokens that the model reads of a text without an image, begin and end not counted; None: all stored."""
 
     def encode(self, side: SideTokens) -> Array:
         """One side of B pairs → embeddings (B, D) float32 of unit norm."""
@@ -31,6 +31,8 @@ def embed(
 
     With `blank` every image is replaced by a black one. Equal inputs are embedded once, so that they are equal.
     """
+    if blank:  # every image is the same one
+        images = np.minimum(images, 0)
     inputs, place = np.unique(np.stack([images, texts], axis=1).astype(np.int64), axis=0, return_inverse=True)
     lengths = np.where(inputs[:, 1] >= 0, np.diff(store.text_offsets)[inputs[:, 1]], 0)
     order = np.lexsort((lengths, inputs[:, 0] >= 0))

@@ -50,12 +50,24 @@ class AnswerExample:
     swapped: str = ""
 
 
+@dataclass(frozen=True)
+class Concept:
+    """A concept with its images in the split and in training (None: nothing was learned), and the area under the ROC
+    curve of each way to name it."""
+
+    code: str
+    name: str
+    images: int
+    training_images: int | None
+    auc: dict[str, float]
+
+
 @dataclass
 class EvaluationResult:
     """metrics: flat name → value; intervals: name → 95 % interval; examples drawn at random, and the worst by rank.
 
-    retrieval: image → caption, captions: caption → image. `embeddings` are rows of images (I), their embeddings (I, D)
-    and those of captions (C, D).
+    retrieval: image → caption, captions: caption → image. concepts: the most frequent first. `embeddings` are rows of
+    images (I), their embeddings (I, D) and those of captions (C, D).
     """
 
     split: str
@@ -66,6 +78,7 @@ class EvaluationResult:
     answers: list[AnswerExample] = field(default_factory=list)
     worst: list[RetrievalExample] = field(default_factory=list)
     worst_answers: list[AnswerExample] = field(default_factory=list)
+    concepts: list[Concept] = field(default_factory=list)
     embeddings: tuple[Array, Array, Array] | None = None
 
     def numbers(self) -> dict[str, float]:

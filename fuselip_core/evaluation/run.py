@@ -1,30 +1,66 @@
-"""The stage `evaluate`: opens everything it needs, then measures a trained encoder on a held-out split."""
+"""Opens everything that a measurement needs, then measures: the model of a run, or any models on the run's data."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fuselip_core.config import Settings
+import fuselip_core
+from fuselip_core.config import EvaluateSettings, Settings
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.store import read_manifest
 from fuselip_core.distributed import local_device
-from fuselip_core.encoding.open import PIXELS
+from fuselip_core.encoding.open import PIXELS, AnyModel, token_folder
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.before_after import measure_adaptation, open_adaptation
-from fuselip_core.evaluation.candidates import measure_candidates
+from fuselip_core.evaluation.candidates import SideEmbedder, measure_candidates
 from fuselip_core.evaluation.classes import measure_classes
 from fuselip_core.evaluation.comparisons import findings
+from fuselip_core.evaluation.concepts import has_concepts, measure_concepts
 from fuselip_core.evaluation.result import EvaluationResult
-from fuselip_core.evaluation.tasks import open_split
+from fuselip_core.evaluation.tasks import OpenSplit, open_split
 from fuselip_core.evaluation.transformations import measure_transformations
 from fuselip_core.files import read_numbers
+from fuselip_core.model.comparison import is_comparison, load_comparison
 from fuselip_core.model.embedder import Embedder
-from fuselip_core.model.hub import load_pretrained
 
 logger = logging.getLogger("fuselip")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with all that it is measured on, opened: its split, training images for the probe, evaluation sets."""
+
+    embedder: SideEmbedder
+    own: OpenSplit
+    training: OpenSplit | None
+    candidates: tuple[PreparedData, ...]
+
+    @classmethod
+    def open(
+        cls, model: AnyModel, embedder: SideEmbedder, artifacts: Path, split: str, wanted: EvaluateSettings
+    ) -> Subject:
+        """Opens the data of the run in `artifacts`; raises FuselipError where any is missing or does not fit."""
+        device = local_device()
+        candidates = tuple(PreparedData(place) for place in (artifacts / "prepared", *wanted.candidates))
+        own = open_split(model, artifacts, split, device)
+        learns = "train" in own.store.manifest["splits"] and split != "train" and has_concepts(own.prepared, split)
+        return cls(embedder, own, open_split(model, artifacts, "train", device) if learns else None, candidates)
+
+    def measure(self, wanted: EvaluateSettings) -> EvaluationResult:
+        """Every measure that `wanted` asks for and the data allow."""
+        result = self.own.measure(wanted)
+        for data in self.candidates:
+            measure_candidates(self.embedder, data, wanted, result)
+        own, training = self.own, self.training
+        measure_classes(self.embedder, own.encoder, own.store, own.prepared, wanted, result)
+        learned = (training.encoder, training.store) if training else None
+        measure_concepts(self.embedder, (own.encoder, own.store), learned, own.prepared, wanted, result)
+        measure_transformations(self.embedder, self.own.prepared, wanted, result)
+        return result
 
 
 def measure_run(settings: Settings) -> EvaluationResult:
@@ -33,39 +69,63 @@ def measure_run(settings: Settings) -> EvaluationResult:
     Models, data and splits are opened first, so that a wrong setting ends the stage before anything is measured.
     Raises FuselipError for a model, folder or split that is missing or does not fit.
     """
-    artifacts, wanted, device = settings.artifacts, settings.evaluate, local_device()
+    artifacts, wanted = settings.artifacts, settings.evaluate
     folder = artifacts / "model"
     if not (folder / "config.json").is_file():
         raise FuselipError(f"{folder} holds no trained model; run the train stage first")
     made = read_numbers(folder / "training.json")
     made |= read_numbers(artifacts / "codebook" / "codebook.json")
     split = held_out_split(artifacts, wanted.split)
-    candidates = [PreparedData(place) for place in (artifacts / "prepared", *wanted.candidates)]
-    model, processor = load_pretrained(folder, device)
-    before = open_adaptation(model, folder, artifacts, split, wanted, device)
-    own = open_split(model, artifacts, split, device)
+    embedder = Embedder.from_pretrained(folder, local_device())
+    before = open_adaptation(embedder.model, folder, artifacts, split, wanted, local_device())
+    subject = Subject.open(embedder.model, embedder, artifacts, split, wanted)
 
-    result = own.measure(wanted)
-    embedder = Embedder(model, processor)
-    for data in candidates:
-        measure_candidates(embedder, data, wanted, result)
-    measure_classes(embedder, own.encoder, own.store, own.prepared, wanted, result)
-    measure_transformations(embedder, own.prepared, wanted, result)
+    result = subject.measure(wanted)
     result.metrics |= measure_adaptation(before, result.metrics, wanted)
     result.metrics |= made
-    for finding in findings(result.numbers()):
-        logger.info("%s This is %s.", finding.sentence, finding.verdict)
+    _tell(result)
     shutil.rmtree(artifacts / PIXELS, ignore_errors=True)
     return result
 
 
+def measure_models(settings: Settings, names: Sequence[str]) -> dict[str, EvaluationResult]:
+    """The same measures of any models, by their addresses, on the data of the run in `settings.artifacts`.
+
+    A hub id, a folder, models:/NAME@ALIAS, open_clip:NAME or transformers:NAME. All are opened before one is measured.
+    Raises FuselipError for a model that is missing or of another kind, and for data that is missing.
+    """
+    artifacts, wanted = settings.artifacts, settings.evaluate
+    split = held_out_split(artifacts, wanted.split)
+    subjects = {name: _opened(name, artifacts, split, wanted) for name in dict.fromkeys(names)}
+    results = {}
+    for name, subject in subjects.items():
+        logger.info("measuring %s", name)
+        results[name] = subject.measure(wanted)
+        _tell(results[name])
+    shutil.rmtree(artifacts / PIXELS, ignore_errors=True)
+    return results
+
+
+def _opened(name: str, artifacts: Path, split: str, wanted: EvaluateSettings) -> Subject:
+    if is_comparison(name):
+        towers = load_comparison(name, local_device())
+        return Subject.open(towers, towers, artifacts, split, wanted)
+    embedder = fuselip_core.Embedder.from_pretrained(name, local_device())  # which knows models:/ addresses
+    return Subject.open(embedder.model, embedder, artifacts, split, wanted)
+
+
+def _tell(result: EvaluationResult) -> None:
+    for finding in findings(result.numbers()):
+        logger.info("%s This is %s.", finding.sentence, finding.verdict)
+
+
 def held_out_split(artifacts: Path, wanted: str) -> str:
     """The split to measure: `wanted`, or valid or dev where the tokens lack it, with a warning. Never test unasked."""
-    splits: Collection[str] = read_manifest(artifacts / "tokens")["splits"]
+    splits: Collection[str] = read_manifest(token_folder(artifacts))["splits"]
     found = next((split for split in (wanted, "valid", "dev") if split in splits), None)
     if found is None:
         raise FuselipError(
-            f"{artifacts / 'tokens'} has no split {wanted}, valid or dev; set evaluate.split to one of "
+            f"{token_folder(artifacts)} has no split {wanted}, valid or dev; set evaluate.split to one of "
             f"{', '.join(splits)}, or prepare.dev_share above 0"
         )
     if found != wanted:

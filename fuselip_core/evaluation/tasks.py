@@ -15,7 +15,7 @@ import torch
 from fuselip_core.config import EvaluateSettings
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.tokens.store import TokenStore
-from fuselip_core.encoding.open import open_measuring
+from fuselip_core.encoding.open import AnyModel, open_measuring
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.answers import measure_answers, question_rows, quick_answers
 from fuselip_core.evaluation.candidates import has_candidates
@@ -23,7 +23,6 @@ from fuselip_core.evaluation.embed import SideEncoder
 from fuselip_core.evaluation.metrics import Array
 from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.evaluation.retrieval import caption_rows, measure_retrieval, quick_retrieval
-from fuselip_core.model.hub import Model
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class OpenSplit:
         return evaluate(self.encoder, self.store, self.prepared, settings)
 
 
-def open_split(model: Model, artifacts: Path, split: str, device: torch.device) -> OpenSplit:
+def open_split(model: AnyModel, artifacts: Path, split: str, device: torch.device) -> OpenSplit:
     """Opens a split of the run in `artifacts` for `model`. Raises FuselipError where data or tokens do not fit."""
     store, encoder = open_measuring(model, artifacts, split, device)
     return OpenSplit(encoder, store, PreparedData(artifacts / "prepared"))

@@ -103,7 +103,7 @@ class Tokenizing:
 
     def run(self) -> dict[str, Any]:
         """All splits, then the manifest; returns the number of images and pairs of each split."""
-        kinds = sorted({kind for split in self.prepared.splits for kind in self._kinds(split)})
+        kinds = kinds_of(self.prepared)
         counts = {split: self._split(split, kinds) for split in self.prepared.splits}
         write_manifest(self.target, self.identity, kinds)
         return counts
@@ -118,9 +118,6 @@ class Tokenizing:
         draw = views_of(self.tokenizer.config.image_size, self.settings)
         writer.write_codes(start, self._codes(writer.split, draw, start, stop))
 
-    def _kinds(self, split: str) -> list[str]:
-        return [str(kind) for kind in self.prepared.pairs(split).column("kind").unique().to_pylist()]
-
     def _split(self, split: str, kinds: list[str]) -> dict[str, int]:
         writer, pairs = self.writer(split), self.prepared.pairs(split)
         counts = {"images": self.prepared.row_count(split), "pairs": pairs.num_rows}
@@ -129,11 +126,7 @@ class Tokenizing:
         shards = writer.pending(self.settings.rows_per_shard)
         for start, stop in track(shards, f"tokenizing {split} images, shards"):
             self.write_shard(writer, start, stop)
-        columns, texts = index_pairs(pairs, self.prepared.row_ids(split), kinds, self._concepts(split))
-        ids = [self.encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
-        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
-        flat = np.fromiter((token for text in ids for token in text), np.uint16, count=int(offsets[-1]))
-        writer.finish(columns, flat, offsets, texts, self._blank())
+        finish_split(writer, self.prepared, kinds, self.encode_text, self._blank())
         return counts
 
     def _codes(self, split: str, draw: Draw, start: int, stop: int) -> np.ndarray:
@@ -154,12 +147,50 @@ class Tokenizing:
         size = self.tokenizer.config.image_size
         return self._encode(np.zeros((1, 1, size, size, 3), np.uint8))[0, 0]
 
-    def _concepts(self, split: str) -> pa.ChunkedArray:
-        """Concepts of each image; a made one has none."""
-        batches = self.prepared.iter_images(split, columns=["concepts"], batch_rows=65536)
-        kind = IMAGE_SCHEMA.field("concepts").type
-        made = self.prepared.row_count(split) - self.prepared.image_count(split)
-        return pa.chunked_array([*(batch.column("concepts") for batch in batches), pa.nulls(made, kind)], kind)
+
+def tokenize_texts(prepared: PreparedData, target: Path) -> None:
+    """A store of the pairs and texts alone, in `target`, for models that bring their own codes or read pixels."""
+    kinds = kinds_of(prepared)
+    identity = {
+        "data_version": prepared.data_version,
+        "codebook": None,
+        "views": 1,
+        "crop_scale": [1.0, 1.0],
+        "view_seed": 0,
+    }
+    for split in prepared.splits:
+        writer = TokenStoreWriter(target, split, prepared.row_count(split), 1, 1, identity)
+        if not writer.finished:
+            writer.write_codes(0, np.zeros(writer.shape, np.uint16))
+            finish_split(writer, prepared, kinds, TextTokenizer(context_length=77).encode, np.zeros(1, np.uint16))
+    write_manifest(target, identity, kinds)
+
+
+def kinds_of(prepared: PreparedData) -> list[str]:
+    """Kinds of the pairs of all splits."""
+    columns = [prepared.pairs(split).column("kind") for split in prepared.splits]
+    return sorted({str(kind) for column in columns for kind in column.unique().to_pylist()})
+
+
+def finish_split(
+    writer: TokenStoreWriter, prepared: PreparedData, kinds: list[str], encode_text: EncodeText, blank: np.ndarray
+) -> None:
+    """Adds pairs and texts to the codes of a split; blank (K): codes of a black image."""
+    split = writer.split
+    pairs, concepts = prepared.pairs(split), _concepts(prepared, split)
+    columns, texts = index_pairs(pairs, prepared.row_ids(split), kinds, concepts)
+    ids = [encode_text(text) for text in track(texts.to_pylist(), f"tokenizing {split} texts")]
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    flat = np.fromiter((token for text in ids for token in text), np.uint16, count=int(offsets[-1]))
+    writer.finish(columns, flat, offsets, texts, blank)
+
+
+def _concepts(prepared: PreparedData, split: str) -> pa.ChunkedArray:
+    """Concepts of each image; a made one has none."""
+    batches = prepared.iter_images(split, columns=["concepts"], batch_rows=65536)
+    kind = IMAGE_SCHEMA.field("concepts").type
+    made = prepared.row_count(split) - prepared.image_count(split)
+    return pa.chunked_array([*(batch.column("concepts") for batch in batches), pa.nulls(made, kind)], kind)
 
 
 def pending_shards(settings: Settings) -> list[Shard]:

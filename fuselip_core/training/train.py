@@ -13,7 +13,8 @@ from fuselip_core.config import Settings
 from fuselip_core.data.shards.reader import validation_split
 from fuselip_core.data.tokens.store import TokenStore, read_manifest
 from fuselip_core.distributed import join_world, local_device
-from fuselip_core.encoding.open import StoredSides, open_measuring, open_training
+from fuselip_core.encoding.from_codes import StoredEncoder
+from fuselip_core.encoding.open import open_measuring, open_training
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_folder, write_json
 from fuselip_core.model.fuselip import FuseLIPModel
@@ -26,7 +27,7 @@ from fuselip_core.training.loop import Trainer, Validate, run_folder
 
 VALIDATION_PAIRS = 512
 
-QuickLook = Callable[[StoredSides, TokenStore, int], dict[str, float]]  # encoder, store, pairs → metrics
+QuickLook = Callable[[StoredEncoder, TokenStore, int], dict[str, float]]  # encoder, store, pairs → metrics
 
 
 def train_encoder(settings: Settings, quick_look: QuickLook) -> dict[str, float]:

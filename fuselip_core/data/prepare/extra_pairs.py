@@ -100,9 +100,9 @@ def add_concept_pairs(root: Path, listing: Listing) -> None:
 
     Raises DataError if `root` holds no table of names. Codes without a name are passed over and counted in a note.
     """
-    if not listing.concept_names and not (root / NAMES).is_file():
+    names = names_in(root, listing)
+    if not names:
         raise DataError(f"{root} has no {NAMES} with the names of concepts; put it there, or take it from extra_pairs")
-    names = listing.concept_names or names_of_concepts(root / NAMES)
     nameless = 0
     for image in listing.images:
         codes = set(image.concepts)
@@ -112,6 +112,11 @@ def add_concept_pairs(root: Path, listing: Listing) -> None:
             listing.pairs.append(_pair(image, "; ".join(known)))
     if nameless:
         listing.notes.append(f"{nameless} concepts of images have no name in {NAMES} and are in no pair")
+
+
+def names_in(root: Path, listing: Listing) -> dict[str, str]:
+    """Concept code → name, as the data set or its table of names tells; empty without either."""
+    return listing.concept_names or (names_of_concepts(root / NAMES) if (root / NAMES).is_file() else {})
 
 
 def names_of_concepts(table: Path) -> dict[str, str]:

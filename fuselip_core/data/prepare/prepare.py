@@ -28,9 +28,9 @@ import numpy as np
 
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.download.manifest import provenance_of
-from fuselip_core.data.pair import SPLITS, DataError, Pair, SetAside
+from fuselip_core.data.pair import SPLITS, DataError, Listing, Pair, SetAside
 from fuselip_core.data.prepare.edit_pairs import add_edits
-from fuselip_core.data.prepare.extra_pairs import add_extra_pairs
+from fuselip_core.data.prepare.extra_pairs import add_extra_pairs, names_in
 from fuselip_core.data.prepare.image_rounds import Results, count_duplicates, shard_name, write_images
 from fuselip_core.data.prepare.mirrored_pairs import add_mirrored
 from fuselip_core.data.prepare.splits import Plan, plan_splits
@@ -63,6 +63,7 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     with reserved(target, settings.root):
         listing = list_source(settings.source, settings.root, settings)
         archive = not listing.pairs and not listing.candidates
+        names = _concept_names(settings.root, listing)
         with published_form(settings.source, settings.root):
             add_extra_pairs(settings.root, listing, settings.extra_pairs)
         plan = plan_splits(listing, settings)
@@ -87,12 +88,24 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
             "quarantine": _by_reason(reasons),
             "duplicates": count_duplicates(work, images),
             "notes": plan.notes,
+            "concept_names": names,
         }
         write_json(work / MANIFEST, manifest)
         close_work(work)
         replace_folder(work, target)
     _summarise(manifest, target)
     return manifest
+
+
+def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
+    """Names of the concepts that images have; a table that cannot be read costs them, and is noted."""
+    try:
+        names = names_in(root, listing)
+    except DataError as error:
+        listing.notes.append(f"concepts have no names: {error}")
+        return {}
+    codes = {code for image in listing.images for code in image.concepts}
+    return {code: names[code] for code in sorted(codes) if names.get(code)}
 
 
 def tool_version() -> str:

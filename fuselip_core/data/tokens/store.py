@@ -162,6 +162,12 @@ class TokenStore:
         other.codes, other.blank = codes, blank
         return other
 
+    def with_texts(self, texts: Array, offsets: Array) -> TokenStore:
+        """The same pairs and codes with other ids of the T texts: flat, of any integer type, and offsets (T + 1)."""
+        other = copy.copy(self)
+        other.texts, other.text_offsets = texts, offsets
+        return other
+
     def release(self) -> None:
         """Hands mapped pages back to the system, which keeps them cached as long as it has room."""
         for mapped in self._maps:
@@ -219,7 +225,7 @@ def gather_codes(store: TokenStore, images: Array, views: Array | int = 0) -> tu
 
 
 def gather_texts(store: TokenStore, rows: Array) -> tuple[Array, Array]:
-    """Text rows (B), ABSENT allowed → ids (B, L) uint16, padded with 0, and their lengths (B) int32."""
+    """Text rows (B), ABSENT allowed → ids (B, L) of the store's type, padded with 0, and their lengths (B) int32."""
     has_text = rows >= 0
     if not has_text.any():
         return np.zeros((len(rows), 0), np.uint16), np.zeros(len(rows), np.int32)
@@ -228,7 +234,7 @@ def gather_texts(store: TokenStore, rows: Array) -> tuple[Array, Array]:
     lengths = np.where(has_text, store.text_offsets[present + 1] - starts, 0)
     places = np.arange(int(lengths.max()))
     inside = places < lengths[:, None]
-    ids = np.zeros(inside.shape, np.uint16)
+    ids = np.zeros(inside.shape, store.texts.dtype)
     ids[inside] = store.texts[(starts[:, None] + places)[inside]]
     return ids, lengths.astype(np.int32)
 

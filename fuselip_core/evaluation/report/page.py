@@ -49,6 +49,7 @@ def write_report(settings: Settings, result: EvaluationResult) -> Path:
         values = {
             "retrieval": sections.retrieval(numbers),
             "answers": sections.answers(numbers),
+            "concepts": sections.concepts(result),
             "tables": sections.tables(numbers),
             "map": _map(folder, result, modalities),
             "training": sections.training(folder, artifacts, numbers),
@@ -104,7 +105,7 @@ def _head(
 
 def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Anchors of the sections that there are, with their names."""
-    found = [(name, name.capitalize()) for name in ("retrieval", "answers") if values[name]]
+    found = [(name, name.capitalize()) for name in ("retrieval", "answers", "concepts") if values[name]]
     found += [(each["id"], each["title"]) for each in values["tables"]]
     found += [("map", "Map")] * bool(values["map"])
     return [*found, *((name, name.capitalize()) for name in ("training", "tokenizer", "data", "settings"))]

@@ -11,7 +11,9 @@ from typing import Any
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.comparisons import percent
+from fuselip_core.evaluation.published import published
 from fuselip_core.evaluation.report.charts import DIRECTIONS, PARTS, QUERIES, draw_training
+from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.evaluation.retrieval import KS, POOLS
 from fuselip_core.html import data_uri
 
@@ -84,6 +86,60 @@ def answers(numbers: Metrics) -> Values | None:
         "head": ["Query", *(PARTS[part] for part in parts), "Ahead by, points", "MRR"],
         "rows": rows,
     }
+
+
+CONCEPT_WAYS = {
+    "probe": "Linear probe",
+    "neighbours": "Nearest neighbours",
+    "most_frequent": "Most frequent concepts",
+    "zero_shot": "Zero-shot, by name",
+    "zero_shot_other_image": "Zero-shot, another image",
+}
+MOST_CONCEPTS = 30
+
+
+def concepts(result: EvaluationResult) -> Values | None:
+    """F1, average precision and area of each way to name concepts, and the areas by concept; None without concepts."""
+    numbers = result.numbers()
+    rows = [
+        (
+            label,
+            share(numbers, f"concepts/{way}/f1"),
+            points(numbers, f"concepts/gain/{way}/f1"),
+            share(numbers, f"concepts/{way}/average_precision"),
+            points(numbers, f"concepts/gain/{way}/average_precision"),
+            _area(numbers.get(f"concepts/{way}/auc")),
+        )
+        for way, label in CONCEPT_WAYS.items()
+        if any(name.startswith(f"concepts/{way}/") for name in numbers)
+    ]
+    if not rows:
+        return None
+    ways = [way for way in CONCEPT_WAYS if f"concepts/{way}/auc" in numbers]
+    shown = [concept for concept in result.concepts if concept.auc][:MOST_CONCEPTS]
+    return {
+        "images": f"{numbers['concepts/images']:,.0f}",
+        "candidates": f"{numbers['concepts/candidates']:,.0f}",
+        "training_images": f"{numbers.get('concepts/training_images', 0):,.0f}",
+        "rows": rows,
+        "anchors": [f"{each['value']:.3f} ({each['model']})" for each in published("concepts/probe/f1")],
+        "head": ["Concept", "Images", "In training", *(f"AUC, {CONCEPT_WAYS[way].lower()}" for way in ways)],
+        "each": [
+            (
+                concept.name,
+                f"{concept.images:,}",
+                "" if concept.training_images is None else f"{concept.training_images:,}",
+                *(_area(concept.auc.get(way)) for way in ways),
+            )
+            for concept in shown
+        ],
+        "others": sum(1 for concept in result.concepts if concept.auc) - len(shown),
+        "constant": sum(1 for concept in result.concepts if not concept.auc),
+    }
+
+
+def _area(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 COUNTS = {"questions": "", "closed": "_closed", "open": "_open"}
