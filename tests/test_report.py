@@ -21,7 +21,7 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.comparisons import percent
 from fuselip_core.evaluation.report.charts import draw_training
 from fuselip_core.evaluation.report.page import write_report
-from fuselip_core.evaluation.result import AnswerExample, Candidate, EvaluationResult, RetrievalExample
+from fuselip_core.evaluation.result import AnswerExample, Candidate, Concept, EvaluationResult, RetrievalExample
 from fuselip_core.html import data_uri, render
 
 NASTY = "<script>alert('x')</script> & \"quoted\""
@@ -105,11 +105,18 @@ def answer_metrics(fused: float = 0.6) -> dict[str, float]:
     return metrics
 
 
+def concept_metrics() -> dict[str, float]:
+    metrics = {"concepts/images": 3.0, "concepts/candidates": 16.0, "concepts/training_images": 9.0}
+    metrics |= {"concepts/probe/f1": 0.7391, "concepts/most_frequent/f1": 0.53, "concepts/probe/auc": 0.871}
+    metrics |= {"concepts/gain/probe/f1": 0.2091, "concepts/zero_shot/average_precision": 0.285}
+    return metrics
+
+
 def result_of(metrics: dict[str, float]) -> EvaluationResult:
     intervals = {
         name: (value - 0.1, value + 0.1) if "/gain/" in name else (max(0.0, value - 0.1), min(1.0, value + 0.1))
         for name, value in metrics.items()
-        if "recall_at" in name or "accuracy" in name or "/gain/" in name
+        if "recall_at" in name or "accuracy" in name or "/gain/" in name or name.endswith(("/f1", "_precision"))
     }
     top = (Candidate("a wrong caption", 0.5, False, 1), Candidate(NASTY, 0.25, True, 2))
     images = (Candidate("", 0.5, False, 1, 1), Candidate("", 0.25, True, 1234, 0))
@@ -118,6 +125,8 @@ def result_of(metrics: dict[str, float]) -> EvaluationResult:
         result.retrieval = [RetrievalExample(0, (NASTY,), 2, top), RetrievalExample(2, ("other",), 1, top[1:])]
         result.captions = [RetrievalExample(None, ("a caption that asks",), 1234, images)]
         result.worst = [RetrievalExample(0, ("the worst",), 399, top)]
+    if "concepts/images" in metrics:
+        result.concepts = [Concept("C1", NASTY, 3, 9, {}), Concept("C2", "Skull", 2, 5, {"probe": 0.875})]
     if "answers/pool" in metrics:
         result.answers = [AnswerExample(1, NASTY, "left lung", "open", 4321, top, 0, "right lung")]
     return result
@@ -237,6 +246,21 @@ def test_a_split_with_one_kind_of_pairs_gets_one_section(
     page = write(tmp_path, metrics())
     assert there in page.text and missing not in page.text
     assert "No curves were logged" in page.text
+
+
+def test_concepts_stand_beside_their_control_and_what_is_published(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    text = write(tmp_path, concept_metrics()).text
+    assert "with an F1 of 0.739 ± 0.100; always naming the most frequent ones reaches 0.530." in text
+    assert "better than naming the most frequent concepts" in text
+    assert "0.739 [0.639 to 0.839]" in text and "+0.209 [+0.109 to +0.309]" in text
+    assert "F1 of 0.559 (a single DenseNet-121), 0.589 (winner of 2025)" in text
+    assert (
+        "Skull 2 5 0.875" in " ".join(text.split()) and "Concepts that all images have, and so without AUC: 1." in text
+    )
+    assert json.loads((tmp_path / "report" / "results.json").read_text())["concepts"][1]["auc"] == {"probe": 0.875}
+    worse = concept_metrics() | {"concepts/gain/probe/f1": 0.05}
+    assert "not distinguishable from naming the most frequent" in write(tmp_path, worse).text
 
 
 def test_a_model_that_reads_pixels_is_not_said_to_read_codes(tmp_path: Path, page: Page) -> None:

@@ -141,14 +141,14 @@ def _class_finding(metrics: Mapping[str, float]) -> Finding:
 
 
 def _concept_finding(metrics: Mapping[str, float]) -> Finding:
-    reached = share_text(metrics, "concepts/probe/f1")
+    name, control = "concepts/probe/f1", metrics["concepts/most_frequent/f1"]
+    half = (metrics[f"{name}/high"] - metrics[f"{name}/low"]) / 2
     sentence = (
-        f"A linear probe of the image embedding names the concepts of an image with an F1 of {reached}; always naming "
-        f"the most frequent ones reaches {percent(metrics['concepts/most_frequent/f1'])}."
+        f"A linear probe of the image embedding names the concepts of an image with an F1 of {metrics[name]:.3f} ± "
+        f"{half:.3f}; always naming the most frequent ones reaches {control:.3f}."
     )
     better = metrics["concepts/gain/probe/f1/low"] > 0
-    control = "naming the most frequent concepts"
-    verdict = f"better than {control}" if better else f"not distinguishable from {control}"
+    verdict = f"{'better than' if better else 'not distinguishable from'} naming the most frequent concepts"
     return Finding("Image → concepts", sentence, verdict, better)
 
 

@@ -104,10 +104,11 @@ def concepts(result: EvaluationResult) -> Values | None:
     rows = [
         (
             label,
-            share(numbers, f"concepts/{way}/f1"),
-            points(numbers, f"concepts/gain/{way}/f1"),
-            share(numbers, f"concepts/{way}/average_precision"),
-            points(numbers, f"concepts/gain/{way}/average_precision"),
+            *(
+                _score(numbers, name, form)
+                for measure in ("f1", "average_precision")
+                for name, form in ((f"concepts/{way}/{measure}", ".3f"), (f"concepts/gain/{way}/{measure}", "+.3f"))
+            ),
             _area(numbers.get(f"concepts/{way}/auc")),
         )
         for way, label in CONCEPT_WAYS.items()
@@ -136,6 +137,14 @@ def concepts(result: EvaluationResult) -> Values | None:
         "others": sum(1 for concept in result.concepts if concept.auc) - len(shown),
         "constant": sum(1 for concept in result.concepts if not concept.auc),
     }
+
+
+def _score(numbers: Metrics, name: str, form: str) -> Values:
+    """A score in 0..1, as the field prints it, with its interval; empty where it was not measured."""
+    if name not in numbers:
+        return {"value": ""}
+    low, high = numbers[f"{name}/low"], numbers[f"{name}/high"]
+    return {"value": f"{numbers[name]:{form}}", "interval": f"[{low:{form}} to {high:{form}}]"}
 
 
 def _area(value: float | None) -> str:
