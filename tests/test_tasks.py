@@ -223,6 +223,8 @@ def test_answers_need_image_and_question(tmp_path: Path) -> None:
     strongest = max(metrics[f"answers/{name}/accuracy"] for name in controls)
     assert strongest > metrics["answers/chance"]
     assert metrics["answers/fused/over_best_control"] == pytest.approx(1 / strongest)
+    assert metrics["answers/fused/accuracy/is-it-there"] == metrics["answers/fused/accuracy/which-side"] == 1
+    assert metrics["answers/blank_image/accuracy/which-side"] == 0
     assert metrics["answers/gain/blank_image/accuracy"] == 1
     gains = [metrics[f"answers/gain/{name}/accuracy"] for name in ("shuffled_image", "majority")]
     assert gains == [1 - metrics[f"answers/{name}/accuracy"] for name in ("shuffled_image", "majority")]

@@ -5,6 +5,7 @@ Legend: Q questions, A distinct answers, D width.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ QUESTION = "vqa"
 CLOSED, OPEN = ANSWER_TYPES.index("closed"), ANSWER_TYPES.index("open")
 SHOWN = 5
 WORST = 4
+MOST_QUESTIONS = 20  # different ones, that are also reported one by one
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def measure_answers(
         rights[name] = np.array([pool.names[place] for place in pool.correct]) == np.array(guesses)
     for name, right in rights.items():
         _add_accuracy(name, right, pool, clusters, settings.seed, result)
+    _add_each_question(rights, store.texts_of(pool.questions), clusters, settings.seed, result)
     _add_gains(rights, ranks, clusters, settings.seed, result)
     _add_summary(pool, result)
     drawn = np.sort(np.random.default_rng(settings.seed).permutation(len(pool.images))[: settings.examples])
@@ -138,6 +141,20 @@ def _add_accuracy(
     for part, rows in chosen.items():
         if rows.any():
             result.add_share(f"answers/{name}/{part}", right[rows], clusters[rows], seed)
+
+
+def _add_each_question(
+    rights: Mapping[str, Array], asked: Sequence[str], clusters: Array, seed: int, result: EvaluationResult
+) -> None:
+    """The accuracy of every query on each question, where the split asks a few questions over and over."""
+    names = np.array(["-".join(re.findall(r"\w+", text.lower())) for text in asked])
+    different = np.unique(names)
+    if len(different) > MOST_QUESTIONS or len(names) < 2 * len(different):
+        return
+    for question in different:
+        rows = names == question
+        for name, right in rights.items():
+            result.add_share(f"answers/{name}/accuracy/{question}", right[rows], clusters[rows], seed)
 
 
 def _add_gains(

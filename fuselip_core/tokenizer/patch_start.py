@@ -23,7 +23,8 @@ SHARPNESS = 3.0  # factor of queries and keys; an attention head then sees its o
 POSITION_AMPLITUDE = 0.3
 # Random Fourier features whose similarity falls to a half at about one patch's distance (a Gaussian kernel).
 FREQUENCY_SPREAD = 1.2
-LATER_LAYERS = 0.3  # factor of what every other layer adds at the start
+READ_FIRST = 5.0  # factor of the key that sets tokens with content apart from those that are to receive it
+LATER_LAYERS = 0.1  # factor of what every other layer adds at the start
 
 
 def can_start_from_patches(tokenizer: TiTok) -> bool:
@@ -41,11 +42,11 @@ def start_from_patches(tokenizer: TiTok, pixels: Tensor) -> None:
     patches = to_patches(pixels, config.patch_size).flatten(0, 1)
     mean, components, spread = _principal_components(patches, config.code_size)
     grid = config.image_size // config.patch_size
-    for part in (encoder, decoder):
-        _set_places(part, grid, config.code_size)
+    for part, heads in ((encoder, config.heads), (decoder, config.decoder_heads)):
+        _set_places(part, grid, config.code_size, heads, patches_have_content=part is encoder)
         for layer, block in enumerate(part.transformer):
             assert isinstance(block, ResidualBlock)
-            _set_block(block, config.code_size, first=layer == 0)
+            _set_block(block, config.code_size, heads, first=layer == 0)
     tokenizer.latent_tokens.zero_()
     decoder.mask_token.zero_()
     content = _content_dimensions(config.width, config.code_size)
@@ -75,8 +76,13 @@ def _content_dimensions(width: int, code_size: int) -> Tensor:
     return torch.arange(code_size) * (width // code_size)
 
 
-def _set_places(part: nn.Module, grid: int, code_size: int) -> None:
-    """The same position features for patches and latents of one place; none in the dimensions of the content."""
+def _flag_dimensions(width: int, heads: int) -> Tensor:
+    """One dimension a head, its last, that says whether a token brings content or is to receive it."""
+    return torch.arange(1, heads + 1) * (width // heads) - 1
+
+
+def _set_places(part: nn.Module, grid: int, code_size: int, heads: int, patches_have_content: bool) -> None:
+    """The same position features for patches and latents of one place, but for the flag; none where content is."""
     positions = part.get_parameter("positional_embedding")
     width = positions.shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -85,11 +91,14 @@ def _set_places(part: nn.Module, grid: int, code_size: int) -> None:
     angles = places @ (torch.randn(width // 2, 2, generator=generator) * FREQUENCY_SPREAD * grid).T
     features = torch.stack([angles.cos(), angles.sin()], dim=-1).flatten(1) * POSITION_AMPLITUDE
     features[:, _content_dimensions(width, code_size)] = 0.0
+    flags = _flag_dimensions(width, heads)
+    features[:, flags] = POSITION_AMPLITUDE if patches_have_content else -POSITION_AMPLITUDE
     positions[1:] = features.to(positions.device)
+    features[:, flags] *= -1.0
     part.get_parameter("latent_token_positional_embedding").copy_(features)
 
 
-def _set_block(block: ResidualBlock, code_size: int, first: bool) -> None:
+def _set_block(block: ResidualBlock, code_size: int, heads: int, first: bool) -> None:
     """The first block moves content between equal places; the others begin close to the identity."""
     block.mlp.get_parameter("c_proj.weight").mul_(LATER_LAYERS)
     if not first:
@@ -99,8 +108,12 @@ def _set_block(block: ResidualBlock, code_size: int, first: bool) -> None:
     content = _content_dimensions(width, code_size)
     of_content = torch.zeros(width)
     of_content[content] = 1.0
-    by_position = torch.diag(SHARPNESS * (1.0 - of_content))
-    block.attn.in_proj_weight.copy_(torch.cat([by_position, by_position, torch.eye(width)]))
+    query = SHARPNESS * (1.0 - of_content)
+    key = query.clone()
+    # A receiver's flag is negative, a bringer's positive: without it a receiver would see itself beside its own patch.
+    flags = _flag_dimensions(width, heads)
+    query[flags], key[flags] = -READ_FIRST, READ_FIRST
+    block.attn.in_proj_weight.copy_(torch.cat([torch.diag(query), torch.diag(key), torch.eye(width)]))
     block.attn.in_proj_bias.zero_()
     block.attn.out_proj.weight.copy_(torch.diag(of_content))
 
