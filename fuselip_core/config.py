@@ -235,6 +235,13 @@ class TrainSettings(Section):
     )
     clip_norm: Number = Field(1.0, gt=0, description="Largest gradient norm.")
     mask_probability: Share = Field(0.1, description="Share of tokens hidden for masked multimodal modelling.")
+    code_dropout: Number = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of an image's codes that early fusion leaves out in training, others each time: less to "
+        "compute, and harder to learn by heart.",
+    )
     mask_weight: Number = Field(0.25, ge=0, description="Weight of the masked-token loss; 0 turns it off.")
     all_combinations: Switch = Field(
         False, description="Queries are also each other's negatives, and so are targets (a published option)."
