@@ -64,7 +64,7 @@ class UnreadableImage(FuselipError):
         self.reason, self.detail = reason, detail
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
     """The picture in an image file, loaded, in an 8-bit mode of Pillow (not always RGB).
 
     Raises UnreadableImage: empty_image, not_an_image, too_large (before anything of that size is
@@ -80,14 +80,14 @@ def decode(data: bytes) -> Image.Image:
         fault = foreign_content(data[:200])
         what = f"the file {fault}" if fault else f"no image of a known format in {len(data)} bytes"
         raise UnreadableImage("not_an_image", what) from error
-    return checked(picture)
+    return checked(picture, max_megapixels)
 
 
-def checked(picture: Image.Image) -> Image.Image:
+def checked(picture: Image.Image, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
     """An opened Pillow image by the rules above: loaded, upright, 8 bits; raises UnreadableImage as `decode` does."""
-    if picture.width * picture.height > MOST_MEGAPIXELS * 1e6:
+    if picture.width * picture.height > max_megapixels * 1e6:
         raise UnreadableImage(
-            "too_large", f"{picture.width} x {picture.height} pixels, more than {MOST_MEGAPIXELS:g} million"
+            "too_large", f"{picture.width} x {picture.height} pixels, more than {max_megapixels:g} million"
         )
     try:
         picture.load()

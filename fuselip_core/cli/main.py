@@ -14,6 +14,7 @@ import typer
 from fuselip_core import config, stages
 from fuselip_core.cli import data as data_cli
 from fuselip_core.cli import index as index_cli
+from fuselip_core.cli import serve as serve_cli
 from fuselip_core.cli import vqa as vqa_cli
 from fuselip_core.errors import FuselipError, run_to_exit
 from fuselip_core.files import atomic_write
@@ -30,6 +31,8 @@ app.add_typer(recipes, name="recipes")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(vqa_cli.app, name="vqa")
 app.add_typer(index_cli.app, name="index")
+app.command("serve")(serve_cli.serve)
+app.command("app")(serve_cli.app)
 
 SettingsOption = Annotated[
     Path | None,

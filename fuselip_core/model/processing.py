@@ -24,6 +24,8 @@ from fuselip_core.model.late_fusion import LateFusionConfig
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+MOST_KNOWN_WORDS = 100_000
+
 
 class ImageProcessor:
     """A Pillow image → pixels (3, S, S) float32: squashed to a square, bicubic with antialiasing.
@@ -129,7 +131,17 @@ class FuseLIPProcessor(ProcessorMixin):
 def _byte_pair_encoding() -> Any:
     from open_clip.tokenizer import SimpleTokenizer  # type: ignore[import-untyped]
 
-    return SimpleTokenizer()
+    encoding = SimpleTokenizer()
+    encoding.cache = _KnownWords(encoding.cache)
+    return encoding
+
+
+class _KnownWords(dict[str, str]):
+    """The tokenizer's memory of words, which would otherwise grow for as long as a server runs."""
+
+    def __setitem__(self, word: str, tokens: str) -> None:
+        if len(self) < MOST_KNOWN_WORDS:
+            super().__setitem__(word, tokens)
 
 
 AutoProcessor.register(FuseLIPConfig, FuseLIPProcessor)

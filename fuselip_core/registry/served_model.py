@@ -2,13 +2,12 @@
 
 Input is a table with the columns `image` (base64 of an image file, a data URI allowed) and `text`, either one empty but
 not both in a row; output is (N, D) float32, unit-norm rows. A text that is longer than the model reads is refused, or
-cut if the parameter `truncate` is true. Errors name the row and what is wrong, and quote nothing of the request: it may
-be about a patient. The stages don't import this file: MLflow runs it.
+cut if the parameter `truncate` is true. The rules are those of `request_rules`. The stages don't import this file:
+MLflow runs it.
 """
 
 from __future__ import annotations
 
-import base64
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -53,23 +52,21 @@ class FuselipEmbedding(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> NDArray[Any]:
         """(N, D) float32; raises Refusal for a bad row, and HTTP 500 where an embedding is not finite."""
+        from fuselip_core import request_rules
+
         images, texts = read_rows(as_table(model_input))
-        if not (params or {}).get("truncate"):
-            self._refuse_long(texts)
+        tokenizer, truncate = self.embedder.processor.text_tokenizer, bool((params or {}).get("truncate"))
+        try:
+            texts = [
+                None if text is None else request_rules.fit_text(tokenizer, row, text, truncate)
+                for row, text in enumerate(texts)
+            ]
+        except request_rules.Refusal as error:
+            raise Refusal(str(error)) from None
         embeddings = np.asarray(self.embedder.embed(images=images, texts=texts), dtype=np.float32)
         if bad := np.flatnonzero(~np.isfinite(embeddings).all(axis=1)).tolist():
             raise Refusal(f"row {bad[0]}: the embedding is not finite; the model is damaged", INTERNAL_ERROR)
         return embeddings
-
-    def _refuse_long(self, texts: list[str | None]) -> None:
-        tokenizer = self.embedder.processor.text_tokenizer
-        most = tokenizer.context_length - 2  # begin and end
-        for row, text in enumerate(texts):
-            if text is not None and (count := len(tokenizer.encode(text))) > most:
-                raise Refusal(
-                    f"row {row}: the text has {count} tokens and the model reads {most}; shorten it, or send "
-                    '"params": {"truncate": true} to have it cut'
-                )
 
 
 def as_table(data: Any) -> pd.DataFrame:
@@ -86,44 +83,30 @@ def as_table(data: Any) -> pd.DataFrame:
 
 def read_rows(table: pd.DataFrame) -> tuple[list[Image.Image | None], list[str | None]]:
     """The two sides of every row; raises Refusal for a row without either, of wrong types or with a bad image."""
+    from fuselip_core import request_rules
+
     if not set(table.columns) <= set(COLUMNS) or table.columns.has_duplicates or not len(table.columns):
         raise Refusal("the columns of the input are not image, text or both, once each; rename or drop the others")
     if table.empty:
         raise Refusal("the input has no rows")
-    images: list[Image.Image | None] = []
-    texts: list[str | None] = []
-    for row, (image, text) in enumerate(zip(_column(table, "image"), _column(table, "text"), strict=True)):
-        if image is None and text is None:
-            raise Refusal(f"row {row} has neither image nor text; give at least one of them")
-        images.append(None if image is None else _read_image(image, row))
-        texts.append(text)
-    return images, texts
+    try:
+        rows = [
+            request_rules.read_row(row, image, text)
+            for row, (image, text) in enumerate(zip(_column(table, "image"), _column(table, "text"), strict=True))
+        ]
+    except request_rules.Refusal as error:
+        raise Refusal(str(error)) from None
+    return [image for image, _ in rows], [text for _, text in rows]
 
 
-def _column(table: pd.DataFrame, name: str) -> list[str | None]:
-    """The strings of a column; None where nothing, NaN or only white space stands."""
+def _column(table: pd.DataFrame, name: str) -> list[Any]:
+    """The values of a column, None where there is none."""
     if name not in table.columns:
         return [None] * len(table)
-    values: list[str | None] = []
-    for row, value in enumerate(table[name]):
-        if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
-            values.append(None)
-        elif isinstance(value, str):
-            values.append(value if value.strip() else None)
-        else:
-            raise Refusal(f"row {row}: {name} is not a string")
-    return values
-
-
-def _read_image(encoded: str, row: int) -> Image.Image:
-    from fuselip_core.images import UnreadableImage, decode
-
-    try:
-        return decode(base64.b64decode(encoded.rpartition("base64,")[2], validate=True))
-    except ValueError as error:
-        if isinstance(error, UnreadableImage):
-            raise Refusal(f"row {row}: image can't be read ({error.reason.replace('_', ' ')})") from None
-        raise Refusal(f"row {row}: image is not base64 of an image file") from None
+    return [
+        None if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)) else value
+        for value in table[name]
+    ]
 
 
 mlflow.models.set_model(FuselipEmbedding())

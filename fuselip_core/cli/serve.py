@@ -1,0 +1,51 @@
+"""The verbs `serve` and `app`: a model and an index over HTTP, and a page on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="Folder, hub id or models:/NAME@ALIAS; the index's own if left out."),
+]
+IndexOption = Annotated[Path | None, typer.Option("--index", help="Index made by `fuselip index build`.")]
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")]
+PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")]
+KeyOption = Annotated[
+    Path | None, typer.Option("--api-key-file", help="File with the key that every request must bring.")
+]
+UrlsOption = Annotated[
+    bool, typer.Option("--allow-urls", help="Fetch images from public URLs that requests name; off by default.")
+]
+
+
+def serve(
+    model: ModelOption = None,
+    index: IndexOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key_file: KeyOption = None,
+    allow_urls: UrlsOption = False,
+) -> None:
+    """Serve embeddings, search and ranked answers over HTTP; /docs lists the requests."""
+    from fuselip_core.serving.run import serve as run
+
+    run(model, index, host, port, api_key_file, allow_urls)
+
+
+def app(
+    model: ModelOption = None,
+    index: IndexOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key_file: KeyOption = None,
+    allow_urls: UrlsOption = False,
+) -> None:
+    """Serve the same with a page to search on: http://127.0.0.1:8000."""
+    from fuselip_core.search.index import DEFAULT_FOLDER
+    from fuselip_core.serving.run import serve as run
+
+    run(model, index or DEFAULT_FOLDER, host, port, api_key_file, allow_urls, page=True)

@@ -1,0 +1,36 @@
+"""One picture of a DICOM file that is only in memory, such as an upload. Nothing of it is written to a disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+from fuselip_core.data.dicom.file import discreet, read_dataset
+from fuselip_core.data.dicom.pixels import render
+
+PREAMBLE = 128
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether `data` starts as a DICOM file does."""
+    return data[PREAMBLE : PREAMBLE + 4] == b"DICM"
+
+
+def decode_dicom(data: bytes, max_megapixels: float) -> Image.Image:
+    """The middle frame of a DICOM file, 8 bits, by the rules of `render`; raises UnreadableImage."""
+    # A codec in another process needs a path, and the memory file has one as long as it is open.
+    memory = os.memfd_create("dicom")
+    try:
+        with os.fdopen(memory, "wb", closefd=False) as stream:
+            stream.write(data)
+        with discreet():
+            dataset = read_dataset(Path(f"/proc/{os.getpid()}/fd/{memory}"))
+            try:
+                frame = max(0, int(dataset.get("NumberOfFrames") or 1)) // 2
+            except (TypeError, ValueError):
+                frame = 0
+            return Image.fromarray(render(dataset, frame, None, max_megapixels))
+    finally:
+        os.close(memory)

@@ -1,0 +1,1 @@
+"""The server: embeddings, search and ranked answers over HTTP, and a page for people."""

@@ -1,0 +1,256 @@
+"""The HTTP API: OpenAI's embeddings, search, ranked answers, MLflow's and SageMaker's routes, health and metrics."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from prometheus_client import generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from fuselip_core.errors import FuselipError
+from fuselip_core.request_rules import Refusal
+from fuselip_core.search.index import Filters, Hit
+from fuselip_core.serving import schemas
+from fuselip_core.serving.docs_page import render_docs
+from fuselip_core.serving.engine import Engine, Query
+from fuselip_core.serving.guard import Guard, answer_to, fault_answer
+from fuselip_core.serving.limits import NotFound, ServingError
+from fuselip_core.serving.rows import read_body, read_json, row_of_messages, rows_of_input, rows_of_table
+
+FAULTS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.FaultAnswer, "description": words}
+    for status, words in {
+        400: "The request is broken.",
+        401: "The API key is missing or wrong.",
+        403: "A page of another site asked.",
+        404: "There is no such model, picture or index.",
+        413: "The body is too large.",
+        415: "The content type is not read here.",
+        422: "The request cannot be answered as it stands.",
+        429: "Too much waits already.",
+        503: "It took too long, or the model is damaged.",
+    }.items()
+}
+
+
+def create_app(engine: Engine, api_key: str | None = None, local: bool = True) -> FastAPI:
+    """The server of `engine`. `local`: it answers only to the names of this machine."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.batcher.start()
+        yield
+        await engine.batcher.stop()
+
+    app = FastAPI(
+        title="fuselip",
+        version=version("fuselip-rocov2"),
+        summary="Embeddings of images, texts, and images with text; search and ranked answers over an archive.",
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        separate_input_output_schemas=False,
+        responses=FAULTS,
+    )
+    app.add_middleware(Guard, limits=engine.limits, metrics=engine.metrics, api_key=api_key, local=local)
+    app.add_exception_handler(FuselipError, _fault)
+    app.add_exception_handler(HTTPException, _http_fault)
+    _add_models(app, engine)
+    _add_search(app, engine)
+    _add_mlflow(app, engine)
+    _add_state(app, engine)
+    return app
+
+
+async def _fault(_: Request, error: Any) -> JSONResponse:
+    return answer_to(error)
+
+
+async def _http_fault(_: Request, error: Any) -> JSONResponse:
+    sentences = {404: "there is nothing at this address; see /docs", 405: "this address takes another method; see /docs"}
+    return fault_answer(error.status_code, sentences.get(error.status_code, "the request is broken; see /docs"))
+
+
+def _body_of(model: type[BaseModel], upload: bool = False) -> dict[str, Any]:
+    """What the OpenAPI document says of a body that `read_body` reads; the schemas are added to its components."""
+    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+    content: dict[str, Any] = {"application/json": {"schema": reference}}
+    if upload:
+        file = {"type": "string", "format": "binary"}
+        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {"image": file}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _check_model(engine: Engine, wanted: str | None) -> None:
+    if wanted not in (None, engine.name):
+        raise NotFound(f"this server has the model {engine.name} and no other; leave model out or name that")
+
+
+def _add_models(app: FastAPI, engine: Engine) -> None:
+    @app.get("/v1/models", tags=["embeddings"])
+    async def models() -> dict[str, Any]:
+        """The model that is served."""
+        return {"object": "list", "data": [{"id": engine.name, "object": "model", "created": 0, "owned_by": "fuselip"}]}
+
+    @app.post("/v1/embeddings", tags=["embeddings"], openapi_extra=_body_of(schemas.EmbeddingsRequest))
+    async def embeddings(request: Request) -> schemas.EmbeddingsAnswer:
+        """One unit-norm vector for each row of input, in its order."""
+        asked = await read_body(request, schemas.EmbeddingsRequest)
+        _check_model(engine, asked.model)
+        if (asked.input is None) == (asked.messages is None):
+            raise Refusal("give either input or messages")
+        if asked.dimensions not in (None, engine.embedder.width):
+            raise Refusal(f"the model's vectors have {engine.embedder.width} dimensions; leave dimensions out")
+        rows = rows_of_input(asked.input) if asked.messages is None else [row_of_messages(asked.messages)]
+        vectors, tokens = await engine.embed(rows, asked.truncate)
+        data = [
+            schemas.Embedding(index=place, embedding=_base64(vector) if asked.encoding_format == "base64" else vector)
+            for place, vector in enumerate(vectors if asked.encoding_format == "base64" else vectors.tolist())
+        ]
+        usage = schemas.Usage(prompt_tokens=tokens, total_tokens=tokens)
+        return schemas.EmbeddingsAnswer(data=data, model=engine.name, usage=usage)
+
+
+def _base64(vector: np.ndarray) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _add_search(app: FastAPI, engine: Engine) -> None:
+    @app.post("/v1/search", tags=["search"], openapi_extra=_body_of(schemas.SearchRequest, upload=True))
+    async def search(request: Request) -> schemas.SearchAnswer:
+        """Pictures of the index nearest to a text, an image, both as one vector, or to pictures that it holds."""
+        asked = await read_body(request, schemas.SearchRequest)
+        _check_model(engine, asked.model)
+        fields = {name: getattr(asked, name) for name in ("text", "image", "limit", "offset", "threshold", "hybrid")}
+        filters = Filters(**dict(asked.filters))
+        query = Query(**fields, ids=asked.id, filters=filters, fold=asked.fold, truncate=asked.truncate)
+        return schemas.SearchAnswer(data=found(await engine.search(query), asked.offset), model=engine.name)
+
+    @app.post("/v1/answers", tags=["search"], openapi_extra=_body_of(schemas.AnswersRequest, upload=True))
+    async def answers(request: Request) -> schemas.AnswersAnswer:
+        """Answers to a question about a picture, the most likely first."""
+        asked = await read_body(request, schemas.AnswersRequest)
+        _check_model(engine, asked.model)
+        ranked = await engine.answers(asked.image, asked.id, asked.question, asked.answers, asked.truncate)
+        data = [
+            schemas.RankedAnswer(rank=rank, answer=asked.answers[place], score=score, index=place)
+            for rank, (place, score) in enumerate(ranked, 1)
+        ]
+        return schemas.AnswersAnswer(data=data, model=engine.name)
+
+    @app.get("/v1/pictures/{name:path}/thumbnail", tags=["search"], response_class=Response)
+    async def thumbnail(name: str) -> Response:
+        """The small picture that the index holds, as JPEG."""
+        return Response((await engine.item(name)).thumbnail, media_type="image/jpeg")
+
+    @app.get("/v1/pictures/{name:path}", tags=["search"])
+    async def picture(name: str) -> schemas.Found:
+        """What the index holds of a picture."""
+        return found([await engine.item(name)])[0]
+
+
+def found(hits: Sequence[Hit], offset: int = 0) -> list[schemas.Found]:
+    """Hits as the API answers them."""
+    return [
+        schemas.Found(
+            **{name: value for name, value in vars(hit).items() if name not in ("thumbnail", "concepts")},
+            rank=rank,
+            concepts=list(hit.concepts),
+            thumbnail=thumbnail_of(hit.id),
+        )
+        for rank, hit in enumerate(hits, offset + 1)
+    ]
+
+
+def thumbnail_of(name: str) -> str:
+    """Where the API has the small picture of an id."""
+    return f"/v1/pictures/{quote(name)}/thumbnail"
+
+
+def _add_mlflow(app: FastAPI, engine: Engine) -> None:
+    @app.post("/invocations", tags=["MLflow and SageMaker"])
+    async def invocations(request: Request) -> JSONResponse:
+        """Columns image and text, as a registered model served by MLflow takes them."""
+        try:
+            body = await read_json(request)
+            params = body.get("params")
+            truncate = bool(params.get("truncate")) if isinstance(params, dict) else False
+            vectors, _ = await engine.embed(rows_of_table(body), truncate)
+        except FuselipError as error:
+            if isinstance(error, ServingError):
+                raise
+            return JSONResponse({"error_code": "BAD_REQUEST", "message": str(error)}, 400)
+        return JSONResponse({"predictions": vectors.tolist()})
+
+    @app.get("/ping", tags=["MLflow and SageMaker"], response_class=Response)
+    async def ping() -> Response:
+        """200 as long as requests are answered."""
+        return Response(status_code=200 if engine.batcher.runs else 503)
+
+
+def _add_state(app: FastAPI, engine: Engine) -> None:
+    @app.get("/health", tags=["state"])
+    async def health() -> dict[str, str]:
+        """The process is alive."""
+        return {"status": "alive"}
+
+    @app.get("/ready", tags=["state"])
+    async def ready() -> JSONResponse:
+        """Model and index answer."""
+        try:
+            rows = None if engine.index is None else len(engine.index)
+        except Exception:
+            return fault_answer(503, "the index can't be read; see its folder")
+        if not engine.batcher.runs:
+            return fault_answer(503, "the server starts or ends")
+        return JSONResponse({"status": "ready", "index_rows": rows})
+
+    @app.get("/info", tags=["state"])
+    async def info() -> dict[str, Any]:
+        """What is served, and its limits."""
+        return {"version": app.version, **engine.info()}
+
+    @app.get("/metrics", tags=["state"], response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        engine.metrics.waiting_rows.set(engine.batcher.waiting)
+        engine.metrics.index_rows.set(0 if engine.index is None else len(engine.index))
+        return Response(generate_latest(engine.metrics.registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(render_docs(app.openapi()))
+
+    schema_of = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = schema_of()
+        known = document["components"]["schemas"]
+        for model in (schemas.EmbeddingsRequest, schemas.Row, schemas.SearchRequest, schemas.AnswersRequest):
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            known.update(schema.pop("$defs", {}))
+            known[model.__name__] = schema
+        _describe_uploads(document)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _describe_uploads(document: dict[str, Any]) -> None:
+    """A multipart form has the fields of the JSON body, and its image is a file."""
+    for path in document["paths"].values():
+        content = path.get("post", {}).get("requestBody", {}).get("content", {})
+        if "multipart/form-data" in content:
+            name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            fields = document["components"]["schemas"][name]
+            file = {"type": "string", "format": "binary", "description": "An image or DICOM file."}
+            content["multipart/form-data"]["schema"] = {**fields, "properties": {**fields["properties"], "image": file}}

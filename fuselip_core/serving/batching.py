@@ -1,0 +1,103 @@
+"""Dynamic batching: rows of requests that arrive together go through the model together.
+
+The first request waits `batch_wait_ms` for others, and not at all once `batch_rows` are there. While a batch runs, the
+next one gathers. Each request gets its own rows in its own order, and one that fails or gives up takes no other along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fuselip_core.serving.limits import Limits, TooBusy
+
+Row = tuple[Tensor | None, str | None]  # pixels (3, S, S) float32, text
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    rows: Sequence[Row]
+    answer: asyncio.Future[Vectors]
+
+
+class Batcher:
+    """Runs `embed` (rows → (N, W) float32) in one thread on batches of several requests."""
+
+    def __init__(self, embed: Callable[[Sequence[Row]], Vectors], limits: Limits, note: Callable[[int], None]) -> None:
+        self._embed, self._limits, self._note = embed, limits, note
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+        self.waiting = 0  # rows
+
+    def start(self) -> None:
+        """Starts to serve; call it in the running event loop."""
+        self._queue = asyncio.Queue()
+        self._task = asyncio.get_running_loop().create_task(self._serve())
+
+    async def stop(self) -> None:
+        """Ends after the batch that runs."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._task = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it serves."""
+        return self._task is not None and not self._task.done()
+
+    async def embed(self, rows: Sequence[Row]) -> Vectors:
+        """Rows (N) → unit-norm embeddings (N, W) float32; raises TooBusy where too many rows wait already."""
+        if self.waiting + len(rows) > self._limits.waiting_rows:
+            raise TooBusy(f"{self.waiting} rows wait already; try again in a moment")
+        waiting = _Waiting(rows, asyncio.get_running_loop().create_future())
+        self.waiting += len(rows)
+        self._queue.put_nowait(waiting)
+        try:
+            return await waiting.answer
+        finally:
+            self.waiting -= len(rows)
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [asked for asked in await self._gather() if not asked.answer.done()]
+            rows = [row for asked in batch for row in asked.rows]
+            if not rows:
+                continue
+            self._note(len(rows))
+            try:
+                vectors = await loop.run_in_executor(self._thread, self._embed, rows)
+            except Exception as error:
+                for asked in batch:
+                    if not asked.answer.done():
+                        asked.answer.set_exception(error)
+                continue
+            start = 0
+            for asked in batch:
+                if not asked.answer.done():
+                    asked.answer.set_result(vectors[start : start + len(asked.rows)])
+                start += len(asked.rows)
+
+    async def _gather(self) -> list[_Waiting]:
+        """The next request and those that arrive in the time it waits, up to `batch_rows` rows."""
+        batch = [await self._queue.get()]
+        loop = asyncio.get_running_loop()
+        late = loop.time() + self._limits.batch_wait_ms / 1000
+        while sum(len(asked.rows) for asked in batch) < self._limits.batch_rows:
+            if not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+                continue
+            try:
+                batch.append(await asyncio.wait_for(self._queue.get(), late - loop.time()))
+            except TimeoutError:
+                break
+        return batch

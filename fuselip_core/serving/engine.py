@@ -1,0 +1,196 @@
+"""What the server can do, for its API and its page alike: embed, search, rank answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fuselip_core.data.pair import answer_text
+from fuselip_core.errors import FuselipError
+from fuselip_core.request_rules import Refusal, fit_text, read_row
+from fuselip_core.search.index import Filters, Hit, Index
+from fuselip_core.serving.batching import Batcher, Row
+from fuselip_core.serving.limits import Limits, NotFound
+from fuselip_core.serving.metrics import Metrics
+from fuselip_core.serving.rows import RawRow
+from fuselip_core.serving.urls import fetch_image, is_url
+
+if TYPE_CHECKING:
+    from fuselip_core.model.embedder import Embedder
+
+Vectors = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to look for: by words, by a picture, by both, or by what the index holds (`ids`)."""
+
+    text: str | None = None
+    image: Any = None
+    ids: tuple[str, ...] = ()
+    filters: Filters = field(default_factory=Filters)
+    limit: int = 10
+    offset: int = 0
+    threshold: float | None = None
+    hybrid: bool = False
+    fold: bool = True
+    truncate: bool = False
+
+
+class Engine:
+    """A model, an index if there is one, and the threads that work for both."""
+
+    def __init__(
+        self, name: str, embedder: Embedder, index: Index | None, limits: Limits, allow_urls: bool = False
+    ) -> None:
+        self.name, self.embedder, self.index, self.limits = name, embedder, index, limits
+        self.allow_urls, self.metrics = allow_urls, Metrics()
+        self.batcher = Batcher(self._embed_batch, limits, self.metrics.batch_rows.observe)
+        self._decoders = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
+        self._searchers = ThreadPoolExecutor(2, thread_name_prefix="search")
+        self._tokenizer = embedder.processor.text_tokenizer
+
+    def _embed_batch(self, rows: Sequence[Row]) -> Vectors:
+        return self.embedder.embed([pixels for pixels, _ in rows], [text for _, text in rows])
+
+    async def embed(self, rows: Sequence[RawRow], truncate: bool = False) -> tuple[Vectors, int]:
+        """Rows (N) → unit-norm embeddings (N, W) float32, and the tokens that were read; raises Refusal or TooBusy."""
+        if len(rows) > self.limits.rows:
+            raise Refusal(f"there are {len(rows)} rows and this server takes {self.limits.rows} at once; send fewer")
+        loop = asyncio.get_running_loop()
+        fetched = [(await self._fetched(image, row), text) for row, (image, text) in enumerate(rows)]
+        work = [
+            loop.run_in_executor(self._decoders, self._prepare, row, image, text, truncate)
+            for row, (image, text) in enumerate(fetched)
+        ]
+        try:
+            ready = [await each for each in work]
+        finally:
+            for each in work:
+                each.cancel()  # of a request that failed or gave up, what has not begun yet
+        vectors = await self.batcher.embed([(pixels, text) for pixels, text, _ in ready])
+        return vectors, sum(tokens for _, _, tokens in ready)
+
+    async def _fetched(self, image: Any, row: int) -> Any:
+        if not is_url(image):
+            return image
+        if not self.allow_urls:
+            raise Refusal(f"row {row}: this server fetches no URLs; send the image as a data URI")
+        return await fetch_image(image, row, int(self.limits.body_mb * 1e6))
+
+    def _prepare(self, row: int, image: Any, text: Any, truncate: bool) -> tuple[Tensor | None, str | None, int]:
+        picture, words = read_row(row, image, text, self.limits.megapixels)
+        tokens = 0
+        if words is not None:
+            words = fit_text(self._tokenizer, row, words, truncate)
+            tokens = min(len(self._tokenizer.encode(words)), self._tokenizer.context_length - 2)
+        return None if picture is None else self.embedder.pixels(picture), words, tokens
+
+    async def search(self, query: Query) -> list[Hit]:
+        """The nearest pictures of the index, best first; raises Refusal, NotFound or TooBusy."""
+        index = self._index()
+        text = query.text if query.text and query.text.strip() else None
+        if text and not any(letter.isalnum() for letter in text):
+            raise Refusal("the words hold no letter and no digit; type what to look for")
+        image = query.image
+        if query.ids and image is not None:
+            raise Refusal("there are both an image and an id; give one of them")
+        if query.ids and text:
+            image = (await self.item(query.ids[0])).thumbnail  # the picture, changed by the words
+        if image is None and text is None and not query.ids:
+            raise Refusal("there is nothing to look for; give a text, an image, both, or an id")
+        if image is None and text is None:
+            vector = await self._mean_of(index, query.ids)
+        else:
+            vector = (await self.embed([(image, text)], query.truncate))[0][0]
+        words = text if query.hybrid and image is None else None
+        # The pictures asked about are no answer.
+        more = len(query.ids)
+        hits = await self._in_index(
+            index.search, vector, words, query.limit + more, query.offset, query.filters, query.threshold, query.fold
+        )
+        return [hit for hit in hits if hit.id not in query.ids][: query.limit]
+
+    async def _mean_of(self, index: Index, ids: tuple[str, ...]) -> Vectors:
+        try:
+            vectors = await self._in_index(index.vectors, list(ids))
+        except FuselipError:
+            raise NotFound("the index has no picture of that id") from None
+        mean = vectors.mean(axis=0)
+        length = float(np.linalg.norm(mean))
+        if length < 1e-6:
+            raise Refusal("the pictures of these ids have nothing in common; give fewer")
+        return np.asarray(mean / length, np.float32)
+
+    async def item(self, name: str) -> Hit:
+        """The picture of that id; raises NotFound."""
+        try:
+            return await self._in_index(self._index().get, name)
+        except FuselipError:
+            raise NotFound("the index has no picture of that id") from None
+
+    async def answers(
+        self, image: Any, name: str | None, question: str, candidates: Sequence[str], truncate: bool = False
+    ) -> list[tuple[int, float]]:
+        """Places of `candidates` with their cosine to image and question, best first; raises Refusal or NotFound."""
+        if (image is None) == (name is None):
+            raise Refusal("give the picture to ask about, as an image or as an id of the index")
+        if not question.strip():
+            raise Refusal("the question is empty; write one")
+        for row, candidate in enumerate(candidates):
+            if not candidate.strip():
+                raise Refusal(f"answer {row} is empty; write one or leave it out")
+        picture = image if name is None else (await self.item(name)).thumbnail
+        # As in training: answers are lower case, on one line.
+        rows = [(picture, question), *((None, answer_text(candidate)) for candidate in candidates)]
+        vectors, _ = await self.embed(rows, truncate)
+        scores = vectors[1:] @ vectors[0]
+        return [(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")]
+
+    def _index(self) -> Index:
+        if self.index is None:
+            raise NotFound("this server has no index; start it with --index, after `fuselip index build`")
+        return self.index
+
+    async def _in_index(self, work: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._searchers, work, *arguments)
+
+    def info(self) -> dict[str, Any]:
+        """What is served, and its limits."""
+        config = self.embedder.model.config
+        return {
+            "model": self.name,
+            "family": config.model_type,
+            "width": self.embedder.width,
+            "image_size": self.embedder.processor.size,
+            "text_tokens": self._tokenizer.context_length - 2,
+            "device": str(self.embedder.model.device),
+            "index": None if self.index is None else self.index.info(),
+            "limits": vars(self.limits),
+            "allow_urls": self.allow_urls,
+        }
+
+
+def open_engine(model: str | None, index: Path | None, limits: Limits, allow_urls: bool = False) -> Engine:
+    """The model of a folder, hub id or models:/ address, and the index made with it; raises FuselipError.
+
+    Without `model` it is the one that the index was made with.
+    """
+    from fuselip_core import Embedder
+
+    opened = None if index is None else Index.open(index)
+    name = model if model is not None or opened is None else opened.model_name
+    if name is None:
+        raise FuselipError("there is neither a model nor an index to serve; give --model, --index or both")
+    embedder = Embedder.from_pretrained(name)
+    if opened is not None:
+        opened.check_model(embedder.digest)
+    return Engine(name, embedder, opened, limits, allow_urls)

@@ -1,0 +1,170 @@
+"""Requests and answers of the API, as its OpenAPI document states them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+MOST_ANSWERS = 200
+
+
+def _text_or_bytes(value: Any) -> Any:
+    if value is not None and not isinstance(value, str | bytes):
+        raise ValueError("give base64 of an image file, or a data URI")
+    return value
+
+
+# A string in JSON, bytes in an upload.
+Image = Annotated[
+    Any,
+    BeforeValidator(_text_or_bytes),
+    WithJsonSchema({"type": "string", "description": "Base64 of an image or DICOM file; a data URI is allowed."}),
+]
+Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
+class Request(BaseModel):
+    """What every request shares: a field that is not known is refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str | None = Field(None, description="Name of the model served; anything else is refused.")
+
+
+class EmbeddingsRequest(Request):
+    """OpenAI's form, with images: rows in `input`, or vLLM's `messages` for one row."""
+
+    input: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {"$ref": "#/components/schemas/Row"},
+                    {"type": "array", "items": {"anyOf": [{"type": "string"}, {"$ref": "#/components/schemas/Row"}]}},
+                ]
+            }
+        ),
+    ] = Field(None, description="A text, a row with text, image or both, or a list of them.")
+    messages: list[dict[str, Any]] | None = Field(None, description="Chat messages with image_url and text: one row.")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of float32, little-endian.")
+    dimensions: int | None = Field(None, description="Refused unless it is the model's width.")
+    truncate: bool = Field(False, description="Cut a text that is longer than the model reads, instead of refusing it.")
+    user: str | None = Field(None, description="Ignored.")
+
+
+class Row(BaseModel):
+    """One row: an image, a text, or both for one fused vector."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = None
+    image: Image = None
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class FilterFields(BaseModel):
+    """What a hit must be; several values of a field mean any of them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    modality: Words = ()
+    concept: Words = ()
+    split: Words = ()
+    source: Words = ()
+    indexed_after: datetime | None = None
+    indexed_before: datetime | None = None
+
+
+class SearchRequest(Request):
+    """A query by text, image, both (one fused vector), or by what the index holds already (`id`)."""
+
+    text: str | None = Field(None, description="Words to look for; with an image, what is asked about it.")
+    image: Image = None
+    id: Words = Field((), description="Look for what is like these; with a text, for the first changed by it.")
+    filters: FilterFields = FilterFields()
+    limit: int = Field(10, ge=1, le=200)
+    offset: int = Field(0, ge=0, le=10_000)
+    threshold: float | None = Field(None, ge=-1, le=1, allow_inf_nan=False, description="Least cosine of a hit.")
+    hybrid: bool = Field(False, description="Also match the words of captions, and merge both rankings.")
+    fold: bool = Field(True, description="Show nearly equal pictures once.")
+    truncate: bool = Field(False, description="Cut a text that is longer than the model reads.")
+
+
+class Found(BaseModel):
+    """A picture of the index. `thumbnail` is its address here; `place` is where the original lies."""
+
+    rank: int
+    id: str
+    score: float
+    caption: str
+    concepts: list[str]
+    modality: str
+    case: str
+    split: str
+    source: str
+    licence: str
+    place: str
+    thumbnail: str
+    indexed_at: datetime
+    folded: int
+
+
+class SearchAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Found]
+    model: str
+
+
+class AnswersRequest(Request):
+    """A question about an image, and the answers to rank."""
+
+    image: Image = None
+    id: str | None = Field(None, description="A picture of the index, instead of an image.")
+    question: str = Field(min_length=1)
+    answers: list[str] = Field(min_length=1, max_length=MOST_ANSWERS)
+    truncate: bool = False
+
+
+class RankedAnswer(BaseModel):
+    rank: int
+    answer: str
+    score: float
+    index: int
+
+
+class AnswersAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[RankedAnswer]
+    model: str
+
+
+class Fault(BaseModel):
+    message: str
+    type: str
+    code: int
+
+
+class FaultAnswer(BaseModel):
+    """One sentence that says what is wrong, in OpenAI's form."""
+
+    error: Fault
