@@ -76,7 +76,10 @@ async def _fault(_: Request, error: Any) -> JSONResponse:
 
 
 async def _http_fault(_: Request, error: Any) -> JSONResponse:
-    sentences = {404: "there is nothing at this address; see /docs", 405: "this address takes another method; see /docs"}
+    sentences = {
+        404: "there is nothing at this address; see /docs",
+        405: "this address takes another method; see /docs",
+    }
     return fault_answer(error.status_code, sentences.get(error.status_code, "the request is broken; see /docs"))
 
 
@@ -235,7 +238,7 @@ def _add_state(app: FastAPI, engine: Engine) -> None:
     def openapi() -> dict[str, Any]:
         document = schema_of()
         known = document["components"]["schemas"]
-        for model in (schemas.EmbeddingsRequest, schemas.Row, schemas.SearchRequest, schemas.AnswersRequest):
+        for model in (schemas.EmbeddingsRequest, schemas.SearchRequest, schemas.AnswersRequest):
             schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
             known.update(schema.pop("$defs", {}))
             known[model.__name__] = schema

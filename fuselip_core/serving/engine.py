@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from fuselip_core.data.pair import answer_text
@@ -57,6 +58,12 @@ class Engine:
         self._decoders = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
         self._searchers = ThreadPoolExecutor(2, thread_name_prefix="search")
         self._tokenizer = embedder.processor.text_tokenizer
+
+    def warm_up(self) -> None:
+        """Loads what the first request would have to wait for: the tokenizer's tables, and what torch compiles."""
+        side = self.embedder.processor.size
+        picture = self.embedder.pixels(Image.new("RGB", (side, side)))
+        self.embedder.embed([picture, None, picture], [None, "warm up", "warm up"])
 
     def _embed_batch(self, rows: Sequence[Row]) -> Vectors:
         return self.embedder.embed([pixels for pixels, _ in rows], [text for _, text in rows])
@@ -112,12 +119,14 @@ class Engine:
         else:
             vector = (await self.embed([(image, text)], query.truncate))[0][0]
         words = text if query.hybrid and image is None else None
-        # The pictures asked about are no answer.
-        more = len(query.ids)
+        # The pictures asked about are no answer; without them it is counted from the first.
+        first, wanted = (0, query.offset + query.limit + len(query.ids)) if query.ids else (query.offset, query.limit)
         hits = await self._in_index(
-            index.search, vector, words, query.limit + more, query.offset, query.filters, query.threshold, query.fold
+            index.search, vector, words, wanted, first, query.filters, query.threshold, query.fold
         )
-        return [hit for hit in hits if hit.id not in query.ids][: query.limit]
+        if query.ids:
+            hits = [hit for hit in hits if hit.id not in query.ids][query.offset :]
+        return list(hits[: query.limit])
 
     async def _mean_of(self, index: Index, ids: tuple[str, ...]) -> Vectors:
         try:
@@ -193,4 +202,6 @@ def open_engine(model: str | None, index: Path | None, limits: Limits, allow_url
     embedder = Embedder.from_pretrained(name)
     if opened is not None:
         opened.check_model(embedder.digest)
-    return Engine(name, embedder, opened, limits, allow_urls)
+    engine = Engine(name, embedder, opened, limits, allow_urls)
+    engine.warm_up()
+    return engine

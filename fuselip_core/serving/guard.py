@@ -58,9 +58,14 @@ def answer_to(error: Exception) -> JSONResponse:
         return fault_answer(503, "the request took too long; send less at once, or try again later")
     if isinstance(error, FuselipError):
         return fault_answer(getattr(error, "status", 422), str(error))
-    # The frames name our lines, the message might quote the request.
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("unforeseen %s; please report it:\n%s", type(error).__name__, frames)
+    # Our lines without the message, which might quote the request.
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        f"{frame.filename}:{frame.lineno}"
+        for frame in frames
+        if "fuselip_core" in frame.filename or frame is frames[-1]
+    ]
+    logger.error("unforeseen %s; please report it: %s", type(error).__name__, ", ".join(own))
     return fault_answer(503, f"the server failed at this request ({type(error).__name__}); try again, or report it")
 
 

@@ -100,7 +100,9 @@ def row_of_messages(messages: Sequence[Mapping[str, Any]]) -> RawRow:
             value = part.get(kind) if kind else None
             if kind == "text" and isinstance(value, str):
                 texts.append(value)
-            elif kind == "image_url" and isinstance(value := value.get("url") if isinstance(value, dict) else value, str):
+            elif kind == "image_url" and isinstance(
+                value := value.get("url") if isinstance(value, dict) else value, str
+            ):
                 images.append(value)
             else:
                 raise Refusal("messages: a part is neither text nor image_url; these two are read")

@@ -51,7 +51,9 @@ def read_key(path: Path) -> str:
     """The API key in a file. Raises FuselipError for a key that can be guessed, or that others can read."""
     key = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     if len(key) < SHORTEST_KEY:
-        raise FuselipError(f"{path} holds no API key of {SHORTEST_KEY} characters or more; `openssl rand -hex 32` makes one")
+        raise FuselipError(
+            f"{path} holds no API key of {SHORTEST_KEY} characters or more; `openssl rand -hex 32` makes one"
+        )
     if path.stat().st_mode & 0o007:
         raise FuselipError(f"{path} can be read by everybody on this machine; run `chmod 600 {path}`")
     return key

@@ -33,35 +33,28 @@ class Request(BaseModel):
     model: str | None = Field(None, description="Name of the model served; anything else is refused.")
 
 
+ROW = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "text": {"type": "string"},
+        "image": {"type": "string", "description": "Base64 of an image or DICOM file; a data URI is allowed."},
+    },
+}
+ROWS = {"anyOf": [{"type": "string"}, ROW, {"type": "array", "items": {"anyOf": [{"type": "string"}, ROW]}}]}
+
+
 class EmbeddingsRequest(Request):
     """OpenAI's form, with images: rows in `input`, or vLLM's `messages` for one row."""
 
-    input: Annotated[
-        Any,
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "string"},
-                    {"$ref": "#/components/schemas/Row"},
-                    {"type": "array", "items": {"anyOf": [{"type": "string"}, {"$ref": "#/components/schemas/Row"}]}},
-                ]
-            }
-        ),
-    ] = Field(None, description="A text, a row with text, image or both, or a list of them.")
+    input: Annotated[Any, WithJsonSchema(ROWS)] = Field(
+        None, description="A text, an object with text, image or both (one fused vector), or a list of them."
+    )
     messages: list[dict[str, Any]] | None = Field(None, description="Chat messages with image_url and text: one row.")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of float32, little-endian.")
     dimensions: int | None = Field(None, description="Refused unless it is the model's width.")
     truncate: bool = Field(False, description="Cut a text that is longer than the model reads, instead of refusing it.")
     user: str | None = Field(None, description="Ignored.")
-
-
-class Row(BaseModel):
-    """One row: an image, a text, or both for one fused vector."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: str | None = None
-    image: Image = None
 
 
 class Embedding(BaseModel):

@@ -30,8 +30,9 @@ async def fetch_image(url: str, row: int, most_bytes: int) -> bytes:
         target = httpx.URL(url).copy_with(host=shown)
         async with (
             httpx.AsyncClient(timeout=SECONDS, follow_redirects=False, trust_env=False) as client,
-            client.stream("GET", target, headers={"Host": parts.netloc.rpartition("@")[2]},
-                          extensions={"sni_hostname": host}) as answer,
+            client.stream(
+                "GET", target, headers={"Host": parts.netloc.rpartition("@")[2]}, extensions={"sni_hostname": host}
+            ) as answer,
         ):
             if answer.status_code != 200:
                 raise Refusal(f"row {row}: the image's server answered with status {answer.status_code}")
