@@ -480,6 +480,7 @@ def test_next_commands_name_the_model(bare: Path) -> None:
     assert commands[0].startswith("make serve-ui ")
     assert commands[1].startswith("make serve-model MODEL=models:/m@champion ")
     assert commands[2].startswith("make demo SET=")
+    assert commands[-1].startswith(".venv/bin/fuselip app ")
 
 
 def test_the_next_command_repeats_what_the_run_corrects(bare: Path) -> None:

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from fuselip_core.search import DEFAULT_INDEX
+
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Folder, hub id or models:/NAME@ALIAS; the index's own if left out."),
 ]
-IndexOption = Annotated[Path | None, typer.Option("--index", help="Index made by `fuselip index build`.")]
+INDEX_HELP = "Index made by `fuselip index build`, a folder or an s3:// address."
 HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")]
 KeyOption = Annotated[
@@ -24,7 +26,7 @@ UrlsOption = Annotated[
 
 def serve(
     model: ModelOption = None,
-    index: IndexOption = None,
+    index: Annotated[str | None, typer.Option("--index", help=INDEX_HELP)] = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     api_key_file: KeyOption = None,
@@ -38,14 +40,13 @@ def serve(
 
 def app(
     model: ModelOption = None,
-    index: IndexOption = None,
+    index: Annotated[str, typer.Option("--index", help=INDEX_HELP)] = DEFAULT_INDEX,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
     api_key_file: KeyOption = None,
     allow_urls: UrlsOption = False,
 ) -> None:
     """Serve the same with a page to search on: http://127.0.0.1:8000."""
-    from fuselip_core.search.index import DEFAULT_FOLDER
     from fuselip_core.serving.run import serve as run
 
-    run(model, index or DEFAULT_FOLDER, host, port, api_key_file, allow_urls, page=True)
+    run(model, index, host, port, api_key_file, allow_urls, page=True)

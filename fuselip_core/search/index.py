@@ -233,6 +233,11 @@ class Index:
             database.create_table(MAP_TABLE, table, mode="overwrite")
         return ids.to_pylist(), places
 
+    def modalities(self, ids: Sequence[str]) -> list[str]:
+        """The modality of each of `ids`, empty where it is unknown."""
+        rows = self._named(ids, ("id", "modality"))
+        return [rows[name]["modality"] or "" for name in ids]
+
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     @property

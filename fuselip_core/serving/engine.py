@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +57,7 @@ class Engine:
         self.batcher = Batcher(self._embed_batch, limits, self.metrics.batch_rows.observe)
         self._decoders = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
         self._searchers = ThreadPoolExecutor(2, thread_name_prefix="search")
+        self._facets: tuple[int, Mapping[str, Mapping[str, int]]] | None = None
         self._tokenizer = embedder.processor.text_tokenizer
 
     def warm_up(self) -> None:
@@ -164,6 +165,20 @@ class Engine:
         scores = vectors[1:] @ vectors[0]
         return [(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")]
 
+    async def facets(self) -> Mapping[str, Mapping[str, int]]:
+        """Counts by modality, concept, split and source; counted again when the number of pictures has changed."""
+        index = self._index()
+        rows = await self._in_index(len, index)
+        if self._facets is None or self._facets[0] != rows:
+            self._facets = rows, await self._in_index(index.facets)
+        return self._facets[1]
+
+    async def map(self) -> tuple[list[str], Vectors, list[str]]:
+        """Ids, places on a plane (N, 2) and modalities of the archive, or of a part of it."""
+        index = self._index()
+        ids, places = await self._in_index(index.map)
+        return ids, places, await self._in_index(index.modalities, ids)
+
     def _index(self) -> Index:
         if self.index is None:
             raise NotFound("this server has no index; start it with --index, after `fuselip index build`")
@@ -188,7 +203,7 @@ class Engine:
         }
 
 
-def open_engine(model: str | None, index: Path | None, limits: Limits, allow_urls: bool = False) -> Engine:
+def open_engine(model: str | None, index: str | Path | None, limits: Limits, allow_urls: bool = False) -> Engine:
     """The model of a folder, hub id or models:/ address, and the index made with it; raises FuselipError.
 
     Without `model` it is the one that the index was made with.

@@ -52,21 +52,23 @@ def fault_answer(status: int, sentence: str) -> JSONResponse:
     return JSONResponse(content, status, headers)
 
 
-def answer_to(error: Exception) -> JSONResponse:
-    """The answer that an error becomes: its own sentence if it has one, else no word of what it says."""
+def sentence_for(error: Exception) -> tuple[int, str]:
+    """Status and sentence of an error: its own sentence if it has one, else no word of what it says."""
     if isinstance(error, TimeoutError):
-        return fault_answer(503, "the request took too long; send less at once, or try again later")
+        return 503, "the request took too long; send less at once, or try again later"
     if isinstance(error, FuselipError):
-        return fault_answer(getattr(error, "status", 422), str(error))
+        return getattr(error, "status", 422), str(error)
     # Our lines without the message, which might quote the request.
     frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        f"{frame.filename}:{frame.lineno}"
-        for frame in frames
-        if "fuselip_core" in frame.filename or frame is frames[-1]
-    ]
-    logger.error("unforeseen %s; please report it: %s", type(error).__name__, ", ".join(own))
-    return fault_answer(503, f"the server failed at this request ({type(error).__name__}); try again, or report it")
+    own = [frame for frame in frames if "fuselip_core" in frame.filename or frame is frames[-1]]
+    places = ", ".join(f"{frame.filename}:{frame.lineno}" for frame in own)
+    logger.error("unforeseen %s; please report it: %s", type(error).__name__, places)
+    return 503, f"the server failed at this request ({type(error).__name__}); try again, or report it"
+
+
+def answer_to(error: Exception) -> JSONResponse:
+    """The answer that an error becomes."""
+    return fault_answer(*sentence_for(error))
 
 
 class Guard:

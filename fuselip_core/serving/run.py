@@ -21,7 +21,7 @@ logger = logging.getLogger("fuselip")
 
 def serve(
     model: str | None,
-    index: Path | None,
+    index: str | Path | None,
     host: str,
     port: int,
     api_key_file: Path | None = None,

@@ -1,0 +1,72 @@
+"""What a visitor of the page searches for, to and from the page's address."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from urllib.parse import urlencode
+
+from starlette.datastructures import QueryParams
+
+from fuselip_core.search.index import Filters
+from fuselip_core.serving.engine import Query
+
+FACETS = {"modality": "Modality", "concept": "Concept", "split": "Split", "source": "Source"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Words, pictures of the index by id, and filters, which all stand in the address; and an uploaded picture."""
+
+    words: str = ""
+    ids: tuple[str, ...] = ()
+    filters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    threshold: float | None = None
+    after: str = ""  # date, YYYY-MM-DD
+    hybrid: bool = False
+    picture: bytes | None = None
+
+    @classmethod
+    def of_address(cls, given: QueryParams) -> Asked:
+        """What an address asks for; values that make no sense are left out."""
+        try:
+            threshold = float(given.get("score", "nan"))
+        except ValueError:
+            threshold = math.nan
+        try:
+            after = datetime.fromisoformat(given.get("after", "")).date().isoformat()
+        except ValueError:
+            after = ""
+        return cls(
+            words=given.get("q", ""),
+            ids=tuple(given.getlist("id")),
+            filters={name: tuple(given.getlist(name)) for name in FACETS if name in given},
+            threshold=threshold if -1 <= threshold <= 1 else None,
+            after=after,
+            hybrid=given.get("hybrid") == "1",
+        )
+
+    @property
+    def address(self) -> str:
+        """The page's address that asks for the same."""
+        pairs = [("q", self.words)] if self.words else []
+        pairs += [("id", name) for name in self.ids]
+        pairs += [(name, value) for name, values in self.filters.items() for value in values]
+        pairs += [("score", f"{self.threshold:g}")] if self.threshold is not None else []
+        pairs += [("after", self.after)] if self.after else []
+        pairs += [("hybrid", "1")] if self.hybrid else []
+        return "/?" + urlencode(pairs) if pairs else "/"
+
+    @property
+    def query(self) -> Query:
+        """The same for the engine."""
+        after = datetime.fromisoformat(self.after) if self.after else None
+        filters = Filters(**self.filters, indexed_after=after)
+        return Query(self.words or None, self.picture, self.ids, filters, threshold=self.threshold, hybrid=self.hybrid)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is neither a word nor a picture."""
+        return not (self.words.strip() or self.ids or self.picture)

@@ -1,0 +1,386 @@
+"""The page: search by words, by a picture or by both, ask about a picture, see the archive as a map.
+
+What is searched for stands in the address, so that it can be shared; an uploaded picture does not. Built with NiceGUI,
+which serves all its parts from this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Awaitable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from fastapi import FastAPI
+from nicegui import events, ui
+from nicegui.elements.mixins.text_element import TextElement
+from starlette.requests import Request
+
+from fuselip_core.request_rules import read_picture
+from fuselip_core.search.index import Hit
+from fuselip_core.serving.api import thumbnail_of
+from fuselip_core.serving.asked import FACETS, Asked
+from fuselip_core.serving.engine import Engine
+from fuselip_core.serving.guard import sentence_for
+
+NOTICE = "Research software, not a medical device. Nothing is sent to anyone else."
+MOST_OPTIONS = 500  # of a filter
+HITS = 24
+PREVIEW = 352  # pixels
+START = "Type words, drop a picture, or do both."
+NOTHING = "Nothing found. Remove a filter, lower the least score, or use other words."
+# Filters are folded on small screens, the back button leads to the search before, and a file may be dropped anywhere.
+IN_BROWSER = """
+if (innerWidth <= 800) document.querySelector('details.fl-filters').open = false;
+addEventListener('popstate', () => location.reload());
+addEventListener('dragover', event => event.preventDefault());
+addEventListener('drop', event => {
+  event.preventDefault();
+  if (event.dataTransfer.files.length) getElement(%d).$refs.qRef.addFiles([event.dataTransfer.files[0]]);
+});
+"""
+Result = TypeVar("Result")
+
+
+def add_page(app: FastAPI, engine: Engine) -> None:
+    """Puts the page at / of `app`; once in a process, since NiceGUI has one set of pages."""
+    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+
+    @ui.page("/", title="fuselip: search")
+    async def page(request: Request) -> None:
+        ui.add_css(style)
+        shown = SearchPage(engine, Asked.of_address(request.query_params), await engine.facets())
+        shown.build()
+        await ui.context.client.connected()
+        ui.run_javascript(IN_BROWSER % shown.upload.id)
+        if not shown.asked.is_empty:
+            await shown.show_query()
+            await shown.search()
+
+    ui.run_with(app, title="fuselip", dark=None, language="en-US", show_welcome_message=False, reconnect_timeout=30)
+
+
+class Text(TextElement):
+    """Text in an HTML element of a given tag."""
+
+    def __init__(self, tag: str, text: str = "", classes: str = "") -> None:
+        super().__init__(tag=tag, text=text)
+        self.classes(classes)
+
+
+class SearchPage:
+    """One visitor's page."""
+
+    def __init__(self, engine: Engine, asked: Asked, facets: Mapping[str, Mapping[str, int]]) -> None:
+        self.engine, self.asked, self.facets = engine, asked, facets
+        self.hits: list[Hit] = []
+        self.map_ids: dict[tuple[str, int], str] = {}
+
+    # ---- what is on it -----------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Header, query, filters and the three tabs."""
+        ui.colors(primary="#1f5f9e")
+        with ui.element("header").classes("fl-top"):
+            Text("h1", "Search the archive")
+            Text("p", NOTICE)
+            ui.space()
+            dark = ui.dark_mode(None)
+            following = {None: True, True: False, False: None}
+            ui.button(icon="contrast", on_click=lambda: dark.set_value(following[dark.value])).props(
+                'flat round aria-label="Dark, light or as the system"'
+            )
+        with ui.element("section").classes("fl-query").props('aria-label="Query"'):
+            self._build_picture()
+            self._build_words()
+        with ui.element("div").classes("fl-main"):
+            self._build_filters()
+            with ui.element("div"):
+                self._build_tabs()
+
+    def _build_picture(self) -> None:
+        with ui.element("div").classes("fl-picture"):
+            self.preview = ui.element("img").props('alt="The picture that is asked about"')
+            # Out of sight, since its buttons have no names; the button below and a drop on the page lead to it.
+            self.upload = ui.upload(
+                auto_upload=True,
+                max_file_size=int(self.engine.limits.body_mb * 1e6),
+                on_upload=self.take_upload,
+                on_rejected=lambda: self.fail(
+                    f"the file has more than {self.engine.limits.body_mb:g} MB; take another"
+                ),
+            ).classes("hidden")
+            pick = ui.button("Picture or DICOM", icon="add_photo_alternate").props("outline no-caps").classes("w-full")
+            pick.on("click", js_handler=f"() => getElement({self.upload.id}).$refs.qRef.pickFiles()")
+            Text("p", "or drop it anywhere", "fl-quiet")
+            self.remove = ui.button("Remove picture", icon="close", on_click=self.remove_picture)
+            self.remove.props("flat dense no-caps")
+        self.preview.set_visibility(False)
+        self.remove.set_visibility(False)
+
+    def _build_words(self) -> None:
+        with ui.element("div"):
+            self.words = ui.input("Words", value=self.asked.words).classes("w-full").props("outlined clearable")
+            self.words.on("keydown.enter", self.search_words)
+            with ui.row().classes("items-center mt-2"):
+                ui.button("Search", icon="search", on_click=self.search_words)
+                self.spinner = ui.spinner(size="1.5rem").props('aria-hidden="true"')
+                self.status = Text("p", START, "fl-quiet").props('role="status" aria-live="polite"')
+            self.error = Text("p", "", "fl-error").props('role="alert"')
+        self.spinner.set_visibility(False)
+        self.error.set_visibility(False)
+
+    def _build_filters(self) -> None:
+        details = ui.element("details").classes("fl-filters").props("open")
+        with details, ui.element("div"):
+            self.filters = {}
+            for name, label in FACETS.items():
+                counted = dict(list(self.facets[name].items())[:MOST_OPTIONS])
+                options = {value: f"{value} ({count})" for value, count in counted.items()}
+                chosen = [value for value in self.asked.filters.get(name, ()) if value in options]
+                if options:
+                    self.filters[name] = ui.select(
+                        options, label=label, value=chosen, multiple=True, clearable=True, on_change=self.filter
+                    ).classes("w-full")
+            self.threshold = ui.number(
+                "Least score", value=self.asked.threshold, min=-1, max=1, step=0.05, on_change=self.filter
+            ).classes("w-full")
+            self.after = ui.input("Indexed after", value=self.asked.after, on_change=self.filter)
+            self.after.props('type="date" stack-label').classes("w-full")
+            self.hybrid = ui.checkbox("Match words of captions too", value=self.asked.hybrid, on_change=self.filter)
+        with details:
+            Text("summary", "Filters").move(details, 0)
+
+    def _build_tabs(self) -> None:
+        with ui.tabs(on_change=self.show_map).props('align="left"') as self.tabs:
+            found, ask, plane = ui.tab("Pictures"), ui.tab("Question"), ui.tab("Map")
+        with ui.tab_panels(self.tabs, value=found).classes("w-full").props("keep-alive"):
+            with ui.tab_panel(found):
+                Text("h2", "Pictures found", "sr-only")
+                self.list = ui.element("ul").classes("fl-hits").props('aria-label="Pictures found"')
+                self.more = ui.button("Show more", on_click=self.show_more).props("outline").classes("mt-4")
+                self.more.set_visibility(False)
+            with ui.tab_panel(ask):
+                self._build_question()
+            with ui.tab_panel(plane):
+                Text("p", "Pictures that are alike lie side by side. A click searches for more like one.", "fl-quiet")
+                self.plane = ui.element("div").classes("w-full")
+
+    def _build_question(self) -> None:
+        Text("p", "Answers are ranked by how near they lie to the picture and the question together.", "fl-quiet")
+        self.question = ui.input("Question about the picture").classes("w-full").props("outlined")
+        self.question.on("keydown.enter", self.rank)
+        self.candidates = ui.textarea("Possible answers, one a line", value="yes\nno").classes("w-full mt-2")
+        self.candidates.props("outlined autogrow")
+        ui.button("Rank answers", icon="sort", on_click=self.rank).classes("mt-2")
+        self.ranked = ui.element("ol").classes("fl-answers mt-4").props('aria-label="Ranked answers"')
+
+    def _add_hit(self, hit: Hit) -> None:
+        caption = hit.caption or hit.id
+        facts = [
+            f"score {hit.score:.3f}",
+            hit.modality,
+            hit.split,
+            hit.source,
+            hit.licence and f"licence {hit.licence}",
+        ]
+        facts += [f"{hit.folded} equal pictures"] if hit.folded else []
+        with self.list, ui.element("li").classes("fl-hit"):
+            ui.element("img").props(f'src="{thumbnail_of(hit.id)}" loading="lazy" alt=""')
+            with ui.element("div").classes("fl-words"):
+                Text("h3", caption)
+                Text("p", " · ".join(fact for fact in facts if fact), "fl-quiet")
+                if hit.concepts:
+                    Text("p", ", ".join(hit.concepts), "fl-quiet")
+                if hit.place.startswith(("http://", "https://")):
+                    ui.link("Original", hit.place, new_tab=True).props('rel="noreferrer"')
+                elif hit.place:
+                    Text("p", hit.place, "fl-quiet")
+                with ui.element("div").classes("fl-actions"):
+                    for label, act in (
+                        ("More like this", self.search_like),
+                        ("The same, but …", self.change),
+                        ("Ask", self.ask_about),
+                    ):
+                        button = ui.button(label, on_click=lambda _, act=act, name=hit.id: act(name))
+                        button.props["aria-label"] = f"{label}: {caption}"
+                        button.props("flat dense no-caps")
+                    ui.link("Link", Asked(ids=(hit.id,)).address).props["aria-label"] = f"Link: {caption}"
+
+    # ---- what it does ------------------------------------------------------------------------------------------------
+
+    async def tried(self, work: Awaitable[Result], doing: str) -> Result | None:
+        """The result of `work`; None after its error is shown."""
+        self.error.set_visibility(False)
+        self.spinner.set_visibility(True)
+        self.status.text = doing
+        try:
+            async with asyncio.timeout(self.engine.limits.seconds):
+                return await work
+        except Exception as error:
+            self.fail(sentence_for(error)[1])
+            return None
+        finally:
+            self.spinner.set_visibility(False)
+
+    def fail(self, sentence: str) -> None:
+        """Shows an error."""
+        self.status.text = ""
+        self.error.text = sentence[:1].upper() + sentence[1:]
+        self.error.set_visibility(True)
+
+    async def search_words(self) -> None:
+        """Searches for what is typed, with the picture that is chosen."""
+        self.asked = replace(self.asked, words=self.words.value or "")
+        await self.search()
+
+    async def filter(self) -> None:
+        """Searches again within the filters."""
+        chosen = {name: tuple(select.value) for name, select in self.filters.items() if select.value}
+        self.asked = replace(
+            self.asked,
+            filters=chosen,
+            threshold=self.threshold.value,
+            after=self.after.value or "",
+            hybrid=self.hybrid.value,
+        )
+        if not self.asked.is_empty:
+            await self.search()
+
+    async def search(self) -> None:
+        """Shows the first hits, and the query in the address."""
+        self.tabs.set_value("Pictures")
+        ui.navigate.history.push(self.asked.address)
+        self.hits = []
+        self.list.clear()
+        self.more.set_visibility(False)
+        await self.show_more()
+
+    async def show_more(self) -> None:
+        """Adds the next hits."""
+        query = replace(self.asked.query, limit=HITS, offset=len(self.hits))
+        hits = await self.tried(self.engine.search(query), "Searching …")
+        if hits is None:
+            return
+        for hit in hits:
+            self._add_hit(hit)
+        self.hits += hits
+        self.more.set_visibility(len(hits) == HITS)
+        self.status.text = f"{len(self.hits)} pictures, the nearest first." if self.hits else NOTHING
+
+    async def take_upload(self, event: events.UploadEventArguments) -> None:
+        """Chooses the uploaded picture, and searches for what is like it."""
+        data = await event.file.read()
+        self.upload.reset()
+        preview = await self.tried(asyncio.to_thread(preview_of, data, self.engine.limits.megapixels), "Reading …")
+        if preview is not None:
+            self.asked = replace(self.asked, picture=data, ids=(), words=self.words.value or "")
+            self._show_picture(preview)
+            await self.search()
+
+    async def remove_picture(self) -> None:
+        """Goes on with the words alone."""
+        self.asked = replace(self.asked, picture=None, ids=())
+        self._show_picture(None)
+        self.status.text = START
+        if not self.asked.is_empty:
+            await self.search()
+
+    async def show_query(self) -> None:
+        """Shows the picture that the address names, if there is such a one."""
+        if self.asked.ids and await self.tried(self.engine.item(self.asked.ids[0]), "Searching …"):
+            self._show_picture(thumbnail_of(self.asked.ids[0]))
+
+    def _show_picture(self, source: str | None) -> None:
+        self.preview.set_visibility(source is not None)
+        self.remove.set_visibility(source is not None)
+        self.preview.props["src"] = source or ""
+        self.words.props["label"] = "Words about the picture: what to ask of it, or what differs" if source else "Words"
+        self.preview.update()
+        self.words.update()
+
+    def _choose(self, name: str) -> None:
+        self.asked = replace(self.asked, ids=(name,), picture=None, words="")
+        self.words.set_value("")
+        self._show_picture(thumbnail_of(name))
+
+    async def search_like(self, name: str) -> None:
+        """Searches for pictures like the one of that id."""
+        self._choose(name)
+        await self.search()
+
+    async def change(self, name: str) -> None:
+        """Asks for words that say in what the picture is to differ."""
+        self._choose(name)
+        self.status.text = "Type what differs, such as “without contrast”, and search: picture and words become one."
+        self.words.run_method("focus")
+
+    async def ask_about(self, name: str) -> None:
+        """Chooses the picture for a question."""
+        self._choose(name)
+        self.tabs.set_value("Question")
+        self.question.run_method("focus")
+
+    async def rank(self) -> None:
+        """Shows the answers in their order."""
+        answers = [line.strip() for line in (self.candidates.value or "").splitlines() if line.strip()]
+        self.ranked.clear()
+        name = self.asked.ids[0] if self.asked.ids and self.asked.picture is None else None
+        work = self.engine.answers(self.asked.picture, name, self.question.value or "", answers)
+        ranked = await self.tried(work, "Ranking …")
+        if ranked is None:
+            return
+        with self.ranked:
+            for place, score in ranked:
+                with ui.element("li"):
+                    Text("span", f"{answers[place]} ")
+                    Text("span", f"{score:.3f}", "fl-quiet")
+        self.status.text = f"{len(ranked)} answers, the nearest first."
+
+    async def show_map(self) -> None:
+        """Draws the map when it is first looked at."""
+        if self.tabs.value != "Map" or self.map_ids:
+            return
+        drawn = await self.tried(self.engine.map(), "Drawing the map, which takes a while the first time …")
+        if drawn is None:
+            return
+        series: dict[str, list[list[float]]] = {}
+        for name, place, modality in zip(drawn[0], drawn[1].tolist(), drawn[2], strict=True):
+            points = series.setdefault(modality or "unknown", [])
+            self.map_ids[modality or "unknown", len(points)] = name
+            points.append([round(value, 4) for value in place])
+        with self.plane:
+            chart = ui.echart(map_options(series), on_point_click=self.open_point).classes("fl-map")
+            chart.props('role="img" aria-label="Map of the archive; every picture on it can be found by search"')
+        self.status.text = f"{len(drawn[0])} pictures on the map."
+
+    async def open_point(self, event: events.EChartPointClickEventArguments) -> None:
+        """Searches for pictures like the one that was clicked."""
+        await self.search_like(self.map_ids[event.series_name, event.data_index])
+
+
+def preview_of(data: bytes, max_megapixels: float) -> str:
+    """A small JPEG of an image or DICOM file as a data URI; raises Refusal."""
+    picture = read_picture(data, "the file", max_megapixels)
+    picture.thumbnail((PREVIEW, PREVIEW))
+    stream = io.BytesIO()
+    picture.convert("RGB").save(stream, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def map_options(series: Mapping[str, list[list[float]]]) -> dict[str, object]:
+    """Settings of the chart: one series of points a modality."""
+    axis = {"show": False, "scale": True}
+    grey = {"color": "#808890"}
+    points = {"type": "scatter", "symbolSize": 7, "cursor": "pointer"}
+    return {
+        "legend": {"type": "scroll", "textStyle": grey},
+        "grid": {"left": 8, "right": 8, "top": 40, "bottom": 8},
+        "xAxis": axis,
+        "yAxis": axis,
+        "dataZoom": [{"type": "inside", "xAxisIndex": 0}, {"type": "inside", "yAxisIndex": 0}],
+        "series": [{**points, "name": name, "data": data} for name, data in series.items()],
+    }

@@ -1,0 +1,303 @@
+"""What a person does on the page of `fuselip app`, in Debian's Chromium, which reaches nothing but this machine."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from make_dicom import picture, save
+from needs import missing
+from PIL import Image
+from playwright.sync_api import Browser, Page, Request, WebSocket, expect, sync_playwright
+
+from fuselip_core import Embedder
+from fuselip_core.config import Settings
+from fuselip_core.search import build
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+HERE = r"((https?|wss?)://127\.0\.0\.1[:/]|data:|blob:|about:)"
+PATIENCE_MS = 30_000
+START_SECONDS = 240.0
+
+
+@pytest.fixture(scope="module")
+def address(finished_run: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a `fuselip app` of its own process, on the model and the data of a small run."""
+    folder = tmp_path_factory.mktemp("app")
+    model = finished_run.artifacts / "model"
+    build.build(finished_run.artifacts / "prepared", folder / "index", Embedder.from_pretrained(model, "cpu"))
+    log = folder / "log"
+    command = [sys.executable, "-m", "fuselip_core", "app", "--model", str(model), "--index", str(folder / "index")]
+    with log.open("w") as stream:
+        served = subprocess.Popen([*command, "--port", "0"], stdout=stream, stderr=stream)
+    try:
+        yield wait_for(served, log)
+        served.send_signal(signal.SIGINT)
+        assert served.wait(30) in (0, -signal.SIGINT)
+        assert "Traceback" not in log.read_text()
+    finally:
+        served.kill()
+
+
+def wait_for(served: subprocess.Popen[bytes], log: Path) -> str:
+    late = time.monotonic() + START_SECONDS
+    while time.monotonic() < late:
+        assert served.poll() is None, log.read_text()
+        if said := re.search(r"http://127\.0\.0\.1:\d+", log.read_text()):
+            try:
+                if httpx.get(f"{said[0]}/ready").status_code == 200:
+                    return said[0]
+            except httpx.HTTPError:
+                pass
+        time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium")
+    if not program:
+        missing("needs Chromium (Debian's package chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        expect.set_options(timeout=PATIENCE_MS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str, tmp_path: Path) -> Iterator[Page]:
+    """A page that was opened, asks nothing of another machine, and logs no error."""
+    outside: list[str] = []
+    errors: list[str] = []
+
+    def note(asked: Request | WebSocket) -> None:
+        if not re.match(HERE, asked.url):
+            outside.append(asked.url)
+
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=address)
+    context.route(re.compile(f"^(?!{HERE})"), lambda route: route.abort())
+    context.on("request", note)
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    page.on("websocket", note)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda said: errors.append(said.text) if "Content Security" in said.text else None)
+    open_page(page)
+    yield page
+    page.screenshot(path=tmp_path / "last.png", full_page=True)
+    context.close()
+    assert not outside and not errors
+
+
+def open_page(page: Page, place: str = "/") -> None:
+    page.goto(place)
+    expect(page.get_by_role("heading", name="Search the archive")).to_be_visible()
+    expect(page.get_by_role("status")).not_to_be_empty()
+
+
+def hits(page: Page) -> Any:
+    return page.get_by_role("list", name="Pictures found").get_by_role("listitem")
+
+
+def search(page: Page, words: str) -> None:
+    page.get_by_role("textbox", name=re.compile("^Words")).fill(words)
+    page.get_by_role("button", name="Search", exact=True).click()
+    expect(page.get_by_role("status")).to_contain_text("pictures, the nearest first")
+
+
+def upload(page: Page, name: str, data: bytes) -> None:
+    page.locator("input[type=file]").set_input_files({"name": name, "mimeType": "", "buffer": data})
+
+
+def bright(form: str) -> bytes:
+    pixels = np.full((32, 32), 20, np.uint8)
+    pixels[:16] = 200
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, form)
+    return stream.getvalue()
+
+
+def test_words_fill_the_page_and_the_address(page: Page) -> None:
+    expect(page.get_by_text("not a medical device")).to_be_visible()
+    search(page, "the left half is bright")
+    first = hits(page).first
+    expect(first).to_contain_text("half is bright")
+    expect(first).to_contain_text("score")
+    expect(first).to_contain_text("X-Ray Computed Tomography")
+    expect(first.locator("img")).to_have_js_property("complete", True)
+    assert first.locator("img").evaluate("image => image.naturalWidth") > 0
+    count = hits(page).count()
+    assert 0 < count <= 24
+    found = first.get_by_role("heading").inner_text()
+    address = page.url
+    assert "q=the+left+half+is+bright" in address
+    page.get_by_role("button", name="Show more").click()
+    expect(hits(page).nth(count)).to_be_visible()
+    # The address alone leads to the same.
+    open_page(page, address)
+    expect(hits(page).first.get_by_role("heading")).to_have_text(found)
+
+
+def test_enter_searches_and_back_goes_back(page: Page) -> None:
+    words = page.get_by_role("textbox", name=re.compile("^Words"))
+    for typed in ("left", "right"):
+        words.fill(typed)
+        words.press("Enter")
+        page.wait_for_url(f"**/?q={typed}")
+        expect(hits(page).first).to_be_visible()
+    page.go_back()
+    page.wait_for_url("**/?q=left")
+    expect(page.get_by_role("textbox", name=re.compile("^Words"))).to_have_value("left")
+
+
+def test_a_picture_then_picture_and_words(page: Page) -> None:
+    upload(page, "top.png", bright("PNG"))
+    expect(hits(page).first).to_be_visible()
+    expect(page.get_by_alt_text("The picture that is asked about")).to_be_visible()
+    alone = hits(page).all_inner_texts()
+    search(page, "the left half is bright")
+    expect(page.get_by_alt_text("The picture that is asked about")).to_be_visible()
+    assert hits(page).all_inner_texts() != alone
+    page.get_by_role("button", name="Remove picture").click()
+    expect(page.get_by_alt_text("The picture that is asked about")).to_be_hidden()
+
+
+def test_dicom_is_shown_and_searched(page: Page, tmp_path: Path) -> None:
+    data = save(picture(np.arange(64, dtype=np.uint8).reshape(8, 8)), tmp_path / "a.dcm").read_bytes()
+    upload(page, "IM0001", data)
+    expect(hits(page).first).to_be_visible()
+    assert page.get_by_alt_text("The picture that is asked about").evaluate("image => image.naturalWidth") == 8
+
+
+@pytest.mark.parametrize(("data", "words"), [(b"no picture", "not an image"), (b"\0" * 128 + b"DICM", "can't be read")])
+def test_a_broken_file_is_one_sentence(page: Page, data: bytes, words: str) -> None:
+    upload(page, "broken.png", data)
+    expect(page.get_by_role("alert")).to_contain_text(words)
+    expect(hits(page)).to_have_count(0)
+    search(page, "left")  # and the page goes on
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+@pytest.mark.parametrize(("words", "said"), [("", "nothing to look for"), ("?!", "no letter and no digit")])
+def test_an_empty_query_is_one_sentence(page: Page, words: str, said: str) -> None:
+    page.get_by_role("textbox", name=re.compile("^Words")).fill(words)
+    page.get_by_role("button", name="Search", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text(said)
+    open_page(page, "/?id=nothing")
+    expect(page.get_by_role("alert")).to_contain_text("no picture of that id")
+
+
+def test_filters_narrow_the_hits_and_can_leave_none(page: Page) -> None:
+    search(page, "left")
+    page.get_by_label("Split").click()
+    page.get_by_role("option", name=re.compile("^test ")).click()
+    page.wait_for_url("**split=test**")
+    expect(hits(page)).to_have_count(16)
+    page.keyboard.press("Escape")
+    page.get_by_label("Least score").fill("1")
+    expect(page.get_by_role("status")).to_contain_text("Nothing found")
+    expect(hits(page)).to_have_count(0)
+
+
+def test_more_like_this_and_the_same_but(page: Page) -> None:
+    search(page, "left")
+    caption = hits(page).first.get_by_role("heading").inner_text()
+    hits(page).first.get_by_role("button", name="More like this").click()
+    page.wait_for_url("**/?id=*")
+    expect(page.get_by_role("status")).to_contain_text("the nearest first")
+    assert caption not in hits(page).get_by_role("heading").all_inner_texts()
+    hits(page).first.get_by_role("button", name="The same, but").click()
+    words = page.get_by_role("textbox", name=re.compile("^Words about the picture"))
+    expect(words).to_be_focused()
+    words.fill("the right half")
+    words.press("Enter")
+    page.wait_for_url("**/?q=the+right+half&id=*")
+    expect(hits(page).first).to_be_visible()
+
+
+def test_a_question_has_ranked_answers(page: Page) -> None:
+    search(page, "left")
+    hits(page).first.get_by_role("button", name="Ask").click()
+    page.get_by_label("Question about the picture").fill("Which half is bright?")
+    page.get_by_label("Possible answers, one a line").fill("left\nright\ntop\n\nbottom")
+    page.get_by_role("button", name="Rank answers").click()
+    rows = page.get_by_role("list", name="Ranked answers").get_by_role("listitem")
+    expect(rows).to_have_count(4)
+    scores = [float(text.split()[-1]) for text in rows.all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+    page.get_by_label("Possible answers, one a line").fill("")
+    page.get_by_role("button", name="Rank answers").click()
+    expect(page.get_by_role("alert")).to_contain_text("answer")
+
+
+def test_the_map_opens_pictures(page: Page) -> None:
+    page.get_by_role("tab", name="Map").click()
+    expect(page.get_by_role("status")).to_contain_text("80 pictures on the map", timeout=120_000)
+    chart = page.get_by_role("img", name=re.compile("^Map of the archive"))
+    expect(chart).to_be_visible()
+    # Where a point lies is asked of the chart itself.
+    place = chart.evaluate(
+        """node => { const chart = Vue.toRaw(getElement(node.id.slice(1)).chart);
+                    return chart.convertToPixel({seriesIndex: 0}, chart.getOption().series[0].data[0]) }"""
+    )
+    box = chart.bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + place[0], box["y"] + place[1])
+    page.wait_for_url("**/?id=*")
+    expect(hits(page).first).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_keeps_keyboards_and_screen_readers_out(page: Page, scheme: Any) -> None:
+    page.emulate_media(color_scheme=scheme)
+    for state in ("start", "found", "error", "question"):
+        if state == "found":
+            search(page, "left")
+        elif state == "error":
+            page.get_by_role("textbox", name=re.compile("^Words")).fill("?!")
+            page.get_by_role("button", name="Search", exact=True).click()
+            expect(page.get_by_role("alert")).to_be_visible()
+        elif state == "question":
+            page.get_by_role("tab", name="Question").click()
+            expect(page.get_by_label("Question about the picture")).to_be_visible()
+        found = Axe().run(page).response["violations"]
+        serious = [
+            (each["id"], [node["html"][:200] for node in each["nodes"]])
+            for each in found
+            if each["impact"] in ("serious", "critical")
+        ]
+        assert not serious, (state, serious)
+
+
+def test_the_keyboard_alone_searches(page: Page) -> None:
+    words = page.get_by_role("textbox", name=re.compile("^Words"))
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if words.evaluate("field => field === document.activeElement"):
+            break
+    page.keyboard.type("left")
+    page.keyboard.press("Enter")
+    expect(hits(page).first).to_be_visible()
+
+
+@pytest.mark.parametrize("width", [400, 800, 1600])
+def test_every_width_fits(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    open_page(page)
+    search(page, "left")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
