@@ -372,6 +372,24 @@ def test_one_bad_request_takes_no_other_along(client: TestClient) -> None:
     assert [answers[number].status_code for number in range(8)] == [200, 422] * 4
 
 
+def test_a_batch_that_fails_is_run_again_request_by_request() -> None:
+    def embed(rows: Any) -> np.ndarray:
+        if any(text == "bad" for _, text in rows):
+            raise ValueError("bad")
+        return np.array([[len(text)] for _, text in rows], np.float32)
+
+    async def run() -> list[Any]:
+        batcher = Batcher(embed, Limits(batch_wait_ms=100), lambda _: None)
+        batcher.start()
+        asked = [batcher.embed([(None, text)]) for text in ("a", "bad", "abc")]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        await batcher.stop()
+        return found
+
+    first, second, third = asyncio.run(run())
+    assert first == [[1]] and third == [[3]] and isinstance(second, ValueError)
+
+
 def test_too_much_waiting_is_declined_and_given_up_requests_leave() -> None:
     release = threading.Event()
 

@@ -67,25 +67,30 @@ class Batcher:
             self.waiting -= len(rows)
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            batch = [asked for asked in await self._gather() if not asked.answer.done()]
-            rows = [row for asked in batch for row in asked.rows]
-            if not rows:
-                continue
-            self._note(len(rows))
-            try:
-                vectors = await loop.run_in_executor(self._thread, self._embed, rows)
-            except Exception as error:
+            await self._run(await self._gather())
+
+    async def _run(self, batch: list[_Waiting]) -> None:
+        """Answers the requests of a batch; where that fails, each alone, so that none fails for another."""
+        batch = [asked for asked in batch if not asked.answer.done()]
+        rows = [row for asked in batch for row in asked.rows]
+        if not rows:
+            return
+        self._note(len(rows))
+        try:
+            vectors = await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, rows)
+        except Exception as error:
+            if len(batch) > 1:
                 for asked in batch:
-                    if not asked.answer.done():
-                        asked.answer.set_exception(error)
-                continue
-            start = 0
-            for asked in batch:
-                if not asked.answer.done():
-                    asked.answer.set_result(vectors[start : start + len(asked.rows)])
-                start += len(asked.rows)
+                    await self._run([asked])
+            elif not batch[0].answer.done():
+                batch[0].answer.set_exception(error)
+            return
+        start = 0
+        for asked in batch:
+            if not asked.answer.done():
+                asked.answer.set_result(vectors[start : start + len(asked.rows)])
+            start += len(asked.rows)
 
     async def _gather(self) -> list[_Waiting]:
         """The next request and those that arrive in the time it waits, up to `batch_rows` rows."""

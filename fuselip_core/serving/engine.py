@@ -19,7 +19,7 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.request_rules import Refusal, fit_text, read_row
 from fuselip_core.search.index import Filters, Hit, Index
 from fuselip_core.serving.batching import Batcher, Row
-from fuselip_core.serving.limits import Limits, NotFound
+from fuselip_core.serving.limits import Limits, NotFound, ServingError
 from fuselip_core.serving.metrics import Metrics
 from fuselip_core.serving.rows import RawRow
 from fuselip_core.serving.urls import fetch_image, is_url
@@ -67,7 +67,13 @@ class Engine:
         self.embedder.embed([picture, None, picture], [None, "warm up", "warm up"])
 
     def _embed_batch(self, rows: Sequence[Row]) -> Vectors:
-        return self.embedder.embed([pixels for pixels, _ in rows], [text for _, text in rows])
+        try:
+            vectors = self.embedder.embed([pixels for pixels, _ in rows], [text for _, text in rows])
+        except FuselipError as error:  # the rows were checked, so it is not theirs
+            raise ServingError("an embedding is not finite; the model is damaged, load it again") from error
+        if not np.isfinite(vectors).all():
+            raise ServingError("an embedding is not finite; the model is damaged, load it again")
+        return vectors
 
     async def embed(self, rows: Sequence[RawRow], truncate: bool = False) -> tuple[Vectors, int]:
         """Rows (N) → unit-norm embeddings (N, W) float32, and the tokens that were read; raises Refusal or TooBusy."""

@@ -196,7 +196,7 @@ class SearchPage:
                 if hit.concepts:
                     Text("p", ", ".join(hit.concepts), "fl-quiet")
                 if hit.place.startswith(("http://", "https://")):
-                    ui.link("Original", hit.place, new_tab=True).props('rel="noreferrer"')
+                    ui.link("Original", hit.place, new_tab=True).classes("fl-link").props('rel="noreferrer"')
                 elif hit.place:
                     Text("p", hit.place, "fl-quiet")
                 with ui.element("div").classes("fl-actions"):
@@ -208,7 +208,8 @@ class SearchPage:
                         button = ui.button(label, on_click=lambda _, act=act, name=hit.id: act(name))
                         button.props["aria-label"] = f"{label}: {caption}"
                         button.props("flat dense no-caps")
-                    ui.link("Link", Asked(ids=(hit.id,)).address).props["aria-label"] = f"Link: {caption}"
+                    link = ui.link("Link", Asked(ids=(hit.id,)).address).classes("fl-link")
+                    link.props["aria-label"] = f"Link: {caption}"
 
     # ---- what it does ------------------------------------------------------------------------------------------------
 
