@@ -161,6 +161,8 @@ class Engine:
             raise Refusal("give the picture to ask about, as an image or as an id of the index")
         if not question.strip():
             raise Refusal("the question is empty; write one")
+        if not candidates:
+            raise Refusal("there are no answers to rank; write some, one a line")
         for row, candidate in enumerate(candidates):
             if not candidate.strip():
                 raise Refusal(f"answer {row} is empty; write one or leave it out")
