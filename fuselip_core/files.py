@@ -30,7 +30,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with _full_disk_named(path):
+        with full_disk_named(path):
             yield partial
             _flush(partial)
         partial.replace(path)
@@ -46,7 +46,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
-        with _full_disk_named(path):
+        with full_disk_named(path):
             yield partial
             for file in partial.rglob("*"):
                 if file.is_file():
@@ -69,7 +69,7 @@ def _sweep(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
+def full_disk_named(path: Path) -> Iterator[None]:
     """Turns what libraries raise on a full disk, each its own, into the OSError that says so.
 
     Safetensors and shutil quote the system's words; torch does not, so the disk itself is asked.

@@ -19,7 +19,6 @@ from mlflow import MlflowClient
 from fuselip_core.config import STAGES, Settings, SettingsError, load_settings
 from fuselip_core.container import __main__ as container
 from fuselip_core.container import skip_done as chain
-from fuselip_core.container.embed import read_rows
 from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
 from fuselip_core.container.mounts import MountError, require_data, require_writable
 from fuselip_core.errors import FuselipError, Interrupted
@@ -329,18 +328,6 @@ def test_a_stage_is_stopped_with_the_documented_code(repository: Path) -> None:
         _, said = child.communicate(timeout=60)
         assert child.returncode == Interrupted.exit_code
         assert said.startswith("error: stopped; ") and said.count("\n") == 1
-
-
-def test_rows_to_embed(tmp_path: Path) -> None:
-    (tmp_path / "table.csv").write_text("image,text\nscan.png,\n,chest radiograph\n")
-    assert read_rows(tmp_path / "table.csv") == [("scan.png", None), (None, "chest radiograph")]
-    (tmp_path / "other.csv").write_text("picture\nscan.png\n")
-    with pytest.raises(FuselipError, match="neither a column image nor text"):
-        read_rows(tmp_path / "other.csv")
-    with pytest.raises(FuselipError, match="a container sees only what is mounted"):
-        read_rows(tmp_path / "absent.csv")
-    (tmp_path / "scan.PNG").touch()
-    assert read_rows(tmp_path) == [("scan.PNG", None)]
 
 
 def test_keys_change_with_what_a_stage_reads() -> None:

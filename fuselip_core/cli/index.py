@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.search import DEFAULT_INDEX, DEFAULT_MODEL
 
-app = typer.Typer(help="Search one's own archive: build an index, add, remove, search.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from fuselip_core.search.index import Hit
+
+app = typer.Typer(help="Search your own archive: build an index, change it, search it.", no_args_is_help=True)
+
 Archive = Annotated[Path, typer.Argument(help="Folder of pictures or DICOM files, prepared data, or a table.")]
 IndexOption = Annotated[str, typer.Option("--index", help="Folder of the index, or an s3:// address.")]
 ModelOption = Annotated[str, typer.Option("--model", help="models:/NAME@ALIAS, a folder, or a hub id.")]
-KindOption = Annotated[str | None, typer.Option("--kind", help="Kind of data set, where it is not found out.")]
+SameModelOption = Annotated[str, typer.Option("--model", help="Model; the one that the index was built with if empty.")]
+KindOption = Annotated[
+    str | None,
+    typer.Option("--kind", help="Kind of data set, as `fuselip data sources` lists them; found out if empty."),
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the archive; the folder's if empty.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Several = list[str] | None
+CAPTION_SHOWN = 90
 
 
-def _embedder(model: str) -> Any:
+def load(model: str) -> Any:
+    """The embedder of a model."""
     from fuselip_core import Embedder
 
     return Embedder.from_pretrained(model)
@@ -28,75 +41,125 @@ def _embedder(model: str) -> Any:
 
 @app.command()
 def build(
-    archive: Archive, index: IndexOption = DEFAULT_INDEX, model: ModelOption = DEFAULT_MODEL, kind: KindOption = None
+    archive: Archive,
+    index: IndexOption = DEFAULT_INDEX,
+    model: ModelOption = DEFAULT_MODEL,
+    kind: KindOption = None,
+    name: NameOption = None,
 ) -> None:
-    """Build an index of an archive; one that stands there is replaced."""
+    """Build the index of an archive; an index that is there is replaced when the new one is whole."""
     from fuselip_core.search import build as builder
 
-    outcome = builder.build(archive, index, _embedder(model), kind)
-    typer.echo(f"{index}: {outcome.sentence()}")
+    typer.echo(f"{index}: {builder.build(archive, index, load(model), kind, name).sentence()}")
 
 
 @app.command()
-def add(archive: Archive, index: IndexOption = DEFAULT_INDEX, model: ModelOption = "", kind: KindOption = None) -> None:
-    """Add an archive to an index; what is there already is brought up to date."""
+def add(
+    archive: Archive,
+    index: IndexOption = DEFAULT_INDEX,
+    model: SameModelOption = "",
+    kind: KindOption = None,
+    name: NameOption = None,
+) -> None:
+    """Add an archive to an index; of one that is there already, what is new or has changed."""
     from fuselip_core.search import build as builder
     from fuselip_core.search.index import Index
 
-    outcome = builder.add(archive, index, _embedder(model or Index.open(index).model_name), kind)
-    typer.echo(f"{index}: {outcome.sentence()}")
+    embedder = load(model or Index.open(index).model_name)
+    typer.echo(f"{index}: {builder.add(archive, index, embedder, kind, name).sentence()}")
 
 
 @app.command()
 def remove(
     index: IndexOption = DEFAULT_INDEX,
-    case: Annotated[str | None, typer.Option(help="Case whose pictures are forgotten.")] = None,
-    ids: Annotated[list[str] | None, typer.Option("--id", help="Picture that is forgotten; may be repeated.")] = None,
+    case: Annotated[str | None, typer.Option(help="Case whose pictures are removed.")] = None,
+    ids: Annotated[Several, typer.Option("--id", help="Picture that is removed; may be repeated.")] = None,
 ) -> None:
-    """Forget a case or single pictures for good."""
+    """Remove a case, or single pictures, for good."""
     from fuselip_core.search import build as builder
 
     if (case is None) == (not ids):
         raise FuselipError("name what to remove: either --case, or --id once or more")
-    typer.echo(f"{builder.remove(index, case, ids or ())} pictures removed from {index}")
+    typer.echo(f"{index}: {builder.remove(index, case, ids or ()):,} pictures removed")
 
 
 @app.command()
 def info(index: IndexOption = DEFAULT_INDEX, as_json: JsonOption = False) -> None:
-    """Say what an index holds, and which model it belongs to."""
+    """Show what an index holds, and the model that it belongs to."""
     from fuselip_core.search.index import Index
 
     opened = Index.open(index)
-    found = {**opened.info(), "facets": opened.facets()}
-    typer.echo(json.dumps(found, indent=2, default=str, ensure_ascii=False))
+    found, facets = opened.info(), opened.facets()
+    if as_json:
+        _echo_json({**found, "facets": facets})
+        return
+    for name, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:%Y-%m-%d %H:%M}" if name.endswith("ed") else value
+        typer.echo(f"{name.replace('_', ' '):14}  {shown}")
+    for name, counts in facets.items():
+        typer.echo(f"{name:14}  {', '.join(f'{value} {count:,}' for value, count in counts.items()) or 'none'}")
 
 
 @app.command()
 def verify(index: IndexOption = DEFAULT_INDEX) -> None:
-    """Read all of an index and check it."""
+    """Read the whole index and check it; delete what killed processes left."""
     from fuselip_core.search import build as builder
 
-    typer.echo(json.dumps(builder.verify(index)))
+    typer.echo(f"{index}: {builder.verify(index):,} pictures, each with one id and a sound vector")
 
 
 @app.command()
 def search(
     text: Annotated[str | None, typer.Option(help="Words that the pictures should match.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture that they should be like.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture that they should be like; DICOM too.")] = None,
     index: IndexOption = DEFAULT_INDEX,
-    model: ModelOption = "",
+    model: SameModelOption = "",
     limit: Annotated[int, typer.Option(min=1, help="Number of results.")] = 10,
+    offset: Annotated[int, typer.Option(min=0, help="Results to skip.")] = 0,
+    threshold: Annotated[float | None, typer.Option(help="Least cosine similarity.")] = None,
+    modality: Annotated[Several, typer.Option(help="Only of this modality; may be repeated.")] = None,
+    concept: Annotated[Several, typer.Option(help="Only with this concept; may be repeated.")] = None,
+    split: Annotated[Several, typer.Option(help="Only of this split; may be repeated.")] = None,
+    source: Annotated[Several, typer.Option(help="Only of this archive; may be repeated.")] = None,
+    after: Annotated[datetime | None, typer.Option(help="Only indexed at this time or later.")] = None,
+    before: Annotated[datetime | None, typer.Option(help="Only indexed before this time.")] = None,
+    hybrid: Annotated[bool, typer.Option(help="Also search captions for the words, and fuse both rankings.")] = True,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare with every picture, in a large index too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search by words, by a picture, or by both at once."""
-    from fuselip_core.search.index import Index
+    """Search by words, by a picture, or by both at once: then the two are one query."""
+    from fuselip_core.search import query
+    from fuselip_core.search.index import Filters, Index
 
     opened = Index.open(index)
-    embedder = _embedder(model or opened.model_name)
+    query.require(text, image is not None)
+    embedder = load(model or opened.model_name)
     opened.check_model(embedder.digest)
-    if text is None and image is None:
-        raise FuselipError("the query has neither --text nor --image; give one of them, or both")
-    vector = embedder.embed(images=[image], texts=[text])[0]
-    for hit in opened.search(vector, text if image is None else None, limit):
-        shown = dataclasses.asdict(hit) | {"thumbnail": f"{len(hit.thumbnail)} bytes"}
-        typer.echo(json.dumps(shown, default=str) if as_json else f"{hit.score:.3f} {hit.id} {hit.caption}")
+    values = (tuple(given or ()) for given in (modality, concept, split, source))
+    filters = Filters(*values, indexed_after=after, indexed_before=before)
+    vector = embedder.embed([None if image is None else query.picture_of(image)], [text])[0]
+    hits = opened.search(vector, text if hybrid else None, limit, offset, filters, threshold, exact=exact or None)
+    if as_json:
+        _echo_json([dataclasses.asdict(hit) | {"thumbnail": len(hit.thumbnail)} for hit in hits])
+    else:
+        _show_hits(hits, offset)
+
+
+def _echo_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, default=str, ensure_ascii=False))
+
+
+def _show_hits(hits: list[Hit], offset: int) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not hits:
+        typer.echo("nothing found; lower --threshold or take filters away")
+        return
+    table = Table("", "score", "id", "modality", "caption", box=box.SIMPLE)
+    for rank, hit in enumerate(hits, offset + 1):
+        caption = hit.caption if len(hit.caption) <= CAPTION_SHOWN else f"{hit.caption[: CAPTION_SHOWN - 1]}…"
+        name = f"{hit.id} (and {hit.folded} equal)" if hit.folded else hit.id
+        table.add_row(str(rank), f"{hit.score:.3f}", name, hit.modality, caption)
+    Console().print(table)

@@ -18,6 +18,7 @@ from fuselip_core.cli import serve as serve_cli
 from fuselip_core.cli import vqa as vqa_cli
 from fuselip_core.errors import FuselipError, run_to_exit
 from fuselip_core.files import atomic_write
+from fuselip_core.search import DEFAULT_MODEL
 from fuselip_core.tracking import telemetry
 
 app = typer.Typer(
@@ -107,6 +108,20 @@ def show_settings(
     else:
         with atomic_write(out) as partial:
             partial.write_text(config.describe_settings(values) + "\n", encoding="utf-8")
+
+
+@app.command()
+def embed(
+    archive: index_cli.Archive,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Parquet file.")] = Path("embeddings.parquet"),
+    model: index_cli.ModelOption = DEFAULT_MODEL,
+    kind: index_cli.KindOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
+) -> None:
+    """Embed all pictures and texts of an archive; goes on where a killed call stopped."""
+    from fuselip_core.search.embed import embed_archive
+
+    typer.echo(f"{out}: {embed_archive(archive, out, index_cli.load(model), batch_size, kind).sentence()}")
 
 
 @app.command()

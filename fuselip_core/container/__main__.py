@@ -162,21 +162,22 @@ def sync(words: list[str]) -> None:
 
 
 def embed(words: list[str]) -> None:
-    """Embeddings of a folder of images, or of a table with the columns image and text, as a Parquet file."""
+    """Embeddings of pictures, of a table with the columns image and text, or of prepared data, as Parquet."""
     parser = Parser(prog="bacor_fuselip_train embed", description=embed.__doc__)
     parser.add_argument("model", help="name of a folder in /workspace/models, a folder, or a hub id")
-    parser.add_argument("input", type=Path, help="folder of images, or .csv, .jsonl or .parquet with image and text")
+    parser.add_argument("input", type=Path, help="folder of pictures or DICOM files, prepared data, or a table")
     parser.add_argument("--out", type=Path, help="Parquet file; embeddings.parquet in /workspace/logs if empty")
     parser.add_argument("--batch-size", type=int, default=64, help="rows a forward pass")
     options = parser.parse_args(words)
     out = options.out or _workspace() / "logs" / "embeddings.parquet"
     require_writable(out.parent, LOGS_VOLUME, _in_container())
-    from fuselip_core.container.embed import embed_table
+    from fuselip_core import Embedder
+    from fuselip_core.search.embed import embed_archive
 
     _say_device()
     folder = _workspace() / "models" / options.model
-    rows = embed_table(str(folder if folder.is_dir() else options.model), options.input, out, options.batch_size)
-    _say(f"{rows} embeddings in {out}")
+    embedder = Embedder.from_pretrained(folder if folder.is_dir() else options.model)
+    _say(f"{out}: {embed_archive(options.input, out, embedder, options.batch_size).sentence()}")
 
 
 def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:

@@ -116,6 +116,26 @@ class Embedder:
         """
         return self._to_pixels(picture)
 
+    def cuts(self, text: str) -> bool:
+        """True for a text with more tokens than the model reads; `embed` cuts it."""
+        return len(self._to_ids.encode(text)) > self._to_ids.context_length - 2  # begin and end
+
+    def similarity(self, one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Cosine similarity (N, M) of embeddings (N, W) and (M, W)."""
+        return np.atleast_2d(one) @ np.atleast_2d(other).T
+
+    def encode(self, inputs: Sequence[Any], batch_size: int = 64) -> NDArray[np.float32]:
+        """As sentence-transformers has it: texts, pictures, or {"text": ..., "image": ...} → (N, W) float32.
+
+        A string is a text; what comes alone, not in a list, gives (W).
+        """
+        if isinstance(inputs, str | Image.Image | dict):
+            return self.encode([inputs], batch_size)[0]
+        items = [
+            item if isinstance(item, dict) else {"text" if isinstance(item, str) else "image": item} for item in inputs
+        ]
+        return self.embed([item.get("image") for item in items], [item.get("text") for item in items], batch_size)
+
     def _pixels(self, picture: Picture | None, row: int) -> torch.Tensor:
         if isinstance(picture, torch.Tensor):
             return picture

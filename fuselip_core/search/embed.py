@@ -13,9 +13,8 @@ import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,10 @@ BATCHES_AHEAD = 2
 # A part is written when it has so many rows, or is so old: what a killed run loses.
 PART_ROWS, PART_SECONDS = 2048, 30.0
 THUMBNAIL_SIDE = 256
-QUARANTINE_SUFFIX = ".set_aside.jsonl"
+SET_ASIDE_SUFFIX = ".set_aside.jsonl"
+UNCHANGED = "unchanged"
+
+Judge = Callable[[Row, str], str | None]  # row and stamp → UNCHANGED, why it is set aside, or None to take it
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,60 +60,110 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """A row, its vector (W) float32 of unit norm, and the look of its picture where it has one."""
+    """A row with its stamp, its vector (W) float32 of unit norm, and the look of its picture where it has one."""
 
     row: Row
+    stamp: str
     vector: NDArray[np.float32]
     look: Look | None
 
 
 @dataclass
+class Batch:
+    """Rows to embed together with their stamps, and how far the archive is read behind them.
+
+    used: rows of the archive up to here; digest: a hash of them; the others count what was met since the last batch.
+    """
+
+    rows: list[tuple[Row, str]] = field(default_factory=list)
+    used: int = 0
+    digest: str = ""
+    unchanged: int = 0
+    cut: int = 0
+    set_aside: list[SetAside] = field(default_factory=list)
+
+
+@dataclass
 class Outcome:
-    """What became of the rows of an archive."""
+    """What became of the rows of an archive. cut: texts that are longer than the model reads."""
 
     rows: int = 0
+    unchanged: int = 0
+    cut: int = 0
     set_aside: Counter[str] = field(default_factory=Counter)
 
     def sentence(self) -> str:
-        reasons = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.set_aside.most_common())
-        return f"{self.rows:,} rows" + (f"; set aside: {reasons}" if reasons else "")
+        parts = [f"{self.rows:,} rows embedded"]
+        parts += [f"{self.unchanged:,} unchanged"] if self.unchanged else []
+        parts += [f"{self.cut:,} texts cut to what the model reads"] if self.cut else []
+        if self.set_aside:
+            reasons = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.set_aside.most_common())
+            parts.append(f"set aside: {', '.join(reasons)}")
+        return "; ".join(parts)
 
 
 # ---- rows → vectors --------------------------------------------------------------------------------------------------
 
 
-def embed_rows(
-    rows: Iterable[Row], embedder: Embedder, set_aside: Callable[[SetAside], None], batch_size: int = 64
-) -> Iterator[list[Embedded]]:
-    """Yields batches of embedded rows in their order; raises FuselipError where an embedding is not finite."""
+def read_batches(archive: Archive, size: int, judge: Judge) -> Iterator[Batch]:
+    """The rows of an archive that `judge` takes, `size` at a time; the last batch may have fewer, or none."""
+    hashed, batch = hashlib.sha256(), Batch()
+    listed: list[SetAside] = []
+    for used, row in enumerate(archive.rows(listed.append), 1):
+        if len(batch.rows) == size:  # only now, so that what is set aside behind the last row has a batch
+            batch.set_aside += listed
+            listed.clear()
+            yield batch
+            batch = Batch()
+        stamp = row.stamp()
+        hashed.update(stamp.encode())
+        batch.used, batch.digest = used, hashed.hexdigest()
+        verdict = judge(row, stamp)
+        if verdict is None:
+            batch.rows.append((row, stamp))
+        elif verdict == UNCHANGED:
+            batch.unchanged += 1
+        else:
+            listed.append(SetAside(row.id, row.split, verdict))
+    batch.set_aside += listed
+    yield batch
+
+
+def embed_batches(batches: Iterable[Batch], embedder: Embedder) -> Iterator[tuple[Batch, list[Embedded]]]:
+    """Yields each batch with its embedded rows; those that cannot be used join what it set aside.
+
+    Raises FuselipError where an embedding is not finite.
+    """
     with decoding_threads() as pool, ImageReader() as reader, discreet(), quiet_decoders():
-
-        def started(row: Row) -> Future[tuple[Any, Look | None]]:
-            # Archives and Parquet files are read in order by one reader; a DICOM frame reads itself.
-            data = row.image
-            if data is not None and not isinstance(data, bytes | Readable):
-                try:
-                    data = reader.read(data)
-                except UnreadableImage as error:
-                    failed: Future[tuple[Any, Look | None]] = Future()
-                    failed.set_exception(error)
-                    return failed
-            return pool.submit(_opened, data, embedder)
-
-        waiting: deque[list[tuple[Row, Future[tuple[Any, Look | None]]]]] = deque()
-        source = iter(rows)
-        while batch := list(islice(source, batch_size)):
-            waiting.append([(row, started(row)) for row in batch])
+        waiting: deque[tuple[Batch, list[Future[_Opened]]]] = deque()
+        for batch in batches:
+            waiting.append((batch, [_started(row, pool, reader, embedder) for row, _ in batch.rows]))
             if len(waiting) > BATCHES_AHEAD:
-                yield _embedded(waiting.popleft(), embedder, set_aside)
+                yield _embedded(*waiting.popleft(), embedder)
         while waiting:
-            yield _embedded(waiting.popleft(), embedder, set_aside)
+            yield _embedded(*waiting.popleft(), embedder)
 
 
-def _opened(data: bytes | Readable | None, embedder: Embedder) -> tuple[Any, Look | None]:
-    """Pixels as the model takes them, and the look, of an image file; runs in a thread."""
+_Opened = tuple[Any, Look | None, bool]  # pixels as the model takes them, look, whether the text is too long
+
+
+def _started(row: Row, pool: ThreadPoolExecutor, reader: ImageReader, embedder: Embedder) -> Future[_Opened]:
+    """Archives and Parquet files are read in order, by one reader; what reads itself does so in a thread."""
+    data = row.image
+    if data is not None and not isinstance(data, bytes | Readable):
+        try:
+            data = reader.read(data)
+        except UnreadableImage as error:
+            failed: Future[_Opened] = Future()
+            failed.set_exception(error)
+            return failed
+    return pool.submit(_opened, data, row.text, embedder)
+
+
+def _opened(data: bytes | Readable | None, text: str | None, embedder: Embedder) -> _Opened:
+    too_long = text is not None and embedder.cuts(text)
     if data is None:
-        return None, None
+        return None, None, too_long
     data = data if isinstance(data, bytes) else data.read()
     picture = decode(data)
     small = picture.convert("RGB")
@@ -119,151 +171,130 @@ def _opened(data: bytes | Readable | None, embedder: Embedder) -> tuple[Any, Loo
     stream = io.BytesIO()
     small.save(stream, "JPEG", quality=85)
     look = Look(hashlib.sha256(data).hexdigest(), fingerprint(picture), stream.getvalue())
-    return embedder.pixels(picture), look
+    return embedder.pixels(picture), look, too_long
 
 
-def _embedded(
-    batch: list[tuple[Row, Future[tuple[Any, Look | None]]]], embedder: Embedder, set_aside: Callable[[SetAside], None]
-) -> list[Embedded]:
-    good: list[tuple[Row, Any, Look | None]] = []
-    for row, job in batch:
+def _embedded(batch: Batch, jobs: list[Future[_Opened]], embedder: Embedder) -> tuple[Batch, list[Embedded]]:
+    good: list[tuple[Row, str, Any, Look | None]] = []
+    for (row, stamp), job in zip(batch.rows, jobs, strict=True):
         try:
-            pixels, look = job.result()
+            pixels, look, too_long = job.result()
         except UnreadableImage as error:
-            set_aside(SetAside(row.id, row.split, error.reason, error.detail))
+            batch.set_aside.append(SetAside(row.id, row.split, error.reason, error.detail))
             continue
         if pixels is None and row.text is None:
-            set_aside(SetAside(row.id, row.split, "empty_row", "neither image nor text"))
+            batch.set_aside.append(SetAside(row.id, row.split, "empty_row", "neither image nor text"))
             continue
-        good.append((row, pixels, look))
-    vectors = embedder.embed(
-        images=[pixels for _, pixels, _ in good], texts=[row.text for row, _, _ in good], batch_size=max(1, len(good))
-    )
-    return [Embedded(row, vector, look) for (row, _, look), vector in zip(good, vectors, strict=True)]
+        batch.cut += too_long
+        good.append((row, stamp, pixels, look))
+    images, texts = [pixels for *_, pixels, _ in good], [row.text for row, *_ in good]
+    vectors = embedder.embed(images, texts, batch_size=max(1, len(good)))
+    return batch, [
+        Embedded(row, stamp, vector, look) for (row, stamp, _, look), vector in zip(good, vectors, strict=True)
+    ]
 
 
 # ---- parts on disk ---------------------------------------------------------------------------------------------------
 
 
-def write_parts(
-    archive: Archive,
-    embedder: Embedder,
-    work: Path,
-    schema: pa.Schema,
-    records: Callable[[Sequence[Embedded]], list[dict[str, Any]]],
-    batch_size: int = 64,
-    wanted: Callable[[Row], bool] = lambda row: True,
-) -> tuple[list[Path], Outcome]:
-    """Embeds an archive into Parquet files in `work`; finished ones of a killed run with the same input are kept.
+@dataclass
+class Parts:
+    """Parquet files of embedded rows in the folder `work`, each written whole; those of a killed run are kept.
 
-    `records` makes the rows of a part, as `schema` has them. Each part names in its metadata how many rows of the
-    archive it used up, a hash of them, and what it set aside.
+    schema, records: columns, and what makes them of embedded rows. salt: what else the rows depend on.
     """
-    key = hashlib.sha256(f"{archive.source} {archive.kind} {embedder.digest} {schema}".encode()).hexdigest()
-    if find_json(work / "key.json").get("key") != key:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_json(work / "key.json", {"key": key})
-    listed: list[SetAside] = []
-    source = _Counted(archive.rows(listed.append), wanted)
-    parts = _finished_parts(work, source)
-    fresh: list[Embedded] = []
-    started = time.monotonic()
 
-    def flush() -> None:
-        nonlocal started
-        path = work / f"part-{len(parts):06d}.parquet"
-        state = {"used": used, "digest": digest, "set_aside": [asdict(item) for item in listed]}
-        table = pa.Table.from_pylist(records(fresh), schema=schema.with_metadata({"fuselip": json.dumps(state)}))
+    work: Path
+    schema: pa.Schema
+    records: Callable[[Sequence[Embedded]], list[dict[str, Any]]]
+    salt: str = ""
+    paths: list[Path] = field(default_factory=list)
+
+    def write(self, archive: Archive, embedder: Embedder, batch_size: int, judge: Judge) -> Outcome:
+        """Embeds what is not there yet, and returns what became of all rows."""
+        parts = (archive.source.absolute(), archive.kind, embedder.digest, self.schema, batch_size, self.salt)
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()
+        if find_json(self.work / "key.json").get("key") != key:
+            self.remove()
+            self.work.mkdir(parents=True)
+            write_json(self.work / "key.json", {"key": key})
+        batches = self._behind_finished(read_batches(archive, batch_size, judge))
+        if batches is None:
+            logger.info("the archive has changed since this was interrupted: starting again")
+            self.remove()
+            return self.write(archive, embedder, batch_size, judge)
+        total = None if archive.total is None else -(-archive.total // batch_size)
+        fresh, state, started = list[Embedded](), Batch(), time.monotonic()
+        for batch, items in embed_batches(track(batches, f"embed, in batches of {batch_size}", total), embedder):
+            fresh += items
+            state = _joined(state, batch)
+            if len(fresh) >= PART_ROWS or time.monotonic() - started > PART_SECONDS:
+                self._flush(fresh, state)
+                fresh, state, started = [], Batch(), time.monotonic()
+        if state.used or state.set_aside:
+            self._flush(fresh, state)
+        return self._outcome()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.paths = []
+
+    def _behind_finished(self, batches: Iterator[Batch]) -> Iterator[Batch] | None:
+        """The batches that no part holds; None where the archive no longer begins with those that one does."""
+        for path in sorted(self.work.glob("part-*.parquet")):
+            state = state_of(path)
+            batch = next((batch for batch in batches if batch.used >= state["used"]), Batch())
+            if (batch.used, batch.digest) != (state["used"], state["digest"]):
+                return None
+            self.paths.append(path)
+        return batches
+
+    def _flush(self, items: Sequence[Embedded], state: Batch) -> None:
+        path = self.work / f"part-{len(self.paths):06d}.parquet"
+        said = json.dumps(asdict(state) | {"rows": None})
+        table = pa.Table.from_pylist(self.records(items), schema=self.schema)
         with atomic_write(path) as partial:
-            pq.write_table(table, partial)
-        parts.append(path)
-        fresh.clear()
-        listed.clear()
-        started = time.monotonic()
+            pq.write_table(table.replace_schema_metadata({"fuselip": said}), partial)
+        self.paths.append(path)
 
-    # Rows are counted when they are embedded, not when the threads ahead of the model fetch them.
-    marks: deque[tuple[int, str]] = deque()
-    used, digest = source.used, source.digest
-    batches = embed_rows(source.noting(marks, batch_size), embedder, listed.append, batch_size)
-    total = None if archive.total is None else -(-archive.total // batch_size)
-    for batch in track(batches, "embed", total=total, start=source.used // batch_size):
-        fresh += batch
-        used, digest = marks.popleft()
-        if len(fresh) >= PART_ROWS or time.monotonic() - started > PART_SECONDS:
-            flush()
-    used, digest = source.used, source.digest
-    if fresh or listed or not parts:
-        flush()
-    return parts, _outcome_of(parts)
+    def _outcome(self) -> Outcome:
+        outcome = Outcome()
+        for path in self.paths:
+            state = state_of(path)
+            outcome.rows += pq.read_metadata(path).num_rows
+            outcome.unchanged += state["unchanged"]
+            outcome.cut += state["cut"]
+            outcome.set_aside.update(item["reason"] for item in state["set_aside"])
+        return outcome
 
+    def batches(self) -> pa.RecordBatchReader:
+        """All rows, in order, a few at a time."""
+        found = (batch for path in self.paths for batch in pq.ParquetFile(path).iter_batches(1024))
+        return pa.RecordBatchReader.from_batches(self.schema, (batch.cast(self.schema) for batch in found))
 
-class _Counted:
-    """The rows of an archive, with how many were taken and a hash over them."""
-
-    def __init__(self, rows: Iterator[Row], wanted: Callable[[Row], bool]) -> None:
-        self._rows, self._wanted, self._digest, self.used = rows, wanted, hashlib.sha256(), 0
-
-    @property
-    def digest(self) -> str:
-        return self._digest.hexdigest()
-
-    def skip(self, count: int) -> None:
-        for row in islice(self._rows, count):
-            self._count(row)
-
-    def noting(self, marks: deque[tuple[int, str]], batch_size: int) -> Iterator[Row]:
-        """The wanted rows; after each `batch_size` of them, and at the end, `marks` takes count and hash."""
-        given = 0
-        for row in self._rows:
-            self._count(row)
-            if self._wanted(row):
-                given += 1
-                if given % batch_size == 0:
-                    marks.append((self.used, self.digest))
-                yield row
-        if given % batch_size:
-            marks.append((self.used, self.digest))
-
-    def _count(self, row: Row) -> None:
-        self.used += 1
-        image = hashlib.sha256(row.image).hexdigest() if isinstance(row.image, bytes) else row.image
-        self._digest.update(repr((row.id, image, row.text, row.caption)).encode())
+    def write_set_aside(self, path: Path) -> None:
+        """One JSON line for each row that was set aside; no file where there is none."""
+        lines = (json.dumps(item, ensure_ascii=False) for part in self.paths for item in state_of(part)["set_aside"])
+        path.unlink(missing_ok=True)
+        if text := "".join(f"{line}\n" for line in lines):
+            with atomic_write(path) as partial:
+                partial.write_text(text, encoding="utf-8")
 
 
-def _finished_parts(work: Path, source: _Counted) -> list[Path]:
-    """Parts of an earlier run, as far as the archive still begins with the same rows; the others are removed."""
-    parts = sorted(work.glob("part-*.parquet"))
-    kept: list[Path] = []
-    for path in parts:
-        state = state_of(path)
-        source.skip(state["used"] - source.used)
-        if (state["used"], state["digest"]) != (source.used, source.digest):
-            raise FuselipError(f"the archive has changed since {work} was begun; remove that folder and start again")
-        kept.append(path)
-    return kept
+def _joined(one: Batch, next_one: Batch) -> Batch:
+    """The counts of two batches that follow each other."""
+    return Batch(
+        used=next_one.used,
+        digest=next_one.digest,
+        unchanged=one.unchanged + next_one.unchanged,
+        cut=one.cut + next_one.cut,
+        set_aside=one.set_aside + next_one.set_aside,
+    )
 
 
 def state_of(part: Path) -> dict[str, Any]:
-    """What a part says of itself: rows of the archive used up to its end, their hash, what was set aside."""
+    """The counts of a part, as `Batch` has them."""
     return dict(json.loads(pq.read_schema(part).metadata[b"fuselip"]))
-
-
-def _outcome_of(parts: Sequence[Path]) -> Outcome:
-    outcome = Outcome()
-    for part in parts:
-        outcome.rows += pq.read_metadata(part).num_rows
-        outcome.set_aside.update(item["reason"] for item in state_of(part)["set_aside"])
-    return outcome
-
-
-def write_set_aside(parts: Sequence[Path], path: Path) -> None:
-    """One JSON line for each row that was set aside; no file where there is none."""
-    lines = [json.dumps(item, ensure_ascii=False) + "\n" for part in parts for item in state_of(part)["set_aside"]]
-    path.unlink(missing_ok=True)
-    if lines:
-        with atomic_write(path) as partial:
-            partial.write_text("".join(lines), encoding="utf-8")
 
 
 # ---- to a Parquet file -----------------------------------------------------------------------------------------------
@@ -274,31 +305,36 @@ def embed_archive(
 ) -> Outcome:
     """Writes id, image, text and embedding (W float32, unit norm) of every row of `source` to the Parquet file `out`.
 
-    Rows that were set aside are named in a file beside `out`. Raises FuselipError for a source that cannot be used.
+    What was set aside is named in a file beside `out`. Raises FuselipError for a source that cannot be used.
     """
     archive = Archive(source, kind)
-    schema = pa.schema(
-        [(name, pa.string()) for name in ("id", "image", "text")]
-        + [("embedding", pa.list_(pa.float32(), embedder.width))]
-    )
+    base = source if source.is_dir() else source.parent
+    strings = [(name, pa.string()) for name in ("id", "image", "text")]
+    schema = pa.schema([*strings, ("embedding", pa.list_(pa.float32(), embedder.width))])
 
     def records(items: Sequence[Embedded]) -> list[dict[str, Any]]:
         return [
-            {"id": item.row.id, "image": item.row.place, "text": item.row.text, "embedding": item.vector}
+            {"id": item.row.id, "image": _as_given(item.row, base), "text": item.row.text, "embedding": item.vector}
             for item in items
         ]
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.parts")
+    parts = Parts(out.with_name(f".{out.name}.parts"), schema, records)
     busy = FuselipError(f"another process embeds into {out}; wait for it, or name another file with --out")
     with sole_process(out.with_name(f".{out.name}.lock"), busy):
-        parts, outcome = write_parts(archive, embedder, work, schema, records, batch_size)
+        outcome = parts.write(archive, embedder, batch_size, lambda row, stamp: None)
         if not outcome.rows:
-            raise FuselipError(f"no row of {source} can be embedded ({outcome.sentence()})")
+            raise FuselipError(f"{source} holds nothing that can be embedded ({outcome.sentence()}); name another")
         with atomic_write(out) as partial, pq.ParquetWriter(partial, schema) as writer:
-            for part in parts:
-                writer.write_table(pq.read_table(part, schema=schema))
-        write_set_aside(parts, out.with_name(out.name + QUARANTINE_SUFFIX))
-        shutil.rmtree(work)
-    logger.info("%s", outcome.sentence())
+            for batch in parts.batches():
+                writer.write_batch(batch)
+        parts.write_set_aside(out.with_name(out.name + SET_ASIDE_SUFFIX))
+        parts.remove()
     return outcome
+
+
+def _as_given(row: Row, base: Path) -> str | None:
+    """The path of a picture from `base`, as a table gives it; None for a text alone."""
+    if row.image is None:
+        return None
+    return row.place.removeprefix(f"{base.absolute()}/")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,17 +19,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, looks_same
 from fuselip_core.errors import FuselipError
 from fuselip_core.search import DEFAULT_INDEX
+from fuselip_core.search.query import require
 
 TABLE, MAP_TABLE = "pictures", "map"
 METADATA = b"fuselip"
 ANN_ROWS = 100_000  # above so many rows a search is approximate unless asked otherwise
 RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher 2009)
-HYBRID_DEPTH = 100  # the least number of rows of each ranking that are fused
+HYBRID_DEPTH = 50  # the least number of rows of each ranking that are fused
 MOST_ON_MAP, FEWEST_FOR_UMAP = 10_000, 32
 SHOWN = ("id", "caption", "concepts", "modality", "case", "split", "source", "licence", "place", "thumbnail")
 LOOK = ("sha256", "bits", "grey")
@@ -70,12 +73,12 @@ class Filters:
     def condition(self) -> str | None:
         """The filter in the table's SQL; None where there is none."""
         parts = [
-            f"{name} IN ({_quoted(values)})"
+            f"{name} IN ({quoted(values)})"
             for name in ("modality", "split", "source")
             if (values := getattr(self, name))
         ]
         if self.concept:
-            parts.append(f"array_has_any(concepts, [{_quoted(self.concept)}])")
+            parts.append(f"array_has_any(concepts, [{quoted(self.concept)}])")
         for sign, moment in ((">=", self.indexed_after), ("<", self.indexed_before)):
             if moment is not None:
                 parts.append(f"indexed_at {sign} timestamp '{moment.astimezone(UTC).isoformat(sep=' ')}'")
@@ -87,7 +90,7 @@ NO_FILTERS = Filters()
 
 def schema_of(width: int, model_name: str, model_digest: str) -> pa.Schema:
     """Columns of the table; its metadata names the model."""
-    texts = ("id", "caption", "modality", "case", "split", "source", "licence", "place", "sha256", "row_hash")
+    texts = ("id", "caption", "modality", "case", "split", "source", "licence", "place", "sha256", "stamp")
     about = {"model_name": model_name, "model_digest": model_digest, "width": width}
     return pa.schema(
         [
@@ -105,9 +108,21 @@ def schema_of(width: int, model_name: str, model_digest: str) -> pa.Schema:
 
 def connect(folder: str | Path) -> Any:
     """The database in a folder or at an s3:// address; each read sees the newest state."""
+    os.environ.setdefault("LANCE_LOG", "error")  # else every new table is announced on the terminal
     import lancedb
 
     return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
+
+
+def is_remote(folder: str | Path) -> bool:
+    """Whether an index lies in an object store."""
+    return str(folder).startswith("s3://")
+
+
+def drop_map(database: Any) -> None:
+    """Deletes the map, which names pictures, with its files."""
+    if MAP_TABLE in database.list_tables().tables:
+        database.drop_table(MAP_TABLE)
 
 
 class Index:
@@ -124,9 +139,10 @@ class Index:
         """Raises FuselipError where there is no index, or it cannot be read."""
         remedy = f"build one with `fuselip index build ARCHIVE --index {folder}`"
         try:
-            if not str(folder).startswith("s3://") and not (Path(folder) / f"{TABLE}.lance").is_dir():
+            database = connect(folder) if is_remote(folder) or Path(folder).is_dir() else None
+            if database is None or TABLE not in database.list_tables().tables:
                 raise FuselipError(f"there is no index in {folder}; {remedy}")
-            return cls(folder, connect(folder).open_table(TABLE))
+            return cls(folder, database.open_table(TABLE))
         except FuselipError:
             raise
         except (KeyError, TypeError) as error:
@@ -141,17 +157,17 @@ class Index:
     def info(self) -> dict[str, Any]:
         """Folder, model, number of pictures and of cases, dates."""
         columns = self._columns("case", "indexed_at")
-        moments = columns["indexed_at"].drop_null()
+        moments = pc.min_max(columns["indexed_at"]).as_py()
         return {
             "folder": str(self.folder),
             "model": self.model_name,
             "model_digest": self.model_digest,
             "width": self.width,
             "rows": columns.num_rows,
-            "cases": len(columns["case"].unique()),
+            "cases": pc.count_distinct(columns["case"]).as_py(),
             "search": "approximate" if self._approximate else "exact",
-            "first_indexed": min(moments.to_pylist(), default=None),
-            "last_indexed": max(moments.to_pylist(), default=None),
+            "first_indexed": moments["min"],
+            "last_indexed": moments["max"],
         }
 
     def facets(self) -> dict[str, dict[str, int]]:
@@ -185,18 +201,18 @@ class Index:
         hit. exact: None searches approximately where the index is large. Raises FuselipError for a query without
         content.
         """
-        if words is not None:
-            require_words(words)
-        if vector is None and words is None:
-            raise FuselipError("the query has neither words nor a picture; give one of them")
+        require(words, vector is not None)
+        self._require_same_model()
         query = None if vector is None else self._unit(vector)
         wanted = offset + limit
-        depth = wanted * 2 + 10 if fold else wanted
+        depth = max(wanted * 2, HYBRID_DEPTH)
         while True:
-            rows = self._ranked(query, words, depth, filters, exact)
-            rows = [row for row in rows if query is None or threshold is None or row["score"] >= threshold]
+            rows, are_all = self._ranked(query, words, depth, filters, exact)
+            if query is not None and threshold is not None:
+                are_all = are_all or (words is None and rows[-1]["score"] < threshold)
+                rows = [row for row in rows if row["score"] >= threshold]
             hits = _folded(rows) if fold else [(row, 0) for row in rows]
-            if len(hits) >= wanted or len(rows) < depth:
+            if len(hits) >= wanted or are_all:
                 return [_hit(row, folded) for row, folded in hits[offset:wanted]]
             depth *= 2
 
@@ -214,24 +230,20 @@ class Index:
 
         Computed on first use, which takes some seconds, and kept beside the pictures until they change.
         """
-        database = connect(self.folder)
-        version = str(self._table.version)
-        if MAP_TABLE in database.table_names():
+        database, version = connect(self.folder), str(self._table.version)
+        if MAP_TABLE in database.list_tables().tables:
             kept = database.open_table(MAP_TABLE).to_arrow()
             if (kept.schema.metadata or {}).get(b"version") == version.encode():
                 return kept["id"].to_pylist(), np.stack([kept["x"], kept["y"]], axis=1).astype(np.float32)
         columns = self._columns("id", "vector")
         chosen = np.sort(np.random.default_rng(0).permutation(columns.num_rows)[:MOST_ON_MAP])
         columns = columns.take(chosen)
-        flat = columns["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.width)
-        places = _plane(flat)
-        ids = columns["id"]
-        table = pa.table({"id": ids, "x": places[:, 0], "y": places[:, 1]}).replace_schema_metadata(
-            {"version": version}
-        )
-        with contextlib.suppress(OSError, RuntimeError):  # of a read-only index: then it is computed each time
-            database.create_table(MAP_TABLE, table, mode="overwrite")
-        return ids.to_pylist(), places
+        places = _plane(columns["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.width))
+        table = pa.table({"id": columns["id"], "x": places[:, 0], "y": places[:, 1]})
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # of a read-only index: computed each time
+            drop_map(database)
+            database.create_table(MAP_TABLE, table.replace_schema_metadata({"version": version}))
+        return columns["id"].to_pylist(), places
 
     def modalities(self, ids: Sequence[str]) -> list[str]:
         """The modality of each of `ids`, empty where it is unknown."""
@@ -256,20 +268,24 @@ class Index:
             )
         return query / np.float32(norm)
 
+    def _require_same_model(self) -> None:
+        """An index that was built again, with another model, is another index."""
+        about = json.loads(self._table.schema.metadata[METADATA])
+        if about["model_digest"] != self.model_digest:
+            raise FuselipError(f"the index in {self.folder} was built again with another model; open it again")
+
     def _ranked(
         self, query: NDArray[np.float32] | None, words: str | None, depth: int, filters: Filters, exact: bool | None
-    ) -> list[dict[str, Any]]:
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """The best rows of each ranking, fused by reciprocal rank; and whether there are no more."""
         columns, where = [*SHOWN, "indexed_at", *LOOK, "vector"], filters.condition()
         rankings = []
-        deep = max(depth, HYBRID_DEPTH) if query is not None and words is not None else depth
         if query is not None:
-            nearest = self._table.search(query).distance_type("cosine").select(columns)
-            nearest = nearest.bypass_vector_index() if exact else nearest
-            rankings.append(_limited(nearest, where, deep))
+            nearest = self._table.search(query).distance_type("cosine").select([*columns, "_distance"])
+            rankings.append(_limited(nearest.bypass_vector_index() if exact else nearest, where, depth))
         if words is not None:
-            rankings.append(
-                _limited(self._table.search(words, query_type="fts").select([*columns, "_score"]), where, deep)
-            )
+            matching = self._table.search(words, query_type="fts").select([*columns, "_score"])
+            rankings.append(_limited(matching, where, depth))
         fused: dict[str, float] = defaultdict(float)
         rows: dict[str, dict[str, Any]] = {}
         for ranking in rankings:
@@ -278,12 +294,13 @@ class Index:
                 rows.setdefault(row["id"], row)
         for row in rows.values():
             row["score"] = row["_score"] if query is None else float(np.dot(query, np.float32(row["vector"])))
-        return [rows[name] for name in sorted(fused, key=lambda name: (-fused[name], name))][:depth]
+        order = sorted(fused, key=lambda name: (-fused[name], -rows[name]["score"], name))
+        return [rows[name] for name in order], all(len(ranking) < depth for ranking in rankings)
 
     def _named(self, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not ids:
             return {}
-        found = self._table.search().where(f"id IN ({_quoted(ids)})").select(list(columns)).limit(len(set(ids)))
+        found = self._table.search().where(f"id IN ({quoted(ids)})").select(list(columns)).limit(len(set(ids)))
         rows = {row["id"]: row for row in found.to_arrow().to_pylist()}
         if missing := [name for name in ids if name not in rows]:
             raise FuselipError(f"the index in {self.folder} has no picture '{missing[0]}'; search for it again")
@@ -292,6 +309,8 @@ class Index:
 
 def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """(N, W) → (N, 2). A handful of vectors has no neighbourhoods: they are laid out by their principal components."""
+    if not len(vectors):
+        return np.zeros((0, 2), dtype=np.float32)
     if len(vectors) < FEWEST_FOR_UMAP:
         centred = vectors - vectors.mean(axis=0)
         _, _, axes = np.linalg.svd(centred, full_matrices=False)
@@ -305,27 +324,20 @@ def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.nan_to_num(plane).astype(np.float32)
 
 
-def require_words(text: str) -> None:
-    """Raises FuselipError for a text without a letter or digit, which no search can answer."""
-    if not any(map(str.isalnum, text)):
-        raise FuselipError("the query has no letter and no digit; write what the picture should show")
-
-
 def _limited(query: Any, where: str | None, limit: int) -> list[dict[str, Any]]:
     query = query.where(where, prefilter=True) if where else query
     rows: list[dict[str, Any]] = query.limit(limit).to_arrow().to_pylist()
     return rows
 
 
-def _quoted(values: Sequence[str]) -> str:
+def quoted(values: Sequence[str]) -> str:
     return ", ".join("'" + value.replace("'", "''") + "'" for value in values)
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:
-    values = column.to_pylist()
-    if pa.types.is_list(column.type):
-        values = [value for several in values for value in several or ()]
-    return {value: count for value, count in Counter(values).most_common() if value}
+    values = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(values).to_pylist() if item["values"]}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _folded(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int]]:

@@ -6,15 +6,15 @@ A row is read by the same code as everywhere else: data sets by their adapter in
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuselip_core.config import PrepareSettings
 from fuselip_core.data.dicom.listing import DicomPlace
 from fuselip_core.data.download.manifest import provenance_of
-from fuselip_core.data.pair import SPLIT_OF, DataError, ImageEntry, SetAside, one_line
+from fuselip_core.data.pair import SPLIT_OF, DataError, ImageEntry, Listing, SetAside, one_line
 from fuselip_core.data.places import Derived, Place
 from fuselip_core.data.prepare.extra_pairs import NAMES, names_of_concepts
 from fuselip_core.data.shards.reader import MANIFEST, PreparedData
@@ -27,7 +27,6 @@ from fuselip_core.images import SUFFIXES as PICTURES
 IMAGE_COLUMNS = ("image", "file_name")
 TEXT_COLUMNS = ("text", "caption")
 OTHER_COLUMNS = ("id", "concepts", "modality", "case", "split", "licence")
-DICOM_MARK = 128, b"DICM"  # where every file since 1996 says what it is (PS3.10, 7.1)
 
 OnSetAside = Callable[[SetAside], None]
 
@@ -53,14 +52,31 @@ class Row:
     licence: str = ""
     place: str = ""
 
+    def stamp(self) -> str:
+        """A hash that changes with the row; of a picture in a file, with the file's size and date."""
+        image: Any = self.image
+        if isinstance(image, bytes):
+            image = hashlib.sha256(image).hexdigest()
+        elif image is not None:
+            try:
+                status = image.file.stat()
+            except OSError:
+                image = "missing"  # is set aside when it is read
+            else:
+                image = f"{image!r} {status.st_size} {status.st_mtime_ns}"
+        stated = [getattr(self, name) for name in self.__slots__ if name != "image"]
+        return hashlib.sha256(repr((image, stated)).encode(errors="surrogateescape")).hexdigest()
+
 
 class Archive:
     """The rows of `source`, a folder or a table, in a stable order; iterate as often as you like.
 
-    kind: a name of `fuselip data sources`; found out where it is None. total: the number of rows, where it is known.
+    kind: a name of `fuselip data sources`; found out where it is None. name: what ids of pictures without one begin
+    with, and `source` of a row; the folder's or the table's name where it is None. total: the number of rows, where it
+    is known.
     """
 
-    def __init__(self, source: Path, kind: str | None = None, settings: PrepareSettings | None = None) -> None:
+    def __init__(self, source: Path, kind: str | None = None, name: str | None = None) -> None:
         """Raises DataError for a source that is missing or holds nothing that can be embedded."""
         self.source, self.total = source, None
         self.notes: list[str] = []
@@ -72,16 +88,17 @@ class Archive:
         self.kind = kind or kind_of(source)
         self._rows: Callable[[OnSetAside], Iterator[Row]]
         if self.kind == "table":
-            columns_of(source)
-            self._rows = lambda set_aside: _of_table(source, set_aside)
+            _require_table(source)
+            self._rows = lambda set_aside: _of_table(source, name or source.stem, set_aside)
         elif self.kind == "prepared":
             prepared = PreparedData(source)
             self.total = sum(prepared.image_count(split) for split in prepared.splits)
-            self._rows = lambda set_aside: _of_prepared(prepared)
+            self._rows = lambda set_aside: _of_prepared(prepared, name)
         else:
-            listing = list_source(self.kind, source, settings)
+            listing = list_source(self.kind, source)
             self.total, self.notes = len(listing.images), listing.notes
-            self._rows = lambda set_aside: _of_listing(self.kind, source, listing, set_aside)
+            named = name or (source.resolve().name if self.kind == "folder" else self.kind)
+            self._rows = lambda set_aside: _of_listing(self.kind, source, named, listing, set_aside)
 
     def rows(self, set_aside: OnSetAside) -> Iterator[Row]:
         """Yields the rows; `set_aside` takes what cannot be used."""
@@ -102,8 +119,10 @@ def kind_of(source: Path) -> str:
     for path in files_below(source):
         if path.suffix.lower() in PICTURES:
             pictures = True
-        elif _is_dicom(path):
-            return "dicom"
+        else:
+            with path.open("rb") as stream:
+                if is_dicom(stream.read(132)):
+                    return "dicom"
     if pictures:
         return "folder"
     raise DataError(
@@ -112,31 +131,33 @@ def kind_of(source: Path) -> str:
     )
 
 
-def _is_dicom(path: Path) -> bool:
-    start, mark = DICOM_MARK
-    with path.open("rb") as stream:
-        return stream.read(start + len(mark))[start:] == mark
+def is_dicom(head: bytes) -> bool:
+    """Whether a file that begins with `head` (132 bytes) is DICOM, as every such file since 1996 says (PS3.10, 7.1)."""
+    return head[128:132] == b"DICM"
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _of_table(path: Path, set_aside: OnSetAside) -> Iterator[Row]:
-    """Paths in a table are relative to it. An image may also be its bytes, as in Parquet files of the Hub."""
+def _require_table(path: Path) -> None:
     names = columns_of(path)
     if not {*IMAGE_COLUMNS, "text"} & set(names):
-        raise DataError(f"{path} has neither a column image, file_name nor text, but: {', '.join(names)}; rename one")
+        raise DataError(f"{path} has no column image, file_name or text, but: {', '.join(names)}; rename one of them")
+
+
+def _of_table(path: Path, name: str, set_aside: OnSetAside) -> Iterator[Row]:
+    """Paths in a table are relative to it. An image may also be its bytes, as in Parquet files of the Hub."""
 
     def bad_row(line: int, fault: str) -> None:
-        set_aside(SetAside(f"{path.name}:{line}", "", "bad_row", f"line {line}: {fault}"))
+        set_aside(SetAside(f"{name}:{line}", "", "bad_row", f"line {line}: {fault}"))
 
     columns = (*IMAGE_COLUMNS, *TEXT_COLUMNS, *OTHER_COLUMNS)
     for number, values in enumerate(read_table(path, (), columns, bad_row), 1):
-        image = next((values[name] for name in IMAGE_COLUMNS if values[name]), None)
-        text, caption = (one_line(str(values[name] or "")) for name in TEXT_COLUMNS)
+        image = next((values[column] for column in IMAGE_COLUMNS if values[column]), None)
+        text, caption = (one_line(str(values[column] or "")) for column in TEXT_COLUMNS)
         stated = str(values["split"] or "").strip().lower()
         yield Row(
-            id=str(values["id"] or f"{path.stem}/{number}"),
+            id=str(values["id"] or f"{name}/{number}"),
             image=_image_of(image, path.parent),
             text=text or None,
             caption=caption or text,
@@ -144,9 +165,9 @@ def _of_table(path: Path, set_aside: OnSetAside) -> Iterator[Row]:
             modality=str(values["modality"] or "").strip(),
             case=str(values["case"] or "").strip(),
             split=SPLIT_OF.get(stated, stated),
-            source=path.stem,
+            source=name,
             licence=str(values["licence"] or "").strip(),
-            place=str(path.parent / image) if isinstance(image, str) else "",
+            place=str((path.parent / image).absolute()) if isinstance(image, str) else "",
         )
 
 
@@ -179,7 +200,7 @@ class _Captions:
         return self._waiting.pop(image, "")
 
 
-def _of_prepared(prepared: PreparedData) -> Iterator[Row]:
+def _of_prepared(prepared: PreparedData, name: str | None) -> Iterator[Row]:
     columns = ["image_id", "bytes", "modality", "concepts", "case", "source", "licence", "attribution"]
     names = _names_in(Path(str(prepared.manifest.get("settings", {}).get("root", ""))))
     for split in prepared.splits:
@@ -200,28 +221,27 @@ def _of_prepared(prepared: PreparedData) -> Iterator[Row]:
                     modality=row["modality"] or "",
                     case=row["case"] or "",
                     split=split,
-                    source=row["source"] or "",
+                    source=name or row["source"] or "",
                     licence=row["licence"] or "",
                     place=row["attribution"] or "",
                 )
 
 
-def _of_listing(kind: str, root: Path, listing: Any, set_aside: OnSetAside) -> Iterator[Row]:
+def _of_listing(kind: str, root: Path, name: str, listing: Listing, set_aside: OnSetAside) -> Iterator[Row]:
     for item in listing.set_aside:
         set_aside(item)
     captions = _Captions((pair.query.image, pair.target.text) for pair in listing.pairs if pair.kind == "caption")
     origin, names = provenance_of(root), listing.concept_names or _names_in(root)
-    own = root.resolve().name if kind == "folder" else ""
     for entry in listing.images:
         yield Row(
-            id=f"{own}/{entry.image_id}" if own else entry.image_id,
+            id=f"{name}/{entry.image_id}" if kind == "folder" else entry.image_id,
             image=entry.place,
             caption=captions.of(entry.image_id),
             concepts=tuple(names.get(code, code) for code in entry.concepts),
             modality=entry.modality or "",
             case=entry.case,
             split=entry.split,
-            source=own or kind,
+            source=name,
             licence=entry.licence or origin.licence or "",
             place=_shown_place(entry),
         )
@@ -233,7 +253,7 @@ def _shown_place(entry: ImageEntry) -> str:
     if entry.attribution:
         return entry.attribution
     place = entry.place.source if isinstance(entry.place, Derived) else entry.place
-    return f"{place.file}:{place.member}" if place.member else str(place.file)
+    return f"{place.file.absolute()}" + (f":{place.member}" if place.member else "")
 
 
 def _names_in(root: Path) -> Mapping[str, str]:
