@@ -480,7 +480,8 @@ def test_next_commands_name_the_model(bare: Path) -> None:
     assert commands[0].startswith("make serve-ui ")
     assert commands[1].startswith("make serve-model MODEL=models:/m@champion ")
     assert commands[2].startswith("make demo SET=")
-    assert commands[-1].startswith(".venv/bin/fuselip app ")
+    assert commands[3].startswith(".venv/bin/fuselip index build ") and "--model models:/m@champion " in commands[3]
+    assert commands[4].startswith(".venv/bin/fuselip app ")
 
 
 def test_the_next_command_repeats_what_the_run_corrects(bare: Path) -> None:

@@ -56,10 +56,12 @@ def print_summary(ending: Ending, console: Console) -> None:
 def next_commands(run: Run, registered: dict[str, Any]) -> list[str]:
     """The commands a user would type next; they work as they stand, in the repository's root."""
     model = f"models:/{registered.get('name')}@{registered.get('alias') or 'candidate'}"
+    prepared = shlex.quote(os.path.relpath(run.artifacts / "prepared"))
     return [
         "make serve-ui    # curves and models, on http://127.0.0.1:5000",
         f"make serve-model MODEL={model}    # answers on http://127.0.0.1:5001",
         f"{_longer(run)}    # only the stages behind the change run",
+        f".venv/bin/fuselip index build {prepared} --model {model}    # an index of these pictures",
         ".venv/bin/fuselip app    # a page to search on that index, on http://127.0.0.1:8000",
     ]
 
