@@ -38,7 +38,9 @@ WANTED = {
     "adapt-rocov2-base",
     "pretrain-cc3m",
     "pretrain-cc12m",
+    "embed",
     "evaluate",
+    "index",
     "promote",
     "pipeline-nightly",
 }

@@ -57,7 +57,7 @@ RANKS = (
     ("flows.page",),
     ("flows.tasks",),
     ("flows.command_line",),
-    ("flows.download", "flows.pipeline", "flows.tokenize_map"),
+    ("flows.download", "flows.pipeline", "flows.search", "flows.tokenize_map"),
     ("flows.evaluate", "flows.promote", "flows.register", "flows.train"),
     ("flows.server",),
 )

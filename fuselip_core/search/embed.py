@@ -28,7 +28,7 @@ from fuselip_core.data.pair import SetAside
 from fuselip_core.data.places import Readable
 from fuselip_core.data.prepare.image_reader import ImageReader
 from fuselip_core.data.prepare.near_duplicates import Fingerprint, fingerprint
-from fuselip_core.encoding.from_pixels import decoding_threads
+from fuselip_core.data.shards.in_order import decoding_threads
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_write, find_json, write_json
 from fuselip_core.images import UnreadableImage, decode, quiet_decoders

@@ -1,0 +1,99 @@
+"""Vectors and an index of an archive, on a schedule or by a button; by hand, `fuselip embed` and `fuselip index`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed
+from pydantic import Field
+
+from flows.environment import REPOSITORY
+from flows.page.flow_run import flow_url, name_flow_run, sign
+from flows.page.progress import ProgressArtifact
+from flows.run.child import stream
+from flows.run.forms import Form, empty
+from flows.run.runner import LastLines, stage_environment
+from flows.tasks import INTERRUPTED, error_of, stoppable, task_log
+from fuselip_core.errors import Interrupted
+from fuselip_core.search import DEFAULT_INDEX, DEFAULT_MODEL
+
+
+class ArchiveRequest(Form):
+    """What to read, and with which model."""
+
+    archive: Path = Field(
+        Path("artifacts/prepared"), description="Folder of pictures or DICOM files, prepared data, or a table."
+    )
+    model: str = Field(DEFAULT_MODEL, description="models:/NAME@ALIAS, a folder, or a hub id.")
+    kind: str | None = empty("Kind of data set (`fuselip data sources`). Empty: found out.")
+
+    def words(self) -> list[str]:
+        """What to say to ``fuselip`` behind the verb."""
+        return [str(self.archive), "--model", self.model, *(["--kind", self.kind] if self.kind else [])]
+
+
+class EmbedRequest(ArchiveRequest):
+    """An archive, and the file of its vectors."""
+
+    out: Path = Field(Path("embeddings.parquet"), description="Parquet file, from the repository's root.")
+
+
+class IndexRequest(ArchiveRequest):
+    """An archive, and its index."""
+
+    index: str = Field(DEFAULT_INDEX, description="Folder of the index in the repository, or an s3:// address.")
+    action: Literal["build", "add"] = Field(
+        "build",
+        description="build: replace the index when the new one is whole, as after a change of the champion; "
+        "add: embed what is new or has changed.",
+    )
+
+
+SAMPLE_VECTORS, SAMPLE_INDEX = EmbedRequest(), IndexRequest()
+
+
+@flow(name="embed")
+def embed(request: EmbedRequest = SAMPLE_VECTORS) -> Any:
+    """Writes the vectors of an archive to a Parquet file; a run that was stopped resumes.
+
+    Args:
+        request: What to embed, with which model, and where to.
+    """
+    return _run("embed", request.archive.name, ["embed", *request.words(), "--out", str(request.out)])
+
+
+@flow(name="index")
+def index(request: IndexRequest = SAMPLE_INDEX) -> Any:
+    """Builds the index of an archive, or brings it up to date; searches see the old index until the new one is whole.
+
+    Args:
+        request: What to index, with which model, and where to.
+    """
+    return _run("index", request.archive.name, ["index", request.action, *request.words(), "--index", request.index])
+
+
+def _run(kind: str, name: str, words: list[str]) -> Any:
+    sign()
+    name_flow_run(kind, name)
+    state: Any = fuselip_task(kind, words, return_state=True)
+    if error := error_of(state):
+        return Failed(message=error)
+    return Completed(message=state.message)
+
+
+@task(name="fuselip", task_run_name="{kind}", cache_policy=NO_CACHE)
+@stoppable
+def fuselip_task(kind: str, words: list[str]) -> Any:
+    """Runs a verb of ``fuselip`` in a process of its own, and completes with its last line."""
+    progress = ProgressArtifact(kind, task_log())
+    lines = LastLines(progress)
+    environment = stage_environment(REPOSITORY, flow_url=flow_url())
+    code = stream([sys.executable, "-m", "fuselip_core", *words], REPOSITORY, environment, lines)
+    if code:
+        return Failed(name=INTERRUPTED if code == Interrupted.exit_code else None, message=lines.message(code))
+    progress.close()
+    return Completed(message=lines.message(0))
