@@ -232,7 +232,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path: Path, monkeypatch: pyte
     def peak(count: int) -> int:
         pq.write_table(pa.table({"text": [f"{number} {'x' * 500}" for number in range(count)]}), tmp_path / "t.parquet")
         tracemalloc.start()
-        embedded(tmp_path / "t.parquet", tmp_path / "out.parquet", batch_size=32)
+        embed.embed_archive(tmp_path / "t.parquet", tmp_path / "out.parquet", StandIn(), 32)  # type: ignore[arg-type]
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
