@@ -202,7 +202,7 @@ class _Captions:
 
 def _of_prepared(prepared: PreparedData, name: str | None) -> Iterator[Row]:
     columns = ["image_id", "bytes", "modality", "concepts", "case", "source", "licence", "attribution"]
-    names = _names_in(Path(str(prepared.manifest.get("settings", {}).get("root", ""))))
+    names = prepared.manifest.get("concept_names", {})
     for split in prepared.splits:
         table = prepared.pairs(split).select(["kind", "query_image", "target_text"])
         captions = _Captions(
