@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from flows.run.gpu import gpu_slot
 from flows.run.lock import run_lock
 from flows.run.runner import Ending, OnLine, Outcome, ProcessRunner, Runner
 from flows.run.sample_data import ensure_sample
-from fuselip_core.errors import FuselipError, sentence_of
+from fuselip_core.errors import WARNING, FuselipError, sentence_of
 from fuselip_core.files import find_json
 from fuselip_core.preflight import check_prepared, check_run
 
@@ -163,7 +164,12 @@ def task_log() -> OnLine:
     """Passes a stage's lines to the task's log; by the logger's name a console can tell them from Prefect's own."""
     adapter: Any = get_run_logger()
     lines = type(adapter)(adapter.logger.getChild("stage"), extra=adapter.extra)
-    return lambda line: lines.info("%s", line)
+
+    def pass_on(line: str) -> None:
+        level = logging.WARNING if line.startswith(WARNING) else logging.INFO
+        lines.log(level, "%s", line.removeprefix(WARNING))
+
+    return pass_on
 
 
 def _lost_from_registry(run: Run) -> bool:

@@ -353,7 +353,9 @@ class RegisterSettings(Section):
     alias: str = Field("champion", pattern=r"^[a-z][a-z0-9_-]*$", description="Alias moved when every gate passes.")
     gates: tuple[Gate, ...] = Field((), description="All must pass, or the version is registered without the alias.")
     against_champion: bool = Field(
-        True, description="No gate's metric may be below that of the version with the alias, on the same data version."
+        True,
+        description="No gate's metric may be below that of the version with the alias by more than their intervals "
+        "allow, on the same data version.",
     )
 
 

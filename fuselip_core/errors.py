@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+WARNING = "warning: "
 
 
 class FuselipError(ValueError):
@@ -39,6 +42,19 @@ def _of_system(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write or read{place}; change its owner or mode, or choose another folder"
     return f"{error.strerror or error}{place}; run again with --debug for the traceback"
+
+
+def log_to_stderr(debug: bool = False) -> None:
+    """Lets this process say on stderr what it does; whoever reads it tells warnings by their first word."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("fuselip").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return WARNING * (record.levelno >= logging.WARNING) + super().format(record)
 
 
 def run_to_exit(work: Callable[[], object], debug: bool = False) -> NoReturn:

@@ -44,6 +44,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Trained encoder → measures beside chance and controls in metrics.json, and a page to read in report/."""
+    from fuselip_core.evaluation.comparisons import headlines
     from fuselip_core.evaluation.report.page import write_report
     from fuselip_core.evaluation.run import measure_run
     from fuselip_core.tracking.run import open_run
@@ -52,7 +53,9 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     with open_run(settings, "evaluate") as run:
         write_report(settings, result)
         write_json(settings.artifacts / "metrics.json", result.numbers())
-        run.metrics(result.metrics, int(result.metrics["train/steps"]))
+        run.metrics(headlines(result.metrics), int(result.metrics["train/steps"]))
+        run.results(result.numbers())
+        run.artifact(settings.artifacts / "metrics.json")
         run.artifact(settings.artifacts / "report", "report")
     return result.metrics
 

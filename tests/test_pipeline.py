@@ -61,7 +61,7 @@ def test_main_job_ends_with_a_registered_model(small: Path, first: Done) -> None
     version = client(small).get_model_version(registered["name"], str(registered["version"]))
     run = client(small).get_run(version.run_id)
     assert run.data.params["train.steps"] == "6"
-    assert run.data.metrics["retrieval/image_to_text/recall_at_1"] == metrics["retrieval/image_to_text/recall_at_1"]
+    assert run.data.metrics["results/image_to_text_recall_at_1"] == metrics["retrieval/image_to_text/recall_at_1"]
     assert len(run.data.tags["prefect_flow_run"]) == 36
     assert (small / "artifacts" / "report" / "index.html").is_file()
 

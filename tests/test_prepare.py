@@ -55,7 +55,7 @@ def test_medpix_whole(shared: Path, tmp_path: Path) -> None:
     prepared = PreparedData(tmp_path / "prepared")
     assert prepared.splits == ("train", "dev", "valid")
     assert prepared.image_count("valid") == 197
-    assert prepared.pair_count("valid") == 191
+    assert sum(prepared.manifest["counts"]["valid"]["pairs"].values()) == 191
     assert prepared.image_count("train") + prepared.image_count("dev") == 1653
     assert 60 < prepared.image_count("dev") < 110
     assert manifest["quarantine"] == {"placeholder_caption": 23}
@@ -79,8 +79,8 @@ def test_vqa_rad_shares_no_image_unless_asked_to(shared: Path, tmp_path: Path, s
     root = shared / "data" / "vqa-rad"
     manifest = prepare_data(settings(root, "vqa-rad", shared_images=shared_images), tmp_path / "prepared")
     prepared = PreparedData(tmp_path / "prepared")
-    assert prepared.pair_count("test", "vqa") == 451
-    assert prepared.pair_count("train", "vqa") == train
+    assert prepared.manifest["counts"]["test"]["pairs"]["vqa"] == 451
+    assert prepared.manifest["counts"]["train"]["pairs"]["vqa"] == train
     overlap = set(prepared.pairs("train")["query_image"].to_pylist()) & set(
         prepared.pairs("test")["query_image"].to_pylist()
     )

@@ -287,7 +287,7 @@ def test_slake(tmp_path: Path) -> None:
         (root / f"{split}.json").write_text(json.dumps([{**item, "answer_type": "OPEN"} for item in asked]))
     manifest, prepared = prepare("slake", root, tmp_path / "out")
     assert prepared.splits == ("train", "valid", "test")
-    assert [prepared.pair_count(split, "vqa") for split in prepared.splits] == [1, 1, 1]
+    assert [prepared.manifest["counts"][split]["pairs"]["vqa"] for split in prepared.splits] == [1, 1, 1]
     assert prepared.pairs("valid").to_pylist()[0]["target_text"] == "mri"
     assert next(prepared.iter_images("test", ["modality"])).to_pylist() == [{"modality": "MR"}]
     assert "3 questions in other languages (zh) were not read" in manifest["notes"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from mlflow import MlflowClient
 
 from fuselip_core.config import Settings, load_settings
 from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.files import write_json
 from fuselip_core.tracking import events as run_log
 from fuselip_core.tracking import run as tracking
 from fuselip_core.tracking.events import Event, EventLog, read_events
 from fuselip_core.tracking.store import mlflow_client, tracking_uri
+from fuselip_core.training.train import curves
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +170,7 @@ def test_sync_sends_what_a_finished_run_could_not(settings: Settings, server: Se
     assert tracking.sync(settings.artifacts) == 1
     server.up = True
     assert tracking.sync(settings.artifacts) == 0
-    assert [event["type"] for event in server.got] == ["params", "artifact", "metrics", "end"]
+    assert [event["type"] for event in server.got] == ["params", "artifact", "data", "metrics", "end"]
     server.got.clear()
     assert tracking.sync(settings.artifacts) == 0
     assert server.got == [], "nothing is sent twice"
@@ -195,7 +200,7 @@ def test_unreachable_mlflow_does_not_stop_a_run(
         run.metrics({"loss": 1.0}, 1)
     assert "mlflow does not answer" in caplog.text
     events, _ = read_events(settings.artifacts / "tracking" / "train" / "events.jsonl", 0)
-    assert [event["type"] for event in events] == ["params", "artifact", "metrics", "end"]
+    assert [event["type"] for event in events] == ["params", "artifact", "data", "metrics", "end"]
 
 
 def test_half_a_line_is_not_read_yet(tmp_path: Path) -> None:
@@ -251,12 +256,97 @@ def test_default_store_lies_in_the_repository(monkeypatch: pytest.MonkeyPatch, t
     assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow/mlflow.db"
 
 
-def test_wandb_offline_keeps_the_run_on_disk(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_names_its_data_and_shows_its_results_as_a_table(settings: Settings, store: str) -> None:
+    counts = {"train": {"images": 7, "pairs": {"caption": 9}}}
+    manifest = {"data_version": "fedcba9876543210", "source": "phantom", "counts": counts}
+    write_json(settings.artifacts / "prepared" / "manifest.json", manifest)
+    with tracking.open_run(settings, "train") as run:
+        run.metrics({"train/loss": 1.0}, 1)
+    for recall in (0.25, 0.5):
+        with tracking.open_run(settings, "evaluate") as run:
+            run.results({"recall": recall, "recall/low": recall - 0.25, "recall/high": recall + 0.25, "pool": 40})
+    known = tracking.run_of(settings.artifacts)
+    found = MlflowClient(store).get_run(known["mlflow_run_id"])
+    (data,) = (each.dataset for each in found.inputs.dataset_inputs)
+    assert (data.name, data.digest, json.loads(data.profile)) == ("phantom", "fedcba9876543210", counts)
+    table = MlflowClient(store).load_table(found.info.experiment_id, "results.json", [known["mlflow_run_id"]])
+    rows = table[["metric", "value", "low", "high"]].astype(object).where(table.notna(), None).to_numpy().tolist()
+    assert rows == [["pool", 40.0, None, None], ["recall", 0.5, 0.25, 0.75]]
+
+
+def test_names_tell_runs_apart_and_nothing_is_said_twice(settings: Settings) -> None:
+    names = set()
+    for _ in range(3):
+        with tracking.open_run(settings, "train"):
+            pass
+        names.add(tracking.run_of(settings.artifacts)["name"])
+    assert len(names) == 3 and all(name.startswith("train-tiny-") for name in names)
+    assert tracking.experiment_name("fuselip-rocov2") == "fuselip-rocov2"
+    assert tracking.experiment_name("sample") == "fuselip-sample"
+
+
+def test_params_hold_no_place_of_this_machine(settings: Settings, store: str, tmp_path: Path) -> None:
+    far = settings.model_copy(
+        update={
+            "prepare": settings.prepare.model_copy(update={"root": tmp_path / "secret" / "archive"}),
+            "train": settings.train.model_copy(update={"init": str(tmp_path / "secret" / "model")}),
+        }
+    )
+    with tracking.open_run(far, "train"):
+        pass
+    params = MlflowClient(store).get_run(tracking.run_of(settings.artifacts)["mlflow_run_id"]).data.params
+    assert params["prepare.root"] == ".../archive" and params["train.init"] == ".../model"
+    assert not [name for name, value in params.items() if value.startswith("/") or str(tmp_path) in value]
+
+
+def test_training_shows_few_curves() -> None:
+    logged = {"loss": 1, "contrastive": 1, "masked": 1, "lr": 1, "grad_norm": 1, "pairs_per_second": 1, "checkpoint": 1}
+    more = {"logit_scale": 1, "valid/image_to_text/recall_at_1": 1, "system/memory_mb": 1, "preflight/loss": 1}
+    assert sorted(curves({**logged, **more})) == [
+        "system/memory_mb",
+        "train/gradient_norm",
+        "train/learning_rate",
+        "train/loss",
+        "train/loss_contrastive",
+        "train/loss_masked",
+        "train/pairs_per_second",
+        "train/valid_image_to_text_recall_at_1",
+    ]
+
+
+def test_wandb_offline_is_one_folder_a_run_and_says_how_to_upload_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real library: several flushes, an interruption, and a stage that adds to the run in another process."""
     monkeypatch.setenv("FUSELIP_TRACKERS", "wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with tracking.open_run(settings, "train") as run:
-        run.metrics({"loss": 1.0}, 1)
+    monkeypatch.setattr(run_log, "SEND_EVERY_EVENTS", 2)
+    caplog.set_level(logging.INFO, "fuselip")
+    with pytest.raises(Interrupted), tracking.open_run(settings, "train") as run:
+        for step in range(5):
+            run.metrics({"train/loss": 5.0 - step}, step)
+        raise Interrupted("stopped and saved")
+    with tracking.open_run(settings, "train", resume=True) as run:
+        run.metrics({"train/loss": 0.5}, 5)
+    page = tmp_path / "report" / "index.html"
+    page.parent.mkdir()
+    page.write_text("<p>the report</p>")
+    with tracking.open_run(settings, "evaluate") as run:
+        run.results({"recall": 0.5})
+        run.artifact(page.parent, "report")
     folder = settings.artifacts / "tracking" / "train"
-    assert list(folder.rglob("*.wandb")), sorted(folder.rglob("*"))
+    (made,) = folder.rglob("offline-run-*")
+    (name,) = made.glob("*.wandb")
+    kept = name.read_bytes()
+    losses = re.findall(rb'"train/loss"|train/loss', kept)
+    assert len(losses) >= 6 and b"tiny" in kept and b"abcdef0123456789" in kept
+    assert [path.read_text() for path in made.rglob("*.html") if "the report" in path.read_text()]
     known = tracking.run_of(settings.artifacts)
+    assert known["wandb_run_id"] in made.name
     assert known["sent"]["wandb"] == (folder / "events.jsonl").stat().st_size
+    said = [record.message for record in caplog.records if record.message.startswith("W&B: the run lies in")]
+    assert said[-1].endswith(f"wandb sync {os.path.relpath(made)}")
+    program = said[-1].rpartition("upload it with: ")[2].split()[0]
+    assert (
+        subprocess.run([program, "sync", "--help"], capture_output=True, env={"PATH": "/usr/bin:/bin"}).returncode == 0
+    )

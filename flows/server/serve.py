@@ -30,6 +30,8 @@ from fuselip_core.tracking.store import prepare_store, tracking_uri
 CHECK_EVERY_SECONDS = 5.0
 RUNS_AT_ONCE = 4
 RECOVER_EVERY = 30
+# Ctrl-C, `kill`, and the end of the terminal: the servers have sessions of their own and would stay.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(
@@ -38,8 +40,8 @@ def main(
 ) -> None:
     """Serve flows on this machine until Ctrl-C: Prefect's server, UI and worker, and MLflow's page."""
     console = Console(stderr=True)
-    # Both by name: a shell starts what stands in the background with SIGINT ignored, and Python leaves that so.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # By name: a shell starts what stands in the background with SIGINT ignored, and Python leaves that so.
+    for number in ENDING:
         signal.signal(number, _interrupt)
     try:
         with (
@@ -79,9 +81,10 @@ def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
         _say_where(console, prefect, mlflow, stack.log_folder)
         yield stack
     finally:
+        # First of all: a second one must not leave half of it running.
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
         with console.status("ending; running stages save their state"):
-            # A second Ctrl-C must not leave half of it running.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
             stack.stop()
 
 

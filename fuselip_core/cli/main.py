@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from fuselip_core.cli import data as data_cli
 from fuselip_core.cli import index as index_cli
 from fuselip_core.cli import serve as serve_cli
 from fuselip_core.cli import vqa as vqa_cli
-from fuselip_core.errors import FuselipError, run_to_exit
+from fuselip_core.errors import FuselipError, log_to_stderr, run_to_exit
 from fuselip_core.files import atomic_write
 from fuselip_core.search import DEFAULT_MODEL
 from fuselip_core.tracking import telemetry
@@ -194,6 +193,5 @@ def main() -> None:
     telemetry.turn_off()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("fuselip").setLevel(logging.DEBUG if debug else logging.INFO)
+    log_to_stderr(debug)
     run_to_exit(lambda: app(args=arguments, prog_name="fuselip"), debug)

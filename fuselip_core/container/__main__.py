@@ -27,7 +27,7 @@ from fuselip_core.cli import main as cli
 from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
 from fuselip_core.container.mounts import MountError, require_data, require_writable
 from fuselip_core.container.skip_done import own_shards, run_stages
-from fuselip_core.errors import FuselipError, Interrupted, sentence_of
+from fuselip_core.errors import FuselipError, Interrupted, log_to_stderr, sentence_of
 from fuselip_core.files import atomic_folder
 from fuselip_core.lock import sole_process
 from fuselip_core.preflight import check_prepared, check_run
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     image, *words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("fuselip").setLevel(logging.DEBUG if debug else logging.INFO)
+    log_to_stderr(debug)
     _heed_signals()
     try:
         _command(image, words)

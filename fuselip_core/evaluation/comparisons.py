@@ -60,6 +60,22 @@ COMPARISONS = (
 )
 
 
+# What runs are compared by in a tracking service; metrics.json has all.
+HEADLINES = {
+    "image_to_text_recall_at_1": "retrieval/image_to_text/recall_at_1",
+    "image_to_text_recall_at_10": "retrieval/image_to_text/recall_at_10",
+    "text_to_image_recall_at_1": "retrieval/text_to_image/recall_at_1",
+    "text_to_image_recall_at_10": "retrieval/text_to_image/recall_at_10",
+    "answer_accuracy": "answers/fused/accuracy",
+    "answer_accuracy_over_best_control": "answers/fused/over_best_control",
+}
+
+
+def headlines(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The few results by which runs are compared, as ``results/<name>``; those that were not measured are left out."""
+    return {f"results/{shown}": metrics[name] for shown, name in HEADLINES.items() if name in metrics}
+
+
 def comparison_rows(metrics: dict[str, float]) -> list[Row]:
     """One row a comparison: measure, value, control, value of the control."""
     rows = []

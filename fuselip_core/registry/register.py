@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from fuselip_core.config import Gate, Settings
 from fuselip_core.errors import FuselipError
+from fuselip_core.evaluation.comparisons import comparison_rows
 from fuselip_core.files import read_json, read_numbers, sha256_of, write_json
 from fuselip_core.registry.state import STATE_FOLDER, write_state
-from fuselip_core.tracking.run import run_of
+from fuselip_core.tracking.run import experiment_name, run_of
 from fuselip_core.tracking.store import experiment_id, mlflow_client, tracking_uri
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ REQUIREMENTS = (
     "transformers",
 )
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
+ABOUT = (
+    "Embeds images, texts, and images with text in one vector each ({family}, size {size}). Input: the columns `image` "
+    "(base64 of an image file) and `text`, either one empty. Output: one embedding of unit norm a row. Research "
+    "software, no medical device."
+)
+EXAMPLE = {"image": [None], "text": ["chest radiograph with a left-sided nodule"]}
 # Always the newest version, whether it passed or not; MLflow keeps the word "latest" for itself.
 NEWEST_ALIAS = "candidate"
 
@@ -166,7 +173,7 @@ def _against(
     gates: Sequence[GateResult],
     metrics: Mapping[str, float],
 ) -> list[GateResult]:
-    """The gates' metrics held against the champion's; none if that was measured on another data version."""
+    """Whether each gate's metric is as good as the champion's within noise; empty if that has another data version."""
     of = f"version {champion.version}"
     if champion.tags.get("data_version") != tags.get("data_version") or "state" not in champion.tags:
         logger.info(
@@ -176,8 +183,18 @@ def _against(
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         place = client.download_artifacts(str(champion.run_id), f"{champion.tags['state']}/metrics.json", folder)
         best = read_json(Path(place), f"run `python -m flows.promote` to give the alias to another than {of}")
-    bounds = [Gate(metric=gate.metric, at_least=best[gate.metric]) for gate in gates if gate.metric in best]
-    return check_gates(bounds, metrics, of)
+    results = []
+    for metric in dict.fromkeys(gate.metric for gate in gates if gate.metric in best):
+        # By as much as both intervals allow, two measures may differ by chance alone.
+        bound = best[metric] - math.hypot(_noise(best, metric), _noise(metrics, metric))
+        value = metrics.get(metric)
+        results.append(GateResult(metric, bound, value, value is not None and value >= bound, of))
+    return results
+
+
+def _noise(metrics: Mapping[str, float], metric: str) -> float:
+    """Half the interval of a metric; 0 where it has none."""
+    return (metrics.get(f"{metric}/high", 0.0) - metrics.get(f"{metric}/low", 0.0)) / 2
 
 
 def _missed(gate: GateResult) -> str:
@@ -203,7 +220,7 @@ def _move_alias(client: MlflowClient, name: str, alias: str, version: str, reaso
     former = str(before.version) if before else None
     if former != str(version):
         client.set_registered_model_alias(name, alias, version)
-        note = f"from version {former or 'none'}: {reason}"
+        note = f"from version {former}: {reason}" if former else f"its first version: {reason}"
         client.set_model_version_tag(name, version, f"moved.{alias}", f"{datetime.now(UTC):%Y-%m-%d %H:%M}Z {note}")
         logger.info("%s of %s moves to version %s, %s", alias, name, version, note)
     return former
@@ -281,6 +298,7 @@ def _log_version(
     fingerprint: str,
 ) -> ModelVersion:
     import mlflow
+    import pandas as pd
 
     run_id = _run_for(client, settings)
     state = f"{STATE_FOLDER}/{fingerprint[:12]}"
@@ -296,6 +314,7 @@ def _log_version(
             code_paths=[str(PACKAGE)],
             pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
             signature=_signature(width),
+            input_example=pd.DataFrame(EXAMPLE),
             registered_model_name=name,
             metadata={"recipe": settings.recipe, "family": settings.model.family, "size": settings.model.size},
         )
@@ -303,7 +322,24 @@ def _log_version(
     commit = {"state": state, "git_commit": made_from["commit"], "git_dirty": str(made_from["changed"]).lower()}
     for key, value in {**run_of(settings.artifacts).get("tags", {}), **_short(metrics), **commit}.items():
         client.set_model_version_tag(found.name, found.version, key, str(value))
+    client.update_registered_model(name, ABOUT.format(family=settings.model.family, size=settings.model.size))
+    client.update_model_version(name, found.version, _description(settings, metrics, str(made_from["commit"])))
     return found
+
+
+def _description(settings: Settings, metrics: Mapping[str, float], commit: str) -> str:
+    """What a version is and how well it does, as Markdown."""
+    rows = [
+        f"| {row['measure'] or '〃'} | {row['value']} | {row['control']} | {row['value of control']} |"
+        for row in comparison_rows(dict(metrics))
+    ]
+    lines = [
+        f"Recipe `{settings.recipe}`, data `{settings.prepare.source}`, measured on the split "
+        f"`{settings.evaluate.split}`, commit `{commit[:12]}`. The run has the report and all numbers.",
+        "",
+        *(["| measure | value | control | its value |", "| --- | --- | --- | --- |", *rows] if rows else []),
+    ]
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -327,7 +363,7 @@ def _run_for(client: MlflowClient, settings: Settings) -> str:
             return str(client.get_run(known["mlflow_run_id"]).info.run_id)
         except MlflowException:
             logger.info("the run that trained this model is not on %s; a new one is made", tracking_uri())
-    experiment = experiment_id(client, f"fuselip-{settings.recipe}", tracking_uri())
+    experiment = experiment_id(client, experiment_name(settings.recipe), tracking_uri())
     return str(client.create_run(experiment, run_name=f"register-{settings.model.size}").info.run_id)
 
 

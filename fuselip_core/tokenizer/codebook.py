@@ -48,7 +48,7 @@ def train_codebook(settings: Settings) -> dict[str, float]:
             write_json(folder / "codebook.json", measured)
             if tokenizer.reconstructs:
                 save_reconstructions(tokenizer, held_out, folder / "reconstructions.png")
-        run.metrics(measured, settings.codebook.steps)
+        run.results(measured)
         if tokenizer.reconstructs:
             run.artifact(settings.artifacts / "codebook" / "reconstructions.png")
     shutil.rmtree(scratch, ignore_errors=True)

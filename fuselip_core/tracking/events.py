@@ -35,6 +35,9 @@ class Tracker(Protocol):
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file or folder to keep with the run, below `folder` there."""
 
+    def results(self, values: Mapping[str, float]) -> None:
+        """All numbers of a finished run; a table with a row for each metric."""
+
 
 class Service(Protocol):
     """A tracking service that follows the events on disk."""
@@ -72,6 +75,13 @@ class EventLog:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         self._append({"type": "artifact", "path": os.path.relpath(path, self.folder), "folder": folder})
+
+    def results(self, values: Mapping[str, float]) -> None:
+        self._append({"type": "results", "values": {name: float(value) for name, value in values.items()}})
+
+    def data(self, name: str, digest: str, source: str, counts: Mapping[str, Any]) -> None:
+        """A data set that the run reads; `counts` are its images and pairs by split."""
+        self._append({"type": "data", "name": name, "digest": digest, "source": source, "counts": dict(counts)})
 
     def end(self, status: Status = "FINISHED") -> None:
         """Notes how the run ended and sends what is left."""

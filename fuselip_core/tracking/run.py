@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,43 @@ def open_run(settings: Settings, stage: str, resume: bool = False) -> Iterator[E
     with EventLog(folder, {**_describe(settings, name), **known}, services_from_environment()) as log:
         try:
             if name == stage:
-                log.params(settings.model_dump(mode="json", by_alias=True))
+                log.params(_without_places(settings.model_dump(mode="json", by_alias=True, exclude={"artifacts"})))
                 log.artifact(_write_recipe(settings, folder))
+                _log_data(log, settings, stage)
             yield log
         except BaseException as error:
             log.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit | Interrupted) else "FAILED")
             raise
         log.end("FINISHED")
+
+
+def _without_places(value: Any) -> Any:
+    """Settings whose absolute paths say where they end: runs on two machines compare by what they were given."""
+    if isinstance(value, dict):
+        return {name: _without_places(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    path, root = Path(value), repository_root()
+    return str(path.relative_to(root)) if path.is_relative_to(root) else f".../{path.name}"
+
+
+def _log_data(log: EventLog, settings: Settings, stage: str) -> None:
+    """The prepared data that the run reads, its own and those of `train.tokens`."""
+    folders: dict[str, Path] = {settings.prepare.source: settings.artifacts}
+    if stage == "train":
+        folders |= {name: Path(tokens).parent for name, tokens in settings.train.tokens.items()}
+    for name, folder in folders.items():
+        manifest = find_json(folder / "prepared" / "manifest.json")
+        if manifest:
+            source = str(manifest.get("source", name))
+            log.data(name, str(manifest.get("data_version")), source, manifest.get("counts", {}))
+
+
+def experiment_name(recipe: str) -> str:
+    """The experiment of a recipe's runs: each name begins with fuselip, once."""
+    return recipe if recipe.startswith("fuselip") else f"fuselip-{recipe}"
 
 
 def _write_recipe(settings: Settings, folder: Path) -> Path:
@@ -105,8 +137,9 @@ def _describe(settings: Settings, name: str) -> dict[str, Any]:
         if value := os.environ.get(variable):
             tags[tag] = value
     return {
-        "name": f"{name}-{settings.model.size}-{data[:8]}",
-        "experiment": f"fuselip-{settings.recipe}",
+        # Two runs may start within a second, so the time alone would not tell them apart.
+        "name": f"{name}-{settings.model.size}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        "experiment": experiment_name(settings.recipe),
         "tags": tags,
     }
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shlex
+import shutil
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +24,9 @@ logger = logging.getLogger("fuselip")
 
 METRICS_A_BATCH = 1000  # MLflow's limits for one call
 PARAMS_A_BATCH = 100
+DIGEST_LETTERS = 36
+RESULTS_FILE = "results.json"
+COLUMNS = ("metric", "value", "low", "high")
 
 
 class MlflowService:
@@ -40,6 +47,10 @@ class MlflowService:
         for event in events:
             if event["type"] == "artifact":
                 self._send_artifact(client, run, event)
+            elif event["type"] == "data":
+                _send_data(client, run["mlflow_run_id"], event)
+            elif event["type"] == "results":
+                _send_results(client, run["mlflow_run_id"], event["values"])
         if events[-1]["type"] == "end":
             client.set_terminated(run["mlflow_run_id"], events[-1]["status"], events[-1]["time"])
 
@@ -97,28 +108,107 @@ class MlflowService:
             logger.warning("%s is gone and can't be sent to MLflow", path)
 
 
+def _send_results(client: MlflowClient, run_id: str, values: Mapping[str, float]) -> None:
+    """A table for MLflow's page, as `log_table` writes it, which would append where a run is measured twice."""
+    client.log_dict(run_id, {"columns": list(COLUMNS), "data": result_rows(values)}, RESULTS_FILE)
+    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": RESULTS_FILE, "type": "table"}]))
+
+
+def _send_data(client: MlflowClient, run_id: str, event: Event) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    data = Dataset(
+        event["name"],
+        event["digest"][:DIGEST_LETTERS],
+        source_type="fuselip",
+        source=json.dumps({"kind": event["source"], "data_version": event["digest"]}),
+        profile=json.dumps(event["counts"]),
+    )
+    client.log_inputs(run_id, datasets=[DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+
+
+def result_rows(values: Mapping[str, float]) -> list[Any]:
+    """Metric, value and the bounds of its interval, one row a metric, from the numbers of metrics.json."""
+    bounds = {f"{name}/{end}" for name in values for end in ("low", "high")}
+    return [
+        [name, value, values.get(f"{name}/low"), values.get(f"{name}/high")]
+        for name, value in sorted(values.items())
+        if name not in bounds
+    ]
+
+
 class WandbService:
-    """Sends events to wandb; ``WANDB_MODE=offline`` keeps them on disk."""
+    """Sends events to wandb, in one session a process; ``WANDB_MODE=offline`` keeps them on disk, in one folder a run.
+
+    Each session makes a folder of its own, so where the run goes on offline in another process, as at the stage
+    `evaluate`, the new folder gets everything from the start and replaces the one before.
+    """
 
     name = "wandb"
 
-    def send(self, run: dict[str, Any], events: list[Event]) -> None:
-        import wandb
+    def __init__(self) -> None:
+        self._session: Any = None
 
-        run.setdefault("wandb_run_id", uuid.uuid4().hex[:8])
-        with wandb.init(
-            project=os.environ.get("WANDB_PROJECT", run["experiment"]),
-            id=run["wandb_run_id"],
-            name=run["name"],
-            resume="allow",
-            dir=run["folder"],
-            settings=wandb.Settings(silent=True),
-        ) as session:
-            for event in events:
-                if event["type"] == "params":
-                    session.config.update(event["values"], allow_val_change=True)
-                elif event["type"] == "metrics":
-                    session.log({**event["values"], "step": event["step"]})
+    def send(self, run: dict[str, Any], events: list[Event]) -> None:
+        if self._session is None:
+            self._session = _open_session(run)
+            if self._session.settings._offline:
+                events, _ = read_events(Path(run["folder"]) / "events.jsonl", 0)
+                if before := run.get("wandb_folder"):
+                    shutil.rmtree(before, ignore_errors=True)
+            run["wandb_folder"] = str(Path(self._session.dir).parent)
+        for event in events:
+            _send_to_session(self._session, run, event)
+        if events[-1]["type"] == "end":
+            offline = self._session.settings._offline
+            self._session.finish(exit_code=0 if events[-1]["status"] == "FINISHED" else 1)
+            self._session = None
+            if offline:
+                folder = shlex.quote(os.path.relpath(run["wandb_folder"]))
+                program = shlex.quote(os.path.relpath(Path(sys.executable).with_name("wandb")))
+                logger.info("W&B: the run lies in %s; upload it with: %s sync %s", folder, program, folder)
+
+
+def _open_session(run: dict[str, Any]) -> Any:
+    import wandb
+
+    run.setdefault("wandb_run_id", uuid.uuid4().hex[:8])
+    kept = ("stage", "recipe", "family", "size")
+    session = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", run["experiment"]),
+        id=run["wandb_run_id"],
+        name=run["name"],
+        tags=[run["tags"][name] for name in kept if name in run.get("tags", {})],
+        config={f"run.{name}": value for name, value in run.get("tags", {}).items() if name not in kept},
+        resume="allow",
+        dir=run["folder"],
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    # Curves over the run's own steps: wandb counts calls.
+    session.define_metric("step", hidden=True)
+    session.define_metric("*", step_metric="step")
+    return session
+
+
+def _send_to_session(session: Any, run: dict[str, Any], event: Event) -> None:
+    import wandb
+
+    if event["type"] == "params":
+        session.config.update(event["values"], allow_val_change=True)
+    elif event["type"] == "metrics":
+        session.log({**event["values"], "step": event["step"]})
+    elif event["type"] == "results":
+        session.summary.update(event["values"])
+        session.log({"results": wandb.Table(columns=list(COLUMNS), data=result_rows(event["values"]))})
+    elif event["type"] == "data":
+        session.config.update({f"data.{event['name']}": event["digest"]}, allow_val_change=True)
+    elif event["type"] == "artifact":
+        path = Path(run["folder"], event["path"]).resolve()
+        page = path / "index.html"
+        if page.is_file():
+            session.log({event["folder"] or path.name: wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+        elif path.is_file():
+            session.save(str(path), base_path=str(path.parent), policy="now")
 
 
 def _way_back(tags: Mapping[str, str]) -> dict[str, str]:

@@ -27,6 +27,16 @@ from fuselip_core.training.loop import Trainer, Validate, run_folder
 
 VALIDATION_PAIRS = 512
 
+# What the loop calls a number → the name of its curve.
+CURVES = {
+    "loss": "loss",
+    "contrastive": "loss_contrastive",
+    "masked": "loss_masked",
+    "lr": "learning_rate",
+    "grad_norm": "gradient_norm",
+    "pairs_per_second": "pairs_per_second",
+}
+
 QuickLook = Callable[[StoredEncoder, TokenStore, int], dict[str, float]]  # encoder, store, pairs → metrics
 
 
@@ -51,12 +61,11 @@ def train_encoder(settings: Settings, quick_look: QuickLook) -> dict[str, float]
         return Trainer(encoder, store, settings.train, checkpoints, world=world).run().metrics()
     history = History(folder / "history.jsonl", checkpoints)
     with open_run(settings, "train", resume=history.resumed_step > 0) as run:
-        # By reference: a tracking server need not hold gigabytes.
-        run.params({"checkpoints": str(folder), "model_folder": str(artifacts / "model")})
 
         def log(metrics: Mapping[str, float], step: int) -> None:
             history.add(step, metrics)
-            run.metrics(metrics, step)
+            if shown := curves(metrics):
+                run.metrics(shown, step)
 
         validate = _validation(artifacts, model, device, quick_look)
         done = Trainer(encoder, store, settings.train, checkpoints, log, validate, world).run()
@@ -65,12 +74,19 @@ def train_encoder(settings: Settings, quick_look: QuickLook) -> dict[str, float]
         summary = done.metrics() | {"model/parameters": float(sum(p.numel() for p in model.parameters()))}
         _save(settings, model, tokenizer, summary)
         history.publish(artifacts / "history.jsonl")
-        run.metrics(summary, done.steps)
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # not empty: an interrupted run with other settings can still go on
         folder.parent.rmdir()
     shutil.rmtree(artifacts / "work" / "pixels", ignore_errors=True)
     return summary
+
+
+def curves(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The few that a tracking service shows, in one section train/; history.jsonl has all."""
+    found = {f"train/{shown}": metrics[name] for name, shown in CURVES.items() if name in metrics}
+    looks = {name for name in metrics if name.startswith("valid/")}
+    found |= {f"train/{name.replace('/', '_')}": metrics[name] for name in looks}
+    return found | {name: value for name, value in metrics.items() if name.startswith("system/")}
 
 
 def _validation(artifacts: Path, model: Model, device: torch.device, quick_look: QuickLook) -> Validate:

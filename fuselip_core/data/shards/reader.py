@@ -70,12 +70,6 @@ class PreparedData:
         self._require(split)
         return int(self.manifest["counts"][split]["images"])
 
-    def pair_count(self, split: str, kind: str | None = None) -> int:
-        """Pairs of a split, of one kind or of all."""
-        self._require(split)
-        pairs = self.manifest["counts"][split]["pairs"]
-        return int(sum(pairs.values()) if kind is None else pairs.get(kind, 0))
-
     def iter_images(
         self, split: str, columns: Sequence[str] | None = None, batch_rows: int = 256, first: int = 0
     ) -> Iterator[pa.RecordBatch]:
