@@ -6,6 +6,7 @@ prepare → codebook → tokenize → train → evaluate → register. Each read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fuselip_core.config import Settings
@@ -58,6 +59,23 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         run.artifact(settings.artifacts / "metrics.json")
         run.artifact(settings.artifacts / "report", "report")
     return result.metrics
+
+
+def compare(settings: Settings, models: Sequence[str], beside_published: bool = False) -> str:
+    """Any models without training → one table in comparison/, on prepared data that is made where it is missing."""
+    from fuselip_core.data.shards.reader import PreparedData
+    from fuselip_core.encoding.open import TEXTS
+    from fuselip_core.evaluation.report.comparison import as_text, write_comparison
+    from fuselip_core.evaluation.run import measure_models
+    from fuselip_core.tokenizer.tokenize import tokenize_texts
+
+    artifacts = settings.artifacts
+    if not (artifacts / "prepared").is_dir():
+        prepare(settings)
+    if not (artifacts / "tokens").is_dir():
+        tokenize_texts(PreparedData(artifacts / "prepared"), artifacts / TEXTS)
+    table = write_comparison(artifacts, measure_models(settings, models), beside_published)
+    return f"{as_text(table['head'], table['rows'])}\n{table['page']}"
 
 
 def register(settings: Settings) -> dict[str, Any]:

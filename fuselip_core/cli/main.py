@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,8 @@ from fuselip_core.errors import FuselipError, log_to_stderr, run_to_exit
 from fuselip_core.files import atomic_write
 from fuselip_core.search import DEFAULT_MODEL
 from fuselip_core.tracking import telemetry
+
+Beside = Literal["published"]
 
 app = typer.Typer(
     help="FuseLIP adapted to radiology: one encoder for images, texts, and images with text.",
@@ -81,14 +83,48 @@ def _add_stage(name: str) -> None:
         size: SizeOption = None,
         artifacts: ArtifactsOption = None,
     ) -> None:
-        values = config.load_settings(_settings_file(settings, recipe), overrides or (), recipe, artifacts, size)
-        summary = getattr(stages, name)(values)
-        if os.environ.get("FUSELIP_SUMMARY") != "off":
-            typer.echo(json.dumps(summary, indent=2 if sys.stdout.isatty() else None, default=str))
+        _run_stage(
+            name, config.load_settings(_settings_file(settings, recipe), overrides or (), recipe, artifacts, size)
+        )
+
+
+def _run_stage(name: str, values: config.Settings) -> None:
+    summary = getattr(stages, name)(values)
+    if os.environ.get("FUSELIP_SUMMARY") != "off":
+        typer.echo(json.dumps(summary, indent=2 if sys.stdout.isatty() else None, default=str))
 
 
 for _name in config.STAGES:
-    _add_stage(_name)
+    if _name != "evaluate":  # which has two more options
+        _add_stage(_name)
+
+
+@app.command(help=f"{stages.evaluate.__doc__} With --model: any models side by side.")
+def evaluate(
+    settings: SettingsOption = None,
+    overrides: SetOption = None,
+    recipe: RecipeOption = None,
+    size: SizeOption = None,
+    artifacts: ArtifactsOption = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="Measure this model instead of the run's; may be repeated. A folder, a hub id, models:/NAME@ALIAS, "
+            "open_clip:NAME or transformers:NAME.",
+        ),
+    ] = None,
+    compare: Annotated[
+        Beside | None, typer.Option("--compare", help="With --model: published numbers in a column of their own.")
+    ] = None,
+) -> None:
+    values = config.load_settings(_settings_file(settings, recipe), overrides or (), recipe, artifacts, size)
+    if models:
+        typer.echo(stages.compare(values, models, compare is not None))
+    elif compare:
+        raise FuselipError("--compare needs --model; name the model whose numbers are to stand beside published ones")
+    else:
+        _run_stage("evaluate", values)
 
 
 @app.command("settings")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.images import checked
-from fuselip_core.model.hub import fetch
+from fuselip_core.model.hub import fetch, quiet
 from fuselip_core.model.weights import CheckpointError, refuse_non_finite
 
 OPEN_CLIP, TRANSFORMERS = "open_clip:", "transformers:"
@@ -119,9 +119,10 @@ def _transformers(name: str, place: str, device: torch.device) -> TwoTowers:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     folder = fetch(place)
-    model, loading = AutoModel.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-    )
+    with quiet():
+        model, loading = AutoModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise FuselipError(f"{name} is a {type(model).__name__}, which has no two towers; give a CLIP or a SigLIP")
     if missing := sorted(loading["missing_keys"]):

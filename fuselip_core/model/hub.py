@@ -62,7 +62,7 @@ def _device(wanted: str | torch.device | None) -> torch.device:
 
 def save_model(model: Model, folder: Path) -> None:
     """Writes configuration, weights (safetensors) and processor to `folder`, which appears whole or not at all."""
-    with atomic_folder(folder) as partial, _quiet():
+    with atomic_folder(folder) as partial, quiet():
         model.save_pretrained(partial)
         FuseLIPProcessor.of_config(model.config).save_pretrained(partial)
         for path in partial.iterdir():
@@ -161,7 +161,7 @@ def _read_json(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own progress bars, which it also draws where nobody looks."""
     from transformers.utils import logging
 
