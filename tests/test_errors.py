@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +27,12 @@ class OutOfMemoryError(RuntimeError):
 )
 def test_sentence(error: Exception, sentence: str) -> None:
     assert sentence_of(error).startswith(sentence) and "\n" not in sentence_of(error)
+
+
+def test_a_warning_is_told_by_its_first_word(repository: Path) -> None:
+    code = (
+        "import logging; from fuselip_core.errors import log_to_stderr; log_to_stderr()\n"
+        "log = logging.getLogger('fuselip'); log.info('going'); log.warning('slow')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True)
+    assert done.stderr == "going\nwarning: slow\n"
