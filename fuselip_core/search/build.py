@@ -174,12 +174,12 @@ def _records(
 
 def _finish(table: Any, folder: str | Path, parts: Parts | None = None) -> None:
     """Full text and, in a large index, approximate search; old versions go, and the parts with them."""
-    from lancedb.index import FTS, HnswSq
+    from lancedb.index import FTS
 
     drop_map(connect(folder))
     table.create_index("caption", config=FTS(), replace=True)
     if table.count_rows() > ANN_ROWS:
-        table.create_index("vector", config=HnswSq(distance_type="cosine"), replace=True)
+        index_vectors(table)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that readers of old versions fail: they are meant to
         table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
@@ -187,3 +187,10 @@ def _finish(table: Any, folder: str | Path, parts: Parts | None = None) -> None:
         place = Path(Path(folder).name if is_remote(folder) else folder)
         parts.write_set_aside(place.with_name(place.name + SET_ASIDE_SUFFIX))
         parts.remove()
+
+
+def index_vectors(table: Any) -> None:
+    """Adds the index of approximate search to a table, or builds it again."""
+    from lancedb.index import HnswSq
+
+    table.create_index("vector", config=HnswSq(distance_type="cosine"), replace=True)

@@ -109,8 +109,10 @@ def schema_of(width: int, model_name: str, model_digest: str) -> pa.Schema:
 def connect(folder: str | Path) -> Any:
     """The database in a folder or at an s3:// address; each read sees the newest state."""
     os.environ.setdefault("LANCE_LOG", "error")  # else every new table is announced on the terminal
-    import lancedb
-
+    try:
+        import lancedb
+    except ImportError as error:
+        raise FuselipError("an index needs lancedb; install fuselip-rocov2[search]") from error
     return lancedb.connect(str(folder), read_consistency_interval=timedelta(0))
 
 
@@ -207,7 +209,11 @@ class Index:
         wanted = offset + limit
         depth = max(wanted * 2, HYBRID_DEPTH)
         while True:
-            rows, are_all = self._ranked(query, words, depth, filters, exact)
+            try:
+                rows, are_all = self._ranked(query, words, depth, filters, exact)
+            except (OSError, RuntimeError):  # somebody changed the index, and the files that were read are gone
+                self._table.checkout_latest()
+                rows, are_all = self._ranked(query, words, depth, filters, exact)
             if query is not None and threshold is not None:
                 are_all = are_all or (words is None and rows[-1]["score"] < threshold)
                 rows = [row for row in rows if row["score"] >= threshold]

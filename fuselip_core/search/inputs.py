@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fuselip_core.data.dicom.listing import DicomPlace
+from fuselip_core.data.dicom.picture import is_dicom
 from fuselip_core.data.download.manifest import provenance_of
 from fuselip_core.data.pair import SPLIT_OF, DataError, ImageEntry, Listing, SetAside, one_line
 from fuselip_core.data.places import Derived, Place
@@ -129,11 +130,6 @@ def kind_of(source: Path) -> str:
         f"{source} holds no pictures ({', '.join(PICTURES)} or DICOM); name the folder that does, or its kind with "
         f"--kind ({', '.join(source_names())})"
     )
-
-
-def is_dicom(head: bytes) -> bool:
-    """Whether a file that begins with `head` (132 bytes) is DICOM, as every such file since 1996 says (PS3.10, 7.1)."""
-    return head[128:132] == b"DICM"
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
