@@ -30,6 +30,7 @@ NOTICE = "Research software, not a medical device. Nothing is sent to anyone els
 MOST_OPTIONS = 500  # of a filter
 HITS = 24
 PREVIEW = 352  # pixels
+MAP_SECONDS = 600.0  # the first time it is computed
 START = "Type words, drop a picture, or do both."
 NOTHING = "Nothing found. Remove a filter, lower the least score, or use other words."
 # Filters are folded on small screens, the back button leads to the search before, and a file may be dropped anywhere.
@@ -213,13 +214,13 @@ class SearchPage:
 
     # ---- what it does ------------------------------------------------------------------------------------------------
 
-    async def tried(self, work: Awaitable[Result], doing: str) -> Result | None:
-        """The result of `work`; None after its error is shown."""
+    async def tried(self, work: Awaitable[Result], doing: str, seconds: float | None = None) -> Result | None:
+        """The result of `work`, for which there is the server's time or `seconds`; None after its error is shown."""
         self.error.set_visibility(False)
         self.spinner.set_visibility(True)
         self.status.text = doing
         try:
-            async with asyncio.timeout(self.engine.limits.seconds):
+            async with asyncio.timeout(seconds or self.engine.limits.seconds):
                 return await work
         except Exception as error:
             self.fail(sentence_for(error)[1])
@@ -345,7 +346,9 @@ class SearchPage:
         """Draws the map when it is first looked at."""
         if self.tabs.value != "Map" or self.map_ids:
             return
-        drawn = await self.tried(self.engine.map(), "Drawing the map, which takes a while the first time …")
+        drawn = await self.tried(
+            self.engine.map(), "Drawing the map, which takes a while the first time …", MAP_SECONDS
+        )
         if drawn is None:
             return
         series: dict[str, list[list[float]]] = {}
