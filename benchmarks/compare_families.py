@@ -45,7 +45,7 @@ from families_runs import (
     all_runs,
     family_run,
 )
-from families_table import JUDGED, TITLES, Results, adaptation_table, codes_table, comparison_table
+from families_table import JUDGED, TITLES, Results, adaptation_table, brain_table, codes_table, comparison_table
 
 from fuselip_core import stages
 from fuselip_core.config import Settings, check_settings, corrected_recipe, merge
@@ -214,12 +214,15 @@ def write_tables(comparison: Comparison) -> None:
     for run in all_runs():
         if comparison.result(run).is_file():
             results.setdefault((run.data, run.label), []).append(json.loads(comparison.result(run).read_text("utf-8")))
-    text = "\n".join([*comparison_table(results), *adaptation_table(results), *codes_table(results)])
-    print(text)
     page = REPOSITORY / "docs" / "results.md"
-    block = f"<!-- families -->\n{text}\n<!-- /families -->"
-    marked = re.compile(r"<!-- families -->.*?<!-- /families -->", re.DOTALL)
-    page.write_text(marked.sub(lambda _: block, page.read_text(encoding="utf-8")), encoding="utf-8")
+    tables = {"brain": brain_table(results)}
+    if any(data != "brain-mri" for data, _ in results):
+        tables["families"] = [*comparison_table(results), *adaptation_table(results), *codes_table(results)]
+    for mark, lines in tables.items():
+        print(*lines, sep="\n")
+        block = "\n".join([f"<!-- {mark} -->", *lines, f"<!-- /{mark} -->"])
+        marked = re.compile(f"<!-- {mark} -->.*?<!-- /{mark} -->", re.DOTALL)
+        page.write_text(marked.sub(lambda _, block=block: block, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def field_and_value(word: str) -> tuple[str, Any]:

@@ -39,7 +39,23 @@ DATA: dict[str, dict[str, Any]] = {
         "evaluate": {"split": "test"},
     },
 }
-TRIED_ON = {"sample": "valid", "medpix": "dev", "vqa-rad": "dev"}  # settings are chosen by these: never by a test split
+# The recipe's own settings but for the length, whose tumours stay visible and whose texts stay true.
+DATA["brain-mri"] = {
+    "recipe": "brain-mri",
+    "prepare": {
+        "root": SHARED / "brain-mri-rocov2",
+        "extra_pairs": ["sentences", "concepts", "statements", "mirrored"],
+    },
+    "tokenize": {"views": 4},
+    "train": {"mixture": {"caption": 0.2, "vqa": 0.8}, "grouped": False},
+    "evaluate": {"split": "test", "transformations": []},
+}
+TRIED_ON = {
+    "sample": "valid",
+    "medpix": "dev",
+    "vqa-rad": "dev",
+    "brain-mri": "valid",
+}  # settings are chosen by these: never by a test split
 # Chosen by trials of the sample, README.md in this folder tells which; the joint encoder keeps what the recipe has.
 TUNED: dict[str, dict[str, Any]] = {
     "fuselip": {},
@@ -115,7 +131,7 @@ def all_runs() -> list[Run]:
     """In the order of their use: should the time run out, what is missing is missing last."""
     runs = [
         family_run(data, family, seed)
-        for data in ("sample", "vqa-rad", "medpix")
+        for data in ("brain-mri", "sample", "vqa-rad", "medpix")
         for seed in SEEDS
         for family in FAMILIES
     ]

@@ -8,7 +8,12 @@ from typing import Any
 
 from families_runs import ABLATIONS, ADAPTATIONS, CODES, FAMILIES, FROM_SCRATCH, SEEDS
 
-TITLES = {"sample": "sample, test", "medpix": "MedPix 2.0, valid", "vqa-rad": "VQA-RAD, test"}
+TITLES = {
+    "brain-mri": "brain MRI, test",
+    "sample": "sample, test",
+    "medpix": "MedPix 2.0, valid",
+    "vqa-rad": "VQA-RAD, test",
+}
 MEASURES = {
     "image → caption, at 1 / 10": ("retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/recall_at_10"),
     "caption → image, at 1 / 10": ("retrieval/text_to_image/recall_at_1", "retrieval/text_to_image/recall_at_10"),
@@ -48,6 +53,18 @@ JUDGED = (
     "answers/fused/mean_reciprocal_rank",
 )
 
+# What the questions on brain MRI ask for; a share is the mean over its questions.
+ASPECTS = {
+    "place": ("where-does-the-tumour-lie", "in-which-third-of-the-picture-is-the-mass"),
+    "size": ("how-large-is-the-lesion", "is-the-tumour-wider-than-40-mm"),
+    "kind": (
+        "what-kind-of-tumour-is-shown",
+        "is-this-a-glioma",
+        "is-this-a-meningioma",
+        "is-this-a-pituitary-tumour",
+    ),
+}
+
 Results = list[dict[str, Any]]  # of one label, a seed each
 
 
@@ -73,6 +90,8 @@ def comparison_table(results: dict[tuple[str, str], Results]) -> list[str]:
     named += [("sample", label, f"early fusion {title}") for label, (title, _) in ABLATIONS.items()]
     named.sort(key=lambda entry: list(TITLES).index(entry[0]))
     for data, label, title in named:
+        if data == "brain-mri":
+            continue  # has a table of its own
         if found := results.get((data, label)):
             steps = f"{found[0]['train']['steps']:,}" + (f" ({len(found)} seeds)" if len(found) != len(SEEDS) else "")
             lines.append(row(TITLES[data], title, *(spread_of(found, names) for names in MEASURES.values()), steps))
@@ -87,6 +106,33 @@ def comparison_table(results: dict[tuple[str, str], Results]) -> list[str]:
                 )
             )
     return lines
+
+
+def brain_table(results: dict[tuple[str, str], Results]) -> list[str]:
+    """Families on brain MRI: answers by what is asked, the kind of tumour from captions, and recall at 10."""
+    heads = ("all questions", *ASPECTS, "kind by captions", "image → caption at 10", "caption → image at 10", "steps")
+    lines = [row("brain MRI, test", *heads), row(*["---"] * (len(heads) + 1))]
+    for label, title in FAMILIES.items():
+        if found := results.get(("brain-mri", label)):
+            cells = _brain_cells(found, "fused", "zero_shot", "recall_at_10")
+            lines.append(row(title, *cells, f"{found[0]['train']['steps']:,}"))
+            cells = _brain_cells(found, "shuffled_image", "other_image", None)
+            lines.append(row(f"{title}, another image", *cells, ""))
+    if found := next((results[key] for key in results if key[0] == "brain-mri"), None):
+        cells = _brain_cells(found[:1], "majority_by_question", "most_frequent", "chance_at_10")
+        lines.append(row("most frequent answer to the question; chance", *cells, ""))
+    return lines if len(lines) > 2 else []
+
+
+def _brain_cells(found: Results, query: str, classes: str, recall: str | None) -> list[str]:
+    for each in found:
+        metrics = each["metrics"]
+        for aspect, questions in ASPECTS.items():
+            values = [metrics[f"answers/{query}/accuracy/{question}"] for question in questions]
+            metrics[f"{query}/{aspect}"] = statistics.mean(values)
+    names = [f"answers/{query}/accuracy", *(f"{query}/{aspect}" for aspect in ASPECTS), f"classes/{classes}/accuracy"]
+    names += [f"retrieval/{way}/{recall}" for way in ("image_to_text", "text_to_image")]
+    return [spread_of(found, [name]) for name in names]
 
 
 def adaptation_table(results: dict[tuple[str, str], Results]) -> list[str]:
