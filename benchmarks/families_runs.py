@@ -43,6 +43,7 @@ DATA: dict[str, dict[str, Any]] = {
 DATA["brain-mri"] = {
     "recipe": "brain-mri",
     "prepare": {
+        "source": "rocov2",
         "root": SHARED / "brain-mri-rocov2",
         "extra_pairs": ["sentences", "concepts", "statements", "mirrored"],
     },

@@ -207,6 +207,9 @@ class TrainSettings(Section):
     codes_from_codebook: Switch = Field(
         False, description="Begin the embeddings of image codes as a projection of the codebook, not as noise."
     )
+    places_from_grid: Switch = Field(
+        False, description="Begin the positions of image codes as features of their places in the image, not as noise."
+    )
     initial_embedding_std: Number = Field(0.02, gt=0, description="Spread of token embeddings at the start.")
     initial_scale: Number = Field(10.0, ge=1.0, le=100.0, description="Factor of similarities at the start.")
     initial_bias: Number = Field(-10.0, le=0.0, description="What is added to scaled similarities at the start.")
@@ -235,13 +238,6 @@ class TrainSettings(Section):
     )
     clip_norm: Number = Field(1.0, gt=0, description="Largest gradient norm.")
     mask_probability: Share = Field(0.1, description="Share of tokens hidden for masked multimodal modelling.")
-    code_dropout: Number = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Share of an image's codes that early fusion leaves out in training, others each time: less to "
-        "compute, and harder to learn by heart.",
-    )
     mask_weight: Number = Field(0.25, ge=0, description="Weight of the masked-token loss; 0 turns it off.")
     all_combinations: Switch = Field(
         False, description="Queries are also each other's negatives, and so are targets (a published option)."

@@ -207,3 +207,24 @@ def test_presets(size: str) -> None:
 def test_unknown_size_is_told() -> None:
     with pytest.raises(FuselipError, match=r"'huge'.*tiny, small, base, large"):
         FuseLIPConfig.of_size("huge")
+
+
+def test_places_of_a_grid_begin_alike_where_they_are_near() -> None:
+    torch.manual_seed(0)
+    model = FuseLIPModel(FuseLIPConfig(width=64, heads=4, layers=1, codebook_size=20, codes_per_image=36))
+    text = model.positional_embedding[36:].clone()
+    model.start_places_from_grid(0.04)
+    places = model.positional_embedding[:36].detach()
+    assert places.std().item() == pytest.approx(0.04, rel=0.01)
+    torch.testing.assert_close(model.positional_embedding[36:], text)
+    similar = F.normalize(places, dim=1) @ F.normalize(places, dim=1).T
+    rows, columns = torch.arange(36) // 6, torch.arange(36) % 6
+    steps = (rows[:, None] - rows).abs() + (columns[:, None] - columns).abs()
+    by_distance = [similar[steps == distance].mean().item() for distance in (0, 1, 2, 4)]
+    assert by_distance == sorted(by_distance, reverse=True) and by_distance[1] > 0.3
+
+
+def test_places_that_are_no_grid_are_one_sentence() -> None:
+    model = FuseLIPModel(FuseLIPConfig(width=32, heads=4, layers=1, codebook_size=20, codes_per_image=128))
+    with pytest.raises(FuselipError, match="128 codes an image are no square grid; set train"):
+        model.start_places_from_grid(0.04)

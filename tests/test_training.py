@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import socket
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from fuselip_core.distributed import World, join_world
 from fuselip_core.encoding.from_codes import TokenEncoder, TokenPairs
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.before_after import compare
-from fuselip_core.model.vocabulary import BEGIN_OF_TEXT
 from fuselip_core.training.build import extend_context, interpolate, trained_weights
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.ema import AveragedWeights
@@ -67,23 +65,6 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(tmp_path: Path, all_com
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_codes_that_are_left_out_leave_the_others_in_their_places(tmp_path: Path) -> None:
-    store, model = random_store(tmp_path / "tokens"), tiny_model()
-    torch.manual_seed(0)
-    rows = np.arange(24)  # every query has an image of four codes, no target has
-    encoder = TokenPairs(model, store, mask_probability=0.0, code_dropout=0.5)
-    first, second = (encoder.inputs(rows, np.random.default_rng(0)) for _ in range(2))
-    whole = TokenPairs(model, store, 0.0).inputs(rows, np.random.default_rng(0))
-    is_code = first.ids >= model.vocabulary.image_offset
-    assert is_code.sum() == 24 * 2 and (whole.ids >= model.vocabulary.image_offset).sum() == 24 * 4
-    begins = first.layout.positions[first.ids == BEGIN_OF_TEXT]
-    assert sorted(begins.tolist()) == [0] * 24 + [4] * 24
-    drawn = Counter(first.layout.positions[is_code].tolist())
-    assert sum(drawn.values()) == 48 and set(drawn) == {0, 1, 2, 3}
-    assert first.ids.tolist() != second.ids.tolist()
-    assert model(first.ids, layout=first.layout).embeddings.isfinite().all()
 
 
 def test_what_saves_memory_changes_no_gradient(tmp_path: Path) -> None:

@@ -62,9 +62,8 @@ class TokenPairs:
 
     looks_ahead = False
 
-    def __init__(self, model: FuseLIPModel, store: Store, mask_probability: float, code_dropout: float = 0.0) -> None:
-        self.model, self.store = model, store
-        self.mask_probability, self.code_dropout = mask_probability, code_dropout
+    def __init__(self, model: FuseLIPModel, store: Store, mask_probability: float) -> None:
+        self.model, self.store, self.mask_probability = model, store, mask_probability
         self.device = next(model.parameters()).device
 
     def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
@@ -72,8 +71,7 @@ class TokenPairs:
 
     def inputs(self, rows: np.ndarray, view_rng: np.random.Generator) -> PackedSides:
         """Pair rows (B) → packed ids, some of them hidden."""
-        sides = gather_sides(self.store, rows, view_rng)
-        return prepare_sides(self.model, sides, self.mask_probability, self.code_dropout)
+        return prepare_sides(self.model, gather_sides(self.store, rows, view_rng), self.mask_probability)
 
     def encode(self, inputs: PackedSides) -> tuple[Tensor, Tensor, Tensor]:
         """See PairEncoder."""
@@ -144,14 +142,9 @@ def encode_sides(
     return encode_packed(model, prepare_sides(model, sides, mask_probability), device)
 
 
-def prepare_sides(
-    model: FuseLIPModel, sides: Sequence[SideTokens], mask_probability: float, code_dropout: float = 0.0
-) -> PackedSides:
-    """Sides of pairs → what the model reads of them, on the CPU, with tokens hidden where a probability is given.
-
-    `code_dropout` is the share of each image's codes that are left out, as FLIP leaves out patches (arXiv 2212.00794).
-    """
-    ids, layout, places = pack_sides(sides, model, code_dropout)
+def prepare_sides(model: FuseLIPModel, sides: Sequence[SideTokens], mask_probability: float) -> PackedSides:
+    """Sides of pairs → what the model reads of them, on the CPU, with tokens hidden where a probability is given."""
+    ids, layout, places = pack_sides(sides, model)
     labels = None
     if mask_probability:
         ids, labels = mask_tokens(ids, model.vocabulary.mask_id, mask_probability)
@@ -167,9 +160,7 @@ def encode_packed(model: FuseLIPModel, inputs: PackedSides, device: torch.device
     return list(embeddings), loss
 
 
-def pack_sides(
-    sides: Sequence[SideTokens], model: FuseLIPModel, code_dropout: float = 0.0
-) -> tuple[Tensor, Layout, Tensor]:
+def pack_sides(sides: Sequence[SideTokens], model: FuseLIPModel) -> tuple[Tensor, Layout, Tensor]:
     """Sides of pairs → packed ids (T) int64 and their layout, on the CPU, and the place in it of each row of all sides.
 
     All sides go through the encoder at once: one look-up, one product a layer, one gradient of the embedding table.
@@ -180,21 +171,17 @@ def pack_sides(
         for images in (True, False):
             rows = np.flatnonzero(has_image == images)
             if len(rows):
-                groups.append(_sequences(side.part(rows), images, model, code_dropout))
+                groups.append(_sequences(side.part(rows), images, model))
                 places.append(rows + before)
         before += len(side)
     ids, layout, order = pack(groups)
     return ids, layout, order[torch.from_numpy(np.argsort(np.concatenate(places)))]
 
 
-def _sequences(side: SideTokens, has_images: bool, model: FuseLIPModel, code_dropout: float) -> Tensor:
-    """Rows that all have an image, or none, as padded joint ids (N, L) int64; codes left out are padding."""
+def _sequences(side: SideTokens, has_images: bool, model: FuseLIPModel) -> Tensor:
+    """Rows that all have an image, or none, as padded joint ids (N, L) int64."""
     text = text_sequence(_to_tensor(side.text_ids), _to_tensor(side.text_lengths))
     images = model.vocabulary.joint_ids(_to_tensor(side.codes)) if has_images else None
-    if images is not None and code_dropout:
-        # As many of every image, so that sequences of one length stay of one length.
-        order = torch.rand(images.shape).argsort(dim=1)
-        images = images.masked_fill(order < round(code_dropout * images.shape[1]), PAD)
     return join(images, text, model.config.context_length)
 
 

@@ -51,8 +51,7 @@ def open_training(
     folders = {"": artifacts / "tokens"} | {name: Path(folder) for name, folder in settings.tokens.items()}
     if isinstance(model, FuseLIPModel):
         store = _joined({name: TokenStore(folder, "train") for name, folder in folders.items()})
-        masked = settings.mask_probability if settings.mask_weight else 0.0
-        return store, TokenPairs(model, store, masked, settings.code_dropout)
+        return store, TokenPairs(model, store, settings.mask_probability if settings.mask_weight else 0.0)
     stores: dict[str, TokenStore] = {}
     first = 0
     for name, folder in folders.items():

@@ -28,6 +28,9 @@ from fuselip_core.model.titok import TiTok, TiTokConfig
 from fuselip_core.model.vocabulary import END_OF_TEXT, IGNORED, PAD, first_end, join, longest_text
 from fuselip_core.model.weights import StrictModel
 
+# Radians across the image of a grid's features: from half a turn, which tells the sides apart, to a few codes a turn.
+LOWEST, HIGHEST = 1.5, 12.0
+
 
 @dataclass
 class FuseLIPOutput(ModelOutput):
@@ -174,6 +177,25 @@ class FuseLIPModel(StrictModel):
         projected = centred @ torch.randn(codebook.shape[1], self.config.width, device=codebook.device)
         rows = self.token_embedding.weight[self.vocabulary.image_offset :]
         rows.copy_(projected * (rows.std() / projected.std()))
+
+    @torch.no_grad()
+    def start_places_from_grid(self, spread: float) -> None:
+        """Sets the positions of image codes to random Fourier features of their places in the image, of size `spread`.
+
+        Codes that lie near each other then begin alike, at several distances (arXiv 2006.10739), so that the model need
+        not find out from the data which code lies beside which. Raises FuselipError unless the codes fill a square.
+        """
+        count, width = self.config.codes_per_image, self.config.width
+        side = math.isqrt(count)
+        if side * side != count:
+            raise FuselipError(f"{count} codes an image are no square grid; set train.places_from_grid=false")
+        axis = (torch.arange(side) + 0.5) / side
+        places = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
+        frequencies = torch.logspace(math.log10(LOWEST), math.log10(HIGHEST), width // 2)
+        angles = places @ (torch.randn(2, width // 2) * frequencies)
+        features = torch.cat([angles.cos(), angles.sin()], dim=1)
+        features = features - features.mean(dim=0)
+        self.positional_embedding[:count] = (features * (spread / features.std())).to(self.positional_embedding)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor | None = None, layout: Layout | None = None, **_: Any

@@ -43,6 +43,8 @@ def _new_fuselip(options: ModelSettings, settings: TrainSettings, tokenizer: TiT
     model.positional_embedding.data.mul_(spread)
     if settings.codes_from_codebook:
         model.start_codes_from(tokenizer.quantize.vectors())
+    if settings.places_from_grid:
+        model.start_places_from_grid(settings.initial_embedding_std)
     return model
 
 
