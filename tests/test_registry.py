@@ -336,8 +336,9 @@ def test_the_last_lines_of_a_run_show_and_serve_the_model(register: Register, st
     require_own_environment()
     registered = register({"recall": 0.4})
     run = Run(REPOSITORY, REPOSITORY, load_settings(recipe="sample"))
-    show, serve, _ = (line.partition("#")[0] for line in next_commands(run, registered))
-    assert show.split() == ["make", "serve-ui"] and serve.startswith("make serve-model MODEL=models:/")
+    printed = [line.partition("#")[0] for line in next_commands(run, registered)]
+    (show,) = (line for line in printed if line.split() == ["make", "serve-ui"])
+    (serve,) = (line for line in printed if line.startswith("make serve-model MODEL=models:/"))
     with served(show, store) as address, urllib.request.urlopen(address, timeout=60) as page:
         assert b"MLflow" in page.read()
     with served(serve, store) as address:
