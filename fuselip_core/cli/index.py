@@ -135,8 +135,8 @@ def search(
     query.require(text, image is not None)
     embedder = load(model or opened.model_name)
     opened.check_model(embedder.digest)
-    values = (tuple(given or ()) for given in (modality, concept, split, source))
-    filters = Filters(*values, indexed_after=after, indexed_before=before)
+    wanted = [tuple(given or ()) for given in (modality, concept, split, source)]
+    filters = Filters(wanted[0], wanted[1], wanted[2], wanted[3], indexed_after=after, indexed_before=before)
     vector = embedder.embed([None if image is None else query.picture_of(image)], [text])[0]
     hits = opened.search(vector, text if hybrid else None, limit, offset, filters, threshold, exact=exact or None)
     if as_json:
