@@ -45,6 +45,7 @@ RANKS = (
     ("evaluation",),
     ("evaluation.report",),
     ("generation", "tokenizer"),
+    ("cards",),
     ("registry",),
     ("search",),
     ("serving",),

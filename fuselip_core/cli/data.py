@@ -151,6 +151,14 @@ def inspect(
 
 
 @app.command()
+def card(folder: Folder) -> None:
+    """Print the data card: counts, modalities, licences, and what was set aside."""
+    from fuselip_core.cards.data_card import data_card
+
+    typer.echo(data_card(folder))
+
+
+@app.command()
 def diff(
     old: Folder,
     new: Folder,

@@ -289,6 +289,7 @@ def _publish(stage: str, summary: Any, work: Path, model: Path, logs: Path) -> s
         return f"report: {logs / 'report' / 'index.html'}"
     if stage == "register":
         shutil.copy(work / "registered.json", logs)
+        shutil.copytree(work / "cards", model, dirs_exist_ok=True)
         return f"registered: {summary['name']} version {summary['version']} on {summary['tracking_uri']}"
     return None
 

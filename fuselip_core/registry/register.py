@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fuselip_core.cards.model_card import FOLDER, write_cards
 from fuselip_core.config import Gate, Settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.comparisons import comparison_rows
@@ -91,7 +92,7 @@ def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float], of: str = "
 
 
 def register_run(settings: Settings) -> dict[str, Any]:
-    """Registers the model of the run in `settings.artifacts` and writes registered.json there; returns its content."""
+    """Writes the cards of the run in `settings.artifacts` and registers its model; returns registered.json."""
     from fuselip_core.model.embedder import Embedder
 
     model, measured = settings.artifacts / "model", settings.artifacts / "metrics.json"
@@ -100,6 +101,7 @@ def register_run(settings: Settings) -> dict[str, Any]:
     metrics, trained = read_numbers(measured), read_numbers(model / "training.json")
     if any(metrics.get(name) != value for name, value in trained.items()):
         raise FuselipError(f"{measured} is of another training than {model}; run the evaluate stage again")
+    write_cards(settings)
     registered = register_model(settings, model, metrics, Embedder.from_pretrained(model, "cpu").width)
     write_json(settings.artifacts / "registered.json", registered)
     return registered
@@ -306,11 +308,12 @@ def _log_version(
         made_from = write_state(Path(folder), settings, metrics)
         client.log_artifacts(run_id, folder, state)
     mlflow.set_tracking_uri(tracking_uri())
+    cards = settings.artifacts / FOLDER
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), _without_advice():
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(SERVED_MODEL),
-            artifacts={"model": str(model)},
+            artifacts={"model": str(model)} | ({"cards": str(cards)} if cards.is_dir() else {}),
             code_paths=[str(PACKAGE)],
             pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
             signature=_signature(width),

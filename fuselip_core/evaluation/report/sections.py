@@ -239,14 +239,28 @@ def training(folder: Path, artifacts: Path, numbers: Metrics) -> Values:
 
 
 def tokenizer(folder: Path, artifacts: Path, numbers: Metrics, reads_codes: bool) -> Values:
-    """Reconstructions, where there are any, and how well the tokenizer keeps each modality, before adaptation too."""
+    """Reconstructions, where there are any, and how well the tokenizer keeps each modality."""
     made = artifacts / "codebook" / "reconstructions.png"
     if made.is_file():
         shutil.copyfile(made, folder / made.name)
+    role = "The encoder sees images only as codes of this tokenizer: what is lost here is lost."
+    if not reads_codes:
+        role = "This run's encoder reads pixels; the tokenizer is that of the joint encoders it is compared with."
+    head, rows = reconstruction(numbers)
+    return {
+        "role": role,
+        "source": data_uri(made.read_bytes(), "png") if made.is_file() else "",
+        "head": head,
+        "rows": rows,
+    }
+
+
+def reconstruction(numbers: Metrics) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Head and rows of a table: how well the tokenizer keeps each modality, now and before its adaptation."""
     place = "codebook/psnr/"
     modalities = sorted(name.removeprefix(place) for name in numbers if name.startswith(place))
     when = ["codebook/before"] * ("codebook/before/psnr" in numbers) + ["codebook"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     if "codebook/psnr" in numbers:
         for title, part in (("PSNR, all", ""), *((f"PSNR, {name}", f"/{name}") for name in modalities)):
             rows.append((title, *(_formatted(numbers, f"{each}/psnr{part}", "{:.1f} dB") for each in when)))
@@ -257,15 +271,7 @@ def tokenizer(folder: Path, artifacts: Path, numbers: Metrics, reads_codes: bool
     ):
         if f"codebook/{name}" in numbers:
             rows.append((title, *(_formatted(numbers, f"{each}/{name}", form) for each in when)))
-    role = "The encoder sees images only as codes of this tokenizer: what is lost here is lost."
-    if not reads_codes:
-        role = "This run's encoder reads pixels; the tokenizer is that of the joint encoders it is compared with."
-    return {
-        "role": role,
-        "source": data_uri(made.read_bytes(), "png") if made.is_file() else "",
-        "head": ["", *["Before adaptation"] * (len(when) - 1), "Value"],
-        "rows": rows,
-    }
+    return ["", *["Before adaptation"] * (len(when) - 1), "Value"], rows
 
 
 def data(manifest: Mapping[str, Any], credits: list[tuple[str, str]]) -> Values:
