@@ -28,7 +28,7 @@ from fuselip_core.files import write_json
 
 OUTPUTS = {
     "prepare": ["prepared"], "codebook": ["codebook"], "tokenize": ["tokens"], "train": ["model", "history.jsonl"],
-    "evaluate": ["report", "metrics.json"], "register": ["registered.json"],
+    "evaluate": ["report", "metrics.json"], "register": ["registered.json", "cards"],
 }
 CONTENT = {
     "metrics.json": {"retrieval/image_to_text/recall_at_1": 0.4, "retrieval/image_to_text/chance_at_1": 0.01},

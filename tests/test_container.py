@@ -165,6 +165,8 @@ def called(workspace: Path, signals: None, monkeypatch: pytest.MonkeyPatch) -> l
         names.append(stage)
         if stage == "register":
             write_json(settings.artifacts / "registered.json", {})
+            (settings.artifacts / "cards").mkdir(exist_ok=True)
+            (settings.artifacts / "cards" / "README.md").write_text("card")
             return {"name": "fuselip-rocov2-tiny", "version": 1, "tracking_uri": "sqlite:///here"}
         folder = settings.artifacts / chain.OUTPUT[stage]
         folder.mkdir(parents=True, exist_ok=True)
@@ -241,6 +243,7 @@ def test_model_and_report_are_delivered_where_registering_fails(
     assert container.main(["train", "tiny"]) == 0
     assert called == ["register"], "the same command only registers"
     assert (logs / "registered.json").is_file()
+    assert (workspace / "models" / "fuselip-rocov2-tiny" / "README.md").read_text() == "card"
 
 
 def test_the_model_is_delivered_where_logs_are_full(
