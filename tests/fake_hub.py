@@ -288,6 +288,8 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             elif route[0] == "uploads":
                 hub.uploads[route[1]] = self.sent
                 self.reply(200, b"")
+            elif route == ["api", "validate-yaml"]:
+                self.json({"errors": [], "warnings": []})
             elif route == ["api", "repos", "create"]:
                 asked = json.loads(self.sent)
                 name = f"{asked.get('organization') or 'me'}/{asked['name']}"
