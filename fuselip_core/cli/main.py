@@ -176,18 +176,6 @@ def card(
 
 
 @app.command()
-def push(
-    model: Annotated[str, typer.Argument(help="Folder, models:/NAME@ALIAS, or a hub id.")],
-    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-) -> None:
-    """Upload a model with its processor and cards to the Hugging Face Hub."""
-    from fuselip_core.cards.push import push_model
-
-    typer.echo(push_model(model, repository, private))
-
-
-@app.command()
 def sample(
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist.")] = Path("data"),
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
