@@ -63,7 +63,8 @@ class Asked:
     def query(self) -> Query:
         """The same for the engine."""
         after = datetime.fromisoformat(self.after) if self.after else None
-        filters = Filters(**self.filters, indexed_after=after)
+        modality, concept, split, source = (self.filters.get(name, ()) for name in FACETS)
+        filters = Filters(modality, concept, split, source, indexed_after=after)
         return Query(self.words or None, self.picture, self.ids, filters, threshold=self.threshold, hybrid=self.hybrid)
 
     @property

@@ -293,8 +293,11 @@ class SearchPage:
 
     async def show_query(self) -> None:
         """Shows the picture that the address names, if there is such a one."""
-        if self.asked.ids and await self.tried(self.engine.item(self.asked.ids[0]), "Searching …"):
-            self._show_picture(thumbnail_of(self.asked.ids[0]))
+        if not self.asked.ids:
+            return
+        found = await self.tried(self.engine.item(self.asked.ids[0]), "Searching …")
+        if found is not None:
+            self._show_picture(thumbnail_of(found.id))
 
     def _show_picture(self, source: str | None) -> None:
         self.preview.set_visibility(source is not None)
