@@ -58,7 +58,7 @@ def test_every_value_names_its_source(tmp_path: Path) -> None:
     expected = {
         "prepare.limit": "default",
         "tokenize.views": "base",
-        "train.epochs": "siglip-sf-rocov2",
+        "train.epochs": "fuselip-rocov2",
         "train.interpolate": "fuselip-rocov2",
         "train.init": "fuselip-rocov2 at size base",
         "train.batch_size": str(path),
