@@ -40,14 +40,15 @@ def edit(path: Path, before: str, after: str) -> None:
 
 
 def test_a_changed_default_runs_the_stages_that_read_it(checkout: Path) -> None:
-    """No recipe states evaluate.examples: its value is the default in config.py."""
+    """No recipe states evaluate.examples: its value is the default in config.py. The model card states settings too."""
     edit(checkout / "fuselip_core" / "config.py", "examples: Int = Field(12,", "examples: Int = Field(13,")
-    assert reproduce(checkout) == ["evaluate"]
+    assert reproduce(checkout) == ["evaluate", "register"]
 
 
 def test_a_changed_base_runs_the_stages_that_read_it(checkout: Path) -> None:
     edit(checkout / "fuselip_core" / "recipes" / "base.yaml", "learning_rate: 0.0005", "learning_rate: 0.0004")
-    assert reproduce(checkout) == ["codebook"]  # which makes what it made before, so that the rest stays
+    # The codebook is what it was before, so that only the card, which states the settings, is written again.
+    assert reproduce(checkout) == ["codebook", "register"]
 
 
 def test_what_changes_no_value_runs_nothing(checkout: Path) -> None:
