@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastapi import FastAPI
+from nicegui import app as pages
 from nicegui import events, ui
 from nicegui.elements.mixins.text_element import TextElement
 from starlette.requests import Request
@@ -61,6 +62,8 @@ def add_page(app: FastAPI, engine: Engine) -> None:
             await shown.show_query()
             await shown.search()
 
+    # Quasar's own bar for requests has no name that a screen reader could say; the page tells its states in words.
+    pages.config.quasar_config["loadingBar"]["skipHijack"] = True
     ui.run_with(app, title="fuselip", dark=None, language="en-US", show_welcome_message=False, reconnect_timeout=30)
 
 
