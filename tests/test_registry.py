@@ -349,7 +349,7 @@ def test_the_last_lines_of_a_run_show_and_serve_the_model(register: Register, st
         assert status == 200
         columns = {"columns": ["image", "text"], "data": [[None, "a"], [float("nan"), float("nan")]]}
         for request, words in (
-            ({"dataframe_records": [{"text": "a"}, {"text": long}]}, "row 1: the text has 5000 tokens"),
+            ({"dataframe_records": [{"text": "a"}, {"text": long}]}, "row 1: the text has more than 2000 characters"),
             ({"dataframe_records": [{"text": 5}]}, "row 0: text is not a string"),
             ({"dataframe_records": [{"text": True}]}, "row 0: text is not a string"),
             ({"dataframe_records": [{"text": ["Smith"]}]}, "row 0: text is not a string"),

@@ -509,7 +509,7 @@ def test_nothing_of_a_request_is_logged_or_counted(
     def fail(*_: Any) -> None:
         raise RuntimeError(NAME)
 
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.DEBUG, "fuselip"):
         client.post("/v1/embeddings", json={"input": [NAME, {"image": NAME}]})
         client.get("/v1/pictures/Smith/thumbnail", params={"q": NAME})
         client.get("/Smith")

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -269,6 +270,7 @@ def test_a_run_names_its_data_and_shows_its_results_as_a_table(settings: Setting
     found = MlflowClient(store).get_run(known["mlflow_run_id"])
     (data,) = (each.dataset for each in found.inputs.dataset_inputs)
     assert (data.name, data.digest, json.loads(data.profile)) == ("phantom", "fedcba9876543210", counts)
+    mlflow.set_tracking_uri(store)  # `load_table` looks where the process did last, whatever its client says
     table = MlflowClient(store).load_table(found.info.experiment_id, "results.json", [known["mlflow_run_id"]])
     rows = table[["metric", "value", "low", "high"]].astype(object).where(table.notna(), None).to_numpy().tolist()
     assert rows == [["pool", 40.0, None, None], ["recall", 0.5, 0.25, 0.75]]

@@ -18,8 +18,9 @@ def fetch_model(address: str) -> Path:
     from mlflow.models import Model
 
     try:
-        # Both, since the registry's default is whatever address this process used last.
-        place = mlflow.artifacts.download_artifacts(address, tracking_uri=tracking_uri(), registry_uri=tracking_uri())
+        # Not as arguments of the next call: MLflow resolves models:/ in the registry that the process used last.
+        mlflow.set_tracking_uri(tracking_uri())
+        place = mlflow.artifacts.download_artifacts(address)
         artifacts = Model.load(place).flavors["python_function"]["artifacts"]
         return Path(place) / artifacts["model"]["path"]
     except KeyError as error:
