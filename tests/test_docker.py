@@ -163,7 +163,7 @@ def test_another_user_trains_stops_resumes_and_registers(mounted: Mounted) -> No
     assert {"config.json", "model.safetensors"} <= {path.name for path in model.iterdir()}
     assert (mounted.logs / model.name / "report" / "index.html").is_file()
     with sqlite3.connect(mounted.logs / "mlflow" / "mlflow.db") as store:
-        assert store.execute("SELECT name, version FROM model_versions").fetchall() == [("fuselip-rocov2", 1)]
+        assert store.execute("SELECT name, version FROM model_versions").fetchall() == [("fuselip-rocov2-tiny", 1)]
     assert json.loads((mounted.logs / model.name / "registered.json").read_text())["version"] == 1
     for folder in (mounted.models, mounted.logs):
         assert {path.stat().st_uid for path in folder.rglob("*")} == {USER}
@@ -210,7 +210,9 @@ def test_the_registered_model_is_served_as_in_the_stack(mounted: Mounted) -> Non
     if not (mounted.logs / "mlflow" / "mlflow.db").is_file():
         pytest.skip("needs the model of the tests before")
     service = services()["models"]
-    words = [re.sub("^--model-uri=.*", "--model-uri=models:/fuselip-rocov2/1", word) for word in service["command"]]
+    words = [
+        re.sub("^--model-uri=.*", "--model-uri=models:/fuselip-rocov2-tiny/1", word) for word in service["command"]
+    ]
     assert words != service["command"] and service["read_only"]
     options = ("--read-only", "--tmpfs", service["tmpfs"][0], "-v", f"{mounted.logs}:/workspace/logs")
     options += ("-e", "MLFLOW_TRACKING_URI=sqlite:////workspace/logs/mlflow/mlflow.db")

@@ -317,6 +317,20 @@ def test_more_loss_than_allowed_stops_and_is_gone_on_from(raw: Path, tmp_path: P
     assert {name: (tmp_path / "prepared" / name).stat().st_ino for name in finished} == finished
 
 
+def test_a_limit_does_not_make_the_same_losses_a_larger_share(raw: Path, tmp_path: Path) -> None:
+    root = tmp_path / "raw"
+    shutil.copytree(raw, root)
+    captions = root / "train_captions.csv"
+    lines = captions.read_text(encoding="utf-8").splitlines()
+    lines[-2:] = [line.partition(",")[0] + "," for line in lines[-2:]]
+    captions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for limit in (None, 4):
+        manifest = prepare_data(settings(root, limit=limit), tmp_path / f"prepared-{limit}")
+        assert manifest["quarantine"]["empty_caption"] == 2
+    with pytest.raises(DataError, match="2 of 58 samples"):
+        prepare_data(settings(root, limit=4, most_set_aside=0.03), tmp_path / "prepared")
+
+
 def test_copies_of_held_out_images_are_no_loss(raw: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(raw / "test_images.zip") as archive:
         copies = [archive.read(name) for name in archive.namelist()]

@@ -47,7 +47,15 @@ PAIRS_A_SHARD = 1 << 20
 # Left out on purpose, or no image in the first place: not counted as lost. Every other reason is.
 NOT_LOST = frozenset(
     {"image_in_held_out", "case_in_held_out", "copy_in_held_out", "near_copy_in_held_out"}
-    | {"short_caption", "listed_for_another_split", "not_dicom", "no_pixels", "derived_object", "burned_in_text"}
+    | {
+        "short_caption",
+        "placeholder_caption",
+        "listed_for_another_split",
+        "not_dicom",
+        "no_pixels",
+        "derived_object",
+        "burned_in_text",
+    }
 )
 
 
@@ -75,7 +83,7 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
         images = write_images(plan, settings, work, origin)
         tables = _write_tables(plan, images, work)
         reasons = _write_quarantine(work / QUARANTINE, chain(plan.set_aside, _set_aside(images), tables.set_aside))
-        _refuse_losses(tables, reasons, plan, settings, work, archive)
+        _refuse_losses(tables, reasons, plan, settings, work, archive, len(listing.images))
         shards = [*_named(images), *tables.shards]
         manifest = {
             "tool_version": tool_version(),
@@ -221,10 +229,12 @@ def _refuse_losses(
     settings: PrepareSettings,
     work: Path,
     archive: bool,
+    image_count: int,
 ) -> None:
     """Raises DataError where nothing is left, a split lost every image, or more was lost than is allowed.
 
-    archive: the data set has no texts at all, so that its images alone are enough.
+    archive: the data set has no texts at all, so that its images alone are enough. image_count: its images with those
+    that `prepare.limit` leaves out, since what the listing lost, it lost of all of them.
     """
     names_each = f"{work / QUARANTINE} names each"
     needed = ("images",) if archive else ("pairs", "candidates")
@@ -238,6 +248,8 @@ def _refuse_losses(
             raise DataError(f"split '{split}' of {settings.root} lost every image ({_said(why)}); {names_each}")
     lost = Counter({reason: count for reason, count in _by_reason(reasons).items() if reason not in NOT_LOST})
     total = sum(part["images"] for part in tables.counts.values()) + lost.total()
+    if settings.limit is not None:
+        total = max(total, image_count)
     if lost.total() > settings.most_set_aside * total:
         raise DataError(
             f"{lost.total():,} of {total:,} samples of {settings.root} are unusable ({_said(lost)}), more than the "
