@@ -45,6 +45,9 @@ import time
 def prepare(settings):
     print("step 1", file=sys.stderr, flush=True)
     time.sleep(300)
+
+
+codebook = tokenize = train = evaluate = register = prepare
 """
 
 
