@@ -18,8 +18,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import schemathesis
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
 from make_dicom import picture, save
 from PIL import Image
 
@@ -39,6 +42,7 @@ from fuselip_core.serving.run import read_key
 
 NAME = "Mr Smith"  # must come back in no sentence and no line of the log
 LOCAL = "http://127.0.0.1"
+SCHEMA_SECONDS = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -592,3 +596,41 @@ def test_an_index_of_another_model_and_damaged_weights_are_refused_at_start(
     write_json(tmp_path / "empty" / "x.json", {})
     with pytest.raises(FuselipError, match="there is no index"):
         open_engine(None, tmp_path / "empty", Limits())
+
+
+@pytest.fixture
+def address(embedder: Embedder, index_folder: Path) -> Iterator[str]:
+    """Address of a real server in a thread."""
+    config = uvicorn.Config(create_app(engine_of(embedder, index_folder)), port=0, log_level="error", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"{LOCAL}:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.mark.long
+def test_no_request_that_the_document_allows_or_forbids_ends_in_a_500(address: str) -> None:
+    schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
+    late, made = time.monotonic() + SCHEMA_SECONDS, set()
+    operations = [operation.ok() for operation in schema.get_all_operations()]
+    assert len(operations) >= 11
+    while time.monotonic() < late:
+        for operation in operations:
+
+            @settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy())
+            def ask(case: Any) -> None:
+                answer = case.call()
+                assert answer.status_code < 500, case.as_curl_command()
+                if answer.status_code == 200 and "json" in answer.headers.get("content-type", ""):
+                    assert "NaN" not in answer.text and "Infinity" not in answer.text
+                elif answer.status_code >= 400:
+                    assert answer.json()
+                made.add((case.operation.path, answer.status_code))
+
+            ask()
+    assert {("/v1/embeddings", 200), ("/v1/search", 422), ("/v1/answers", 422), ("/health", 200)} <= made
