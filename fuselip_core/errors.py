@@ -23,13 +23,18 @@ class Interrupted(FuselipError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+def one_line(error: BaseException) -> str:
+    """The error's own words without line breaks and indentation; "" where it has none."""
+    return " ".join(str(error).split())
+
+
 def sentence_of(error: Exception) -> str:
     """What went wrong and what to do, on one line."""
     if isinstance(error, FuselipError):
-        return " ".join(str(error).split())
+        return one_line(error)
     if isinstance(error, OSError):
         return _of_system(error)
-    kind, said = type(error).__name__, " ".join(str(error).split())[:300]
+    kind, said = type(error).__name__, one_line(error)[:300]
     if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, of a GPU
         return f"memory ran out ({said or kind}); lower train.batch_size, or raise train.accumulation, and try again"
     return f"unforeseen {kind} ({said}); run again with --debug for the traceback, and please report it"

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.files import foreign_content
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
@@ -95,7 +95,7 @@ def checked(picture: Image.Image, max_megapixels: float = MOST_MEGAPIXELS) -> Im
     except UnreadableImage:
         raise
     except DECODER_ERRORS as error:
-        raise UnreadableImage("damaged_image", " ".join(str(error).split()) or type(error).__name__) from error
+        raise UnreadableImage("damaged_image", one_line(error) or type(error).__name__) from error
 
 
 def _upright(picture: Image.Image) -> Image.Image:

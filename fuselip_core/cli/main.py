@@ -74,6 +74,12 @@ def _settings_file(given: Path | None, recipe: str | None) -> Path | None:
     return found if given is None and recipe is None and found.is_file() else given
 
 
+def _load(
+    given: Path | None, overrides: list[str] | None, recipe: str | None, size: str | None, artifacts: Path | None
+) -> config.Settings:
+    return config.load_settings(_settings_file(given, recipe), overrides or (), recipe, artifacts, size)
+
+
 def _add_stage(name: str) -> None:
     @app.command(name, help=getattr(stages, name).__doc__)
     def run(
@@ -83,9 +89,7 @@ def _add_stage(name: str) -> None:
         size: SizeOption = None,
         artifacts: ArtifactsOption = None,
     ) -> None:
-        _run_stage(
-            name, config.load_settings(_settings_file(settings, recipe), overrides or (), recipe, artifacts, size)
-        )
+        _run_stage(name, _load(settings, overrides, recipe, size, artifacts))
 
 
 def _run_stage(name: str, values: config.Settings) -> None:
@@ -118,7 +122,7 @@ def evaluate(
         Beside | None, typer.Option("--compare", help="With --model: published numbers in a column of their own.")
     ] = None,
 ) -> None:
-    values = config.load_settings(_settings_file(settings, recipe), overrides or (), recipe, artifacts, size)
+    values = _load(settings, overrides, recipe, size, artifacts)
     if models:
         typer.echo(stages.compare(values, models, compare is not None))
     elif compare:
@@ -170,7 +174,7 @@ def card(
     """Write the cards of a measured run, one of its model and one of its data, into its folder cards/."""
     from fuselip_core.cards.model_card import write_cards
 
-    values = config.load_settings(_settings_file(settings, recipe), overrides or (), recipe, artifacts, size)
+    values = _load(settings, overrides, recipe, size, artifacts)
     for path in sorted(write_cards(values).iterdir()):
         typer.echo(path)
 

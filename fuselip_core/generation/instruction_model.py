@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.files import read_json
 from fuselip_core.generation.generated_questions import CaptionRow
 
@@ -30,7 +30,7 @@ class InstructionModel:
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise FuselipError(
                 f"the instruction model '{name}' cannot be loaded ({reason}); give a folder that holds one, or accept "
                 "its licence on the Hub and log in"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.images import checked
 from fuselip_core.model.hub import fetch, quiet
 from fuselip_core.model.weights import CheckpointError, refuse_non_finite
@@ -96,7 +96,7 @@ def load_comparison(name: str, device: torch.device) -> TwoTowers:
         raise
     # Both libraries fetch, read and build what the address says, and fail in as many ways.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200] or type(error).__name__
         raise CheckpointError(
             f"{name} cannot be opened ({reason}); check the name, the connection and HF_HUB_OFFLINE, or give a folder"
         ) from error

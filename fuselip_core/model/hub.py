@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.files import atomic_folder
 from fuselip_core.model.fetch import fetch
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
@@ -126,7 +126,7 @@ def _build(folder: Path, names: set[str]) -> Model:
         raise
     # A configuration can be wrong in as many ways as torch, transformers and open_clip can say no.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200] or type(error).__name__
         raise CheckpointError(f"the configuration in {folder} describes no model ({reason}); mend it") from error
 
 

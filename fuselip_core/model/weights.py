@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 
 Shape = tuple[int, ...]
 NAMED = 4  # names told of each kind of misfit
@@ -43,7 +43,7 @@ def read_weights(folder: Path, remedy: str = "fetch it again") -> dict[str, Tens
             f"{path} is no readable checkpoint (damaged, or it holds more than tensors, which is never run); {remedy}"
         ) from error
     except (OSError, RuntimeError, EOFError, safetensors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise CheckpointError(f"{path} is no readable checkpoint ({reason}); {remedy}") from error
     state = _without_wrappers(state)
     refuse_non_finite(state, path, remedy)

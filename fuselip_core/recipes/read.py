@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 
 RECIPE_FOLDER = Path(__file__).parent
 BASE = "base"  # parent of all recipes, and none itself
@@ -98,7 +98,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise SettingsError(f"no settings file at {path}; give another with --settings") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: other bytes than UTF-8
-        raise SettingsError(f"{path} is no valid YAML: {_one_line(error)}") from error
+        raise SettingsError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must hold a mapping of sections")
     return content
@@ -149,14 +149,10 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         nested: Any = yaml.load(value, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
-        raise SettingsError(f"the value of '{text}' is no valid YAML: {_one_line(error)}") from error
+        raise SettingsError(f"the value of '{text}' is no valid YAML: {one_line(error)}") from error
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return dict(nested)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any], whole: Collection[str] = WHOLE) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.tracking.services import tracking_uri
 
 
@@ -26,5 +26,5 @@ def fetch_model(address: str) -> Path:
     except KeyError as error:
         raise FuselipError(f"{address} is no encoder of this project; name one that `fuselip register` made") from error
     except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise FuselipError(f"{tracking_uri()} has no {address} ({reason}); see MLFLOW_TRACKING_URI") from error

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fuselip_core.cards.model_card import FOLDER, write_cards
 from fuselip_core.config import Gate, Settings
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.evaluation.comparisons import comparison_rows
 from fuselip_core.files import read_json, read_numbers, sha256_of, write_json
 from fuselip_core.registry.state import STATE_FOLDER, write_state
@@ -125,7 +125,7 @@ def register_model(settings: Settings, model: Path, metrics: Mapping[str, float]
         raise
     # The registry's store may fail in any way it likes: MLflow passes on what its database or its disk raises.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise FuselipError(
             f"the registry {tracking_uri()} did not take the model ({reason}); see that it answers and run the same "
             "command again, which only registers"
@@ -285,7 +285,7 @@ def fetch_state(uri: str, folder: Path) -> tuple[str, str, Path]:
         with _without_advice():
             place = client.download_artifacts(str(found.run_id), found.tags["state"], str(folder))
     except MlflowException as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise FuselipError(f"{tracking_uri()} has no {uri} ({reason}); see MLFLOW_TRACKING_URI") from error
     return found.name, str(found.version), Path(place)
 

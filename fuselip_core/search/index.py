@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, looks_same
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.search import DEFAULT_INDEX
 from fuselip_core.search.query import require
 
@@ -150,7 +150,7 @@ class Index:
         except (KeyError, TypeError) as error:
             raise FuselipError(f"{folder} holds a table that is no index of this project; {remedy}") from error
         except (OSError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise FuselipError(f"the index in {folder} cannot be read ({reason}); {remedy}") from error
 
     def __len__(self) -> int:

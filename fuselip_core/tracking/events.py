@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.files import find_json, write_json
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -128,7 +128,7 @@ class EventLog:
     def _note_failure(self, service: Service, error: Exception) -> None:
         logger.debug("%s failed", service.name, exc_info=True)
         if self._paused_until[service.name] == 0.0:
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            reason = one_line(error)[:400] or type(error).__name__
             what = reason if isinstance(error, FuselipError) else f"{service.name} does not answer ({reason})"
             logger.warning(
                 "%s. The run goes on; its events stay in %s, and `fuselip sync` sends them later", what, self.folder

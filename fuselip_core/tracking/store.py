@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 from filelock import FileLock
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.files import atomic_write
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def require_answer(uri: str) -> None:
         raise
     # A wrong address fails in as many ways as there are servers, drivers and schemes.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise FuselipError(
             f"no MLflow answers at {uri} ({reason}); start it, or correct MLFLOW_TRACKING_URI (empty: a local store)"
         ) from error

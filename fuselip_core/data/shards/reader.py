@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fuselip_core.data.pair import SPLITS, DataError, Side
 from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, MADE_SCHEMA, PAIR_SCHEMA
+from fuselip_core.errors import one_line
 from fuselip_core.files import read_json
 
 MANIFEST = "manifest.json"
@@ -169,10 +170,10 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except pa.ArrowException as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise DataError(f"{path} is damaged ({reason}); {AGAIN}") from error
     except OSError as error:
         if error.errno is not None:  # of the disk, and told as such
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise DataError(f"{path} is damaged ({reason}); {AGAIN}") from error

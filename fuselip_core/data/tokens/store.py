@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, one_line
 
 ABSENT = -1  # row index of a side that has no image, or no text
 ANSWER_TYPES = ("", "closed", "open")  # index = code in the answer_type column
@@ -192,7 +192,7 @@ class TokenStore:
         return array
 
     def _damaged(self, path: Path, error: Exception) -> FuselipError:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         return FuselipError(f"{path} is damaged ({reason}); delete {self.folder} and tokenize again")
 
 
