@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from needs import missing
-from playwright.sync_api import Page, Request, WebSocket, expect, sync_playwright
+from chromium import opened_browser, opened_page
+from playwright.sync_api import Page, expect
 from prefect_stack import Served
 
 from fuselip_core.data.phantom.data_set import draw_data_set
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
-# The browser itself must not look around either: what is counted are the pages' requests.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
-HERE = r"((https?|wss?)://127\.0\.0\.1[:/]|data:|blob:|about:)"
-PATIENCE_MS = 60_000
 RUN_SECONDS = 900.0
 NAME = "from-the-page"
 # Small enough for a test.
@@ -54,30 +48,9 @@ def outside() -> list[str]:
 
 @pytest.fixture
 def page(outside: list[str], tmp_path: Path) -> Iterator[Page]:
-    """A page of Debian's Chromium, without a screen, that reaches nothing but this machine."""
-    program = shutil.which("chromium")
-    if not program:
-        missing("needs Chromium (Debian's package chromium)")
-
-    def note(asked: Request | WebSocket) -> None:
-        if not re.match(HERE, asked.url):
-            outside.append(asked.url)
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        context = browser.new_context(viewport={"width": 1280, "height": 900}, service_workers="block")
-        context.route(re.compile(f"^(?!{HERE})"), lambda route: route.abort())
-        context.on("request", note)
-        context.set_default_timeout(PATIENCE_MS)
-        expect.set_options(timeout=PATIENCE_MS)
-        page = context.new_page()
-        page.on("websocket", note)
-        try:
-            yield page
-        finally:
-            say(f"the last page was {page.url}; it looked like {tmp_path / 'last.png'}")
-            page.screenshot(path=tmp_path / "last.png")
-            browser.close()
+    size = {"width": 1280, "height": 900}
+    with opened_browser() as browser, opened_page(browser, outside, tmp_path / "last.png", viewport=size) as page:
+        yield page
 
 
 def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from fuselip_core.lock import sole_process
 from fuselip_core.search.embed import SET_ASIDE_SUFFIX, UNCHANGED, Embedded, Judge, Outcome, Parts
 from fuselip_core.search.index import ANN_ROWS, TABLE, Index, connect, drop_map, is_remote, quoted, schema_of
 from fuselip_core.search.inputs import Archive, Row
+from fuselip_core.search.originals import note_place
 
 if TYPE_CHECKING:
     from fuselip_core.model.embedder import Embedder
@@ -159,6 +160,7 @@ def _records(
         row, look = item.row, item.look
         record = {name: getattr(row, name) for name in OF_ROW} | {"stamp": item.stamp, "indexed_at": now}
         record |= {"vector": item.vector, "caption": row.caption or row.text or "", "sha256": ""}
+        record["origin"] = row.origin or note_place(row.image)
         if look:
             grey = look.mark.thumbnail.tobytes()
             record |= {"sha256": look.sha256, "thumbnail": look.thumbnail, "bits": look.mark.bits, "grey": grey}

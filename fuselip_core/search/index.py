@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, looks_same
 from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.search import DEFAULT_INDEX
+from fuselip_core.search.originals import read_original
 from fuselip_core.search.query import require
 
 TABLE, MAP_TABLE = "pictures", "map"
@@ -90,7 +91,7 @@ NO_FILTERS = Filters()
 
 def schema_of(width: int, model_name: str, model_digest: str) -> pa.Schema:
     """Columns of the table; its metadata names the model."""
-    texts = ("id", "caption", "modality", "case", "split", "source", "licence", "place", "sha256", "stamp")
+    texts = ("id", "caption", "modality", "case", "split", "source", "licence", "place", "origin", "sha256", "stamp")
     about = {"model_name": model_name, "model_digest": model_digest, "width": width}
     return pa.schema(
         [
@@ -230,6 +231,11 @@ class Index:
     def get(self, name: str) -> Hit:
         """The picture with this id; raises FuselipError where there is none."""
         return _hit(self._named([name], (*SHOWN, "indexed_at"))[name] | {"score": 1.0}, 0)
+
+    def original(self, name: str) -> bytes | None:
+        """The file of this picture, read where it was indexed; None where it is not there as it was."""
+        row = self._named([name], ("id", "origin", "sha256"))[name]
+        return read_original(row["origin"], row["sha256"])
 
     def map(self) -> tuple[list[str], NDArray[np.float32]]:
         """Ids of at most MOST_ON_MAP pictures and their places on a plane (N, 2), like beside like (UMAP).

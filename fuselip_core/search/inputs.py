@@ -24,6 +24,7 @@ from fuselip_core.data.table_reader import SUFFIXES as TABLES
 from fuselip_core.data.table_reader import columns_of, read_table
 from fuselip_core.data.walk import files_below
 from fuselip_core.images import SUFFIXES as PICTURES
+from fuselip_core.search.originals import note_prepared
 
 IMAGE_COLUMNS = ("image", "file_name")
 TEXT_COLUMNS = ("text", "caption")
@@ -38,7 +39,7 @@ class Row:
 
     image: the bytes of an image file, where they are, or None. text: is embedded, with the image where there is one.
     caption: is shown and searched by words, not embedded. place: where a person finds the picture; empty for DICOM,
-    whose paths may name people.
+    whose paths may name people. origin: where a program finds it (`originals`), for an image that is given as bytes.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Row:
     source: str = ""
     licence: str = ""
     place: str = ""
+    origin: str = ""
 
     def stamp(self) -> str:
         """A hash that changes with the row; of a picture in a file, with the file's size and date."""
@@ -65,7 +67,7 @@ class Row:
                 image = "missing"  # is set aside when it is read
             else:
                 image = f"{image!r} {status.st_size} {status.st_mtime_ns}"
-        stated = [getattr(self, name) for name in self.__slots__ if name != "image"]
+        stated = [getattr(self, name) for name in self.__slots__ if name not in ("image", "origin")]
         return hashlib.sha256(repr((image, stated)).encode(errors="surrogateescape")).hexdigest()
 
 
@@ -207,20 +209,21 @@ def _of_prepared(prepared: PreparedData, name: str | None) -> Iterator[Row]:
             for row in batch.to_pylist()
             if row["kind"] == "caption"
         )
-        for batch in prepared.iter_images(split, columns, batch_rows=64):
-            for row in batch.to_pylist():
-                yield Row(
-                    id=row["image_id"],
-                    image=row["bytes"],
-                    caption=captions.of(row["image_id"]),
-                    concepts=tuple(names.get(code, code) for code in row["concepts"] or ()),
-                    modality=row["modality"] or "",
-                    case=row["case"] or "",
-                    split=split,
-                    source=name or row["source"] or "",
-                    licence=row["licence"] or "",
-                    place=row["attribution"] or "",
-                )
+        rows = (row for batch in prepared.iter_images(split, columns, batch_rows=64) for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            yield Row(
+                id=row["image_id"],
+                image=row["bytes"],
+                caption=captions.of(row["image_id"]),
+                concepts=tuple(names.get(code, code) for code in row["concepts"] or ()),
+                modality=row["modality"] or "",
+                case=row["case"] or "",
+                split=split,
+                source=name or row["source"] or "",
+                licence=row["licence"] or "",
+                place=row["attribution"] or "",
+                origin=note_prepared(prepared.folder, split, number),
+            )
 
 
 def _of_listing(kind: str, root: Path, name: str, listing: Listing, set_aside: OnSetAside) -> Iterator[Row]:

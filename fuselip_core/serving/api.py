@@ -136,19 +136,20 @@ def _add_search(app: FastAPI, engine: Engine) -> None:
         fields = {name: getattr(asked, name) for name in ("text", "image", "limit", "offset", "threshold", "hybrid")}
         filters = Filters(**dict(asked.filters))
         query = Query(**fields, ids=asked.id, filters=filters, fold=asked.fold, truncate=asked.truncate)
-        return schemas.SearchAnswer(data=found(await engine.search(query), asked.offset), model=engine.name)
+        hits, note = await engine.search(query)
+        return schemas.SearchAnswer(data=found(hits, asked.offset), model=engine.name, note=note)
 
     @app.post("/v1/answers", tags=["search"], openapi_extra=_body_of(schemas.AnswersRequest, upload=True))
     async def answers(request: Request) -> schemas.AnswersAnswer:
         """Answers to a question about a picture, the most likely first."""
         asked = await read_body(request, schemas.AnswersRequest)
         _check_model(engine, asked.model)
-        ranked = await engine.answers(asked.image, asked.id, asked.question, asked.answers, asked.truncate)
+        ranked, note = await engine.answers(asked.image, asked.id, asked.question, asked.answers, asked.truncate)
         data = [
             schemas.RankedAnswer(rank=rank, answer=asked.answers[place], score=score, index=place)
             for rank, (place, score) in enumerate(ranked, 1)
         ]
-        return schemas.AnswersAnswer(data=data, model=engine.name)
+        return schemas.AnswersAnswer(data=data, model=engine.name, note=note)
 
     @app.get("/v1/pictures/{name:path}/thumbnail", tags=["search"], response_class=Response)
     async def thumbnail(name: str) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,6 +15,7 @@ from fuselip_core.search.index import Filters
 from fuselip_core.serving.engine import Query
 
 FACETS = {"modality": "Modality", "concept": "Concept", "split": "Split", "source": "Source"}
+MOST_SAID = 60  # characters of the words that the page repeats
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class Asked:
         modality, concept, split, source = (self.filters.get(name, ()) for name in FACETS)
         filters = Filters(modality, concept, split, source, indexed_after=after)
         return Query(self.words or None, self.picture, self.ids, filters, threshold=self.threshold, hybrid=self.hybrid)
+
+    @property
+    def said(self) -> str:
+        """The query in words, without its filters."""
+        words = self.words.strip()
+        parts = ["the picture"] if self.ids or self.picture else []
+        parts += [f"“{textwrap.shorten(words, MOST_SAID, placeholder=' …')}”"] if words else []
+        return " with ".join(parts)
 
     @property
     def is_empty(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -108,17 +110,17 @@ class Engine:
             tokens = min(len(self._tokenizer.encode(words)), self._tokenizer.context_length - 2)
         return None if picture is None else self.embedder.pixels(picture), words, tokens
 
-    async def search(self, query: Query) -> list[Hit]:
-        """The nearest pictures of the index, best first; raises Refusal, NotFound or TooBusy."""
+    async def search(self, query: Query) -> tuple[list[Hit], str]:
+        """The nearest pictures of the index, best first, and a note about them; raises Refusal, NotFound or TooBusy."""
         index = self._index()
         text = query.text if query.text and query.text.strip() else None
         if text and not any(letter.isalnum() for letter in text):
             raise Refusal("the words hold no letter and no digit; type what to look for")
-        image = query.image
+        image, note = query.image, ""
         if query.ids and image is not None:
             raise Refusal("there are both an image and an id; give one of them")
         if query.ids and text:
-            image = (await self.item(query.ids[0])).thumbnail  # the picture, changed by the words
+            image, note = await self.picture(query.ids[0])  # changed by the words
         if image is None and text is None and not query.ids:
             raise Refusal("there is nothing to look for; give a text, an image, both, or an id")
         if image is None and text is None:
@@ -133,7 +135,7 @@ class Engine:
         )
         if query.ids:
             hits = [hit for hit in hits if hit.id not in query.ids][query.offset :]
-        return list(hits[: query.limit])
+        return list(hits[: query.limit]), note
 
     async def _mean_of(self, index: Index, ids: tuple[str, ...]) -> Vectors:
         try:
@@ -153,10 +155,23 @@ class Engine:
         except FuselipError:
             raise NotFound("the index has no picture of that id") from None
 
+    async def picture(self, name: str) -> tuple[bytes, str]:
+        """The original of a picture, or its small copy and a note that says so; raises NotFound."""
+        small = (await self.item(name)).thumbnail
+        original = await self._in_index(self._index().original, name)
+        if original is None:
+            return small, "The original picture could not be read where it was indexed; its small copy was used."
+        if math.prod(Image.open(io.BytesIO(original)).size) > self.limits.megapixels * 1e6:
+            return small, "The original picture is larger than this server reads; its small copy was used."
+        return original, ""
+
     async def answers(
         self, image: Any, name: str | None, question: str, candidates: Sequence[str], truncate: bool = False
-    ) -> list[tuple[int, float]]:
-        """Places of `candidates` with their cosine to image and question, best first; raises Refusal or NotFound."""
+    ) -> tuple[list[tuple[int, float]], str]:
+        """Places of `candidates` with their cosine to image and question, best first, and a note about them.
+
+        Raises Refusal or NotFound.
+        """
         if (image is None) == (name is None):
             raise Refusal("give the picture to ask about, as an image or as an id of the index")
         if not question.strip():
@@ -166,12 +181,12 @@ class Engine:
         for row, candidate in enumerate(candidates):
             if not candidate.strip():
                 raise Refusal(f"answer {row} is empty; write one or leave it out")
-        picture = image if name is None else (await self.item(name)).thumbnail
+        picture, note = (image, "") if name is None else await self.picture(name)
         # As in training: answers are lower case, on one line.
         rows = [(picture, question), *((None, answer_text(candidate)) for candidate in candidates)]
         vectors, _ = await self.embed(rows, truncate)
         scores = vectors[1:] @ vectors[0]
-        return [(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")]
+        return [(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")], note
 
     async def facets(self) -> Mapping[str, Mapping[str, int]]:
         """Counts by modality, concept, split and source; counted again when the number of pictures has changed."""

@@ -267,14 +267,16 @@ class SearchPage:
     async def show_more(self) -> None:
         """Adds the next hits."""
         query = replace(self.asked.query, limit=HITS, offset=len(self.hits))
-        hits = await self.tried(self.engine.search(query), "Searching …")
-        if hits is None:
+        answer = await self.tried(self.engine.search(query), "Searching …")
+        if answer is None:
             return
+        hits, note = answer
         for hit in hits:
             self._add_hit(hit)
         self.hits += hits
         self.more.set_visibility(len(hits) == HITS)
-        self.status.text = f"{len(self.hits)} pictures, the nearest first." if self.hits else NOTHING
+        found = f"{len(self.hits)} pictures, the nearest to {self.asked.said} first."
+        self.status.text = f"{found if self.hits else NOTHING} {note}"
 
     async def take_upload(self, event: events.UploadEventArguments) -> None:
         """Chooses the uploaded picture, and searches for what is like it."""
@@ -338,15 +340,16 @@ class SearchPage:
         self.ranked.clear()
         name = self.asked.ids[0] if self.asked.ids and self.asked.picture is None else None
         work = self.engine.answers(self.asked.picture, name, self.question.value or "", answers)
-        ranked = await self.tried(work, "Ranking …")
-        if ranked is None:
+        answer = await self.tried(work, "Ranking …")
+        if answer is None:
             return
+        ranked, note = answer
         with self.ranked:
             for place, score in ranked:
                 with ui.element("li"):
                     Text("span", f"{answers[place]} ")
                     Text("span", f"{score:.3f}", "fl-quiet")
-        self.status.text = f"{len(ranked)} answers, the nearest first."
+        self.status.text = f"{len(ranked)} answers, the nearest first. {note}"
 
     async def show_map(self) -> None:
         """Draws the map when it is first looked at."""
@@ -387,6 +390,7 @@ def map_options(series: Mapping[str, list[list[float]]]) -> dict[str, object]:
     grey = {"color": "#808890"}
     points = {"type": "scatter", "symbolSize": 7, "cursor": "pointer"}
     return {
+        "animation": False,
         "legend": {"type": "scroll", "textStyle": grey},
         "grid": {"left": 8, "right": 8, "top": 40, "bottom": 8},
         "xAxis": axis,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 MOST_ANSWERS = 200
+NOTE = "Says so where the small copy of a picture stood in for its original; empty otherwise."
 
 
 def _text_or_bytes(value: Any) -> Any:
@@ -126,6 +127,7 @@ class SearchAnswer(BaseModel):
     object: Literal["list"] = "list"
     data: list[Found]
     model: str
+    note: str = Field("", description=NOTE)
 
 
 class AnswersRequest(Request):
@@ -149,6 +151,7 @@ class AnswersAnswer(BaseModel):
     object: Literal["list"] = "list"
     data: list[RankedAnswer]
     model: str
+    note: str = Field("", description=NOTE)
 
 
 class Fault(BaseModel):
