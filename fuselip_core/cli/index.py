@@ -65,8 +65,18 @@ def add(
     from fuselip_core.search import build as builder
     from fuselip_core.search.index import Index
 
-    embedder = load(model or Index.open(index).model_name)
+    embedder = load(model or Index.open(index).model_address)
     typer.echo(f"{index}: {builder.add(archive, index, embedder, kind, name).sentence()}")
+
+
+@app.command()
+def update(
+    archive: Archive, index: IndexOption = DEFAULT_INDEX, model: ModelOption = DEFAULT_MODEL, kind: KindOption = None
+) -> None:
+    """Bring an index up to date: build it again where the model has changed, else add what is new or has changed."""
+    from fuselip_core.search import build as builder
+
+    typer.echo(f"{index}: {builder.update(archive, index, load(model), kind).sentence()}")
 
 
 @app.command()
@@ -133,7 +143,7 @@ def search(
 
     opened = Index.open(index)
     query.require(text, image is not None)
-    embedder = load(model or opened.model_name)
+    embedder = load(model or opened.model_address)
     opened.check_model(embedder.digest)
     wanted = [tuple(given or ()) for given in (modality, concept, split, source)]
     filters = Filters(wanted[0], wanted[1], wanted[2], wanted[3], indexed_after=after, indexed_before=before)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fuselip_core.errors import FuselipError
 from fuselip_core.search import DEFAULT_INDEX
 
 ModelOption = Annotated[
@@ -45,8 +46,17 @@ def app(
     port: PortOption = 8000,
     api_key_file: KeyOption = None,
     allow_urls: UrlsOption = False,
+    compare_index: Annotated[
+        str | None, typer.Option("--compare-index", help="Index of another model, whose hits are shown beside.")
+    ] = None,
+    compare_model: Annotated[
+        str | None, typer.Option("--compare-model", help="That model; the one of --compare-index if left out.")
+    ] = None,
 ) -> None:
     """Serve the same with a page to search on: http://127.0.0.1:8000."""
     from fuselip_core.serving.run import serve as run
 
-    run(model, index, host, port, api_key_file, allow_urls, page=True)
+    if compare_model and not compare_index:
+        raise FuselipError("--compare-model needs the index that this model has built; name it with --compare-index")
+    compared = (compare_model, compare_index) if compare_index else None
+    run(model, index, host, port, api_key_file, allow_urls, page=True, compared=compared)

@@ -28,3 +28,13 @@ def fetch_model(address: str) -> Path:
     except (MlflowException, OSError) as error:
         reason = one_line(error)[:200]
         raise FuselipError(f"{tracking_uri()} has no {address} ({reason}); see MLFLOW_TRACKING_URI") from error
+
+
+def pin_version(address: str) -> str:
+    """models:/NAME/VERSION for models:/NAME@ALIAS, which may mean another version tomorrow; other names unchanged."""
+    name, alias = address.removeprefix("models:/").rpartition("@")[::2]
+    if not address.startswith("models:/") or not name:
+        return address
+    from mlflow import MlflowClient
+
+    return f"models:/{name}/{MlflowClient(tracking_uri()).get_model_version_by_alias(name, alias).version}"

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import platformdirs
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import full_disk_named
 from fuselip_core.lock import sole_process
+from fuselip_core.registry.address import pin_version
 from fuselip_core.search.embed import SET_ASIDE_SUFFIX, UNCHANGED, Embedded, Judge, Outcome, Parts
 from fuselip_core.search.index import ANN_ROWS, TABLE, Index, connect, drop_map, is_remote, quoted, schema_of
 from fuselip_core.search.inputs import Archive, Row
@@ -43,7 +45,8 @@ def build(
 ) -> Outcome:
     """Builds the index in `folder` of the rows of `source`; an older one is replaced when the new one is whole."""
     with _sole_builder(folder) as work:
-        parts = Parts(work, schema_of(embedder.width, embedder.name, embedder.digest), _records)
+        schema = schema_of(embedder.width, embedder.name, embedder.digest, pin_version(embedder.name))
+        parts = Parts(work, schema, _records)
         outcome = parts.write(Archive(source, kind, name), embedder, batch_size, _judge({}))
         if not outcome.rows:
             raise FuselipError(f"{source} holds nothing that can be indexed ({outcome.sentence()}); name another")
@@ -68,7 +71,7 @@ def add(
     with _sole_builder(folder) as work:
         table = connect(folder).open_table(TABLE)
         known = {row["id"]: row for row in table.search().select(["id", "stamp", "sha256", "place"]).to_list()}
-        schema = schema_of(index.width, index.model_name, index.model_digest)
+        schema = _schema(index)
         parts = Parts(work, schema, lambda items: _records(items, known), salt=str(table.version))
         outcome = parts.write(Archive(source, kind, name), embedder, batch_size, _judge(known))
         if outcome.rows:
@@ -76,6 +79,15 @@ def add(
             merge.execute(parts.batches())
         _finish(table, folder, parts)
     return outcome
+
+
+def update(source: Path, folder: str | Path, embedder: Embedder, kind: str | None = None) -> Outcome:
+    """Brings an index up to date: as `add`, or as `build` where it is of another model, or not there yet."""
+    try:
+        same = Index.open(folder).model_digest == embedder.digest
+    except FuselipError:
+        same = False
+    return (add if same else build)(source, folder, embedder, kind)
 
 
 def remove(folder: str | Path, case: str | None = None, ids: Sequence[str] = ()) -> int:
@@ -92,8 +104,7 @@ def remove(folder: str | Path, case: str | None = None, ids: Sequence[str] = ())
         if count:
             # Not `delete`, which marks rows and keeps them in their files.
             rest = table.search().where(f"NOT ({condition})").to_batches(1024)
-            schema = schema_of(index.width, index.model_name, index.model_digest)
-            table = database.create_table(TABLE, rest.cast(schema), mode="overwrite")
+            table = database.create_table(TABLE, rest.cast(_schema(index)), mode="overwrite")
         _finish(table, folder)  # also where an earlier removal was killed before its files were gone
         if not count:
             raise FuselipError(f"the index in {folder} has no picture of {case or ', '.join(ids)}; nothing is removed")
@@ -134,6 +145,10 @@ def _sole_builder(folder: str | Path) -> Iterator[Path]:
     busy = FuselipError(f"another process changes the index in {folder}; wait for it, or name another folder")
     with sole_process(work.with_suffix(".lock"), busy), full_disk_named(work):
         yield work
+
+
+def _schema(index: Index) -> pa.Schema:
+    return schema_of(index.width, index.model_name, index.model_digest, index.model_address)
 
 
 def _judge(known: Mapping[str, Mapping[str, Any]]) -> Judge:

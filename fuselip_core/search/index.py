@@ -89,10 +89,10 @@ class Filters:
 NO_FILTERS = Filters()
 
 
-def schema_of(width: int, model_name: str, model_digest: str) -> pa.Schema:
-    """Columns of the table; its metadata names the model."""
+def schema_of(width: int, model_name: str, model_digest: str, model_address: str) -> pa.Schema:
+    """Columns of the table; its metadata names the model, and the address of just this version of it."""
     texts = ("id", "caption", "modality", "case", "split", "source", "licence", "place", "origin", "sha256", "stamp")
-    about = {"model_name": model_name, "model_digest": model_digest, "width": width}
+    about = {"model_name": model_name, "model_digest": model_digest, "model_address": model_address, "width": width}
     return pa.schema(
         [
             *((name, pa.string()) for name in texts),
@@ -109,7 +109,7 @@ def schema_of(width: int, model_name: str, model_digest: str) -> pa.Schema:
 
 def connect(folder: str | Path) -> Any:
     """The database in a folder or at an s3:// address; each read sees the newest state."""
-    os.environ.setdefault("LANCE_LOG", "error")  # else every new table is announced on the terminal
+    os.environ.setdefault("LANCEDB_LOG", "error")  # else every new table is announced on the terminal
     try:
         import lancedb
     except ImportError as error:
@@ -128,6 +128,10 @@ def drop_map(database: Any) -> None:
         database.drop_table(MAP_TABLE)
 
 
+class ReplacedIndex(FuselipError):
+    """The index was built again with another model, so it is another one."""
+
+
 class Index:
     """An index that was built; safe to use from many threads, and beside a process that adds or removes."""
 
@@ -135,7 +139,7 @@ class Index:
         self.folder, self._table = folder, table
         about = json.loads(table.schema.metadata[METADATA])
         self.model_name, self.model_digest = str(about["model_name"]), str(about["model_digest"])
-        self.width = int(about["width"])
+        self.model_address, self.width = str(about["model_address"]), int(about["width"])
 
     @classmethod
     def open(cls, folder: str | Path = DEFAULT_INDEX) -> Index:
@@ -184,7 +188,7 @@ class Index:
         if digest != self.model_digest:
             raise FuselipError(
                 f"the index in {self.folder} was built with {self.model_name} (digest {self.model_digest[:12]}), not "
-                f"with the model in use (digest {digest[:12]}); use that model, or build the index again"
+                f"with the model in use (digest {digest[:12]}); use that model, or run `fuselip index update`"
             )
 
     def search(
@@ -205,7 +209,7 @@ class Index:
         content.
         """
         require(words, vector is not None)
-        self._require_same_model()
+        self.require_same_model()
         query = None if vector is None else self._unit(vector)
         wanted = offset + limit
         depth = max(wanted * 2, HYBRID_DEPTH)
@@ -215,6 +219,7 @@ class Index:
             except (OSError, RuntimeError):  # somebody changed the index, and the files that were read are gone
                 self._table.checkout_latest()
                 rows, are_all = self._ranked(query, words, depth, filters, exact)
+            self.require_same_model()
             if query is not None and threshold is not None:
                 are_all = are_all or (words is None and rows[-1]["score"] < threshold)
                 rows = [row for row in rows if row["score"] >= threshold]
@@ -280,11 +285,11 @@ class Index:
             )
         return query / np.float32(norm)
 
-    def _require_same_model(self) -> None:
-        """An index that was built again, with another model, is another index."""
+    def require_same_model(self) -> None:
+        """Raises ReplacedIndex where the index was built again with another model since it was opened."""
         about = json.loads(self._table.schema.metadata[METADATA])
         if about["model_digest"] != self.model_digest:
-            raise FuselipError(f"the index in {self.folder} was built again with another model; open it again")
+            raise ReplacedIndex(f"the index in {self.folder} was built again with another model; open it again")
 
     def _ranked(
         self, query: NDArray[np.float32] | None, words: str | None, depth: int, filters: Filters, exact: bool | None

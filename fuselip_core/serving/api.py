@@ -42,14 +42,19 @@ FAULTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: Engine, api_key: str | None = None, local: bool = True) -> FastAPI:
-    """The server of `engine`. `local`: it answers only to the names of this machine."""
+def create_app(
+    engine: Engine, api_key: str | None = None, local: bool = True, compared: Engine | None = None
+) -> FastAPI:
+    """The server of `engine`. `local`: it answers only to the names of this machine. `compared` runs for the page."""
+    engines = [engine, *([compared] if compared else [])]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.batcher.start()
+        for each in engines:
+            each.start()
         yield
-        await engine.batcher.stop()
+        for each in engines:
+            await each.stop()
 
     app = FastAPI(
         title="fuselip",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from torch import Tensor
 from fuselip_core.data.pair import answer_text
 from fuselip_core.errors import FuselipError
 from fuselip_core.request_rules import Refusal, fit_text, read_row
-from fuselip_core.search.index import Filters, Hit, Index
+from fuselip_core.search.index import Filters, Hit, Index, ReplacedIndex
 from fuselip_core.serving.batching import Batcher, Row
 from fuselip_core.serving.limits import Limits, NotFound, ServingError
 from fuselip_core.serving.metrics import Metrics
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from fuselip_core.model.embedder import Embedder
 
 Vectors = NDArray[np.float32]
+FOLLOW_SECONDS = 10.0  # how often it is looked whether the index is of another model now
+logger = logging.getLogger("fuselip")
 
 
 @dataclass(frozen=True)
@@ -49,24 +52,59 @@ class Query:
 
 
 class Engine:
-    """A model, an index if there is one, and the threads that work for both."""
+    """A model, an index if there is one, and the threads that work for both.
+
+    Where the index is built again with another model, that is loaded too. `name` is what clients call the model.
+    """
 
     def __init__(
         self, name: str, embedder: Embedder, index: Index | None, limits: Limits, allow_urls: bool = False
     ) -> None:
-        self.name, self.embedder, self.index, self.limits = name, embedder, index, limits
-        self.allow_urls, self.metrics = allow_urls, Metrics()
+        self.name, self.limits, self.allow_urls, self.metrics = name, limits, allow_urls, Metrics()
+        self._take(embedder, index)
         self.batcher = Batcher(self._embed_batch, limits, self.metrics.batch_rows.observe)
         self._decoders = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
         self._searchers = ThreadPoolExecutor(2, thread_name_prefix="search")
-        self._facets: tuple[int, Mapping[str, Mapping[str, int]]] | None = None
-        self._tokenizer = embedder.processor.text_tokenizer
+        self._follower: asyncio.Task[None] | None = None
 
-    def warm_up(self) -> None:
-        """Loads what the first request would have to wait for: the tokenizer's tables, and what torch compiles."""
-        side = self.embedder.processor.size
-        picture = self.embedder.pixels(Image.new("RGB", (side, side)))
-        self.embedder.embed([picture, None, picture], [None, "warm up", "warm up"])
+    def _take(self, embedder: Embedder, index: Index | None) -> None:
+        self.embedder, self.index = embedder, index
+        self._tokenizer = embedder.processor.text_tokenizer
+        self._facets: tuple[int, Mapping[str, Mapping[str, int]]] | None = None
+
+    def start(self) -> None:
+        """Starts to serve; call it in the running event loop."""
+        self.batcher.start()
+        self._follower = asyncio.get_running_loop().create_task(self._follow())
+
+    async def stop(self) -> None:
+        """Ends after the batch that runs."""
+        if self._follower is not None:
+            self._follower.cancel()
+        await self.batcher.stop()
+
+    async def _follow(self) -> None:
+        said = ""
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                await asyncio.to_thread(self.follow)
+            except Exception as error:
+                if str(error) != said:
+                    logger.error("the index was built again and cannot be served: %s", error)
+                said = str(error)
+
+    def follow(self) -> None:
+        """Takes index and model anew where the index was built again with another one; raises FuselipError."""
+        if self.index is None:
+            return
+        try:
+            self.index.require_same_model()
+        except ReplacedIndex:
+            logger.info("%s was built again with another model, which is loaded now", self.index.folder)
+            embedder, index = open_pair(self.name, self.index.folder)
+            warm_up(embedder)
+            self._take(embedder, index)
 
     def _embed_batch(self, rows: Sequence[Row]) -> Vectors:
         try:
@@ -130,9 +168,13 @@ class Engine:
         words = text if query.hybrid and image is None else None
         # The pictures asked about are no answer; without them it is counted from the first.
         first, wanted = (0, query.offset + query.limit + len(query.ids)) if query.ids else (query.offset, query.limit)
-        hits = await self._in_index(
-            index.search, vector, words, wanted, first, query.filters, query.threshold, query.fold
-        )
+        try:
+            hits = await self._in_index(
+                index.search, vector, words, wanted, first, query.filters, query.threshold, query.fold
+            )
+        except ReplacedIndex:
+            sentence = "the index was built again with another model, which is being loaded; try again in a moment"
+            raise ServingError(sentence) from None
         if query.ids:
             hits = [hit for hit in hits if hit.id not in query.ids][query.offset :]
         return list(hits[: query.limit]), note
@@ -231,15 +273,30 @@ def open_engine(model: str | None, index: str | Path | None, limits: Limits, all
 
     Without `model` it is the one that the index was made with.
     """
+    name = Index.open(index).model_name if model is None and index is not None else model
+    if name is None:
+        raise FuselipError("there is neither a model nor an index to serve; give --model, --index or both")
+    embedder, opened = open_pair(name, index)
+    warm_up(embedder)
+    return Engine(name, embedder, opened, limits, allow_urls)
+
+
+def open_pair(model: str, index: str | Path | None) -> tuple[Embedder, Index | None]:
+    """The model, and the index that was made with it; raises FuselipError where they do not fit.
+
+    An alias that has moved on since the index was made means the version of then.
+    """
     from fuselip_core import Embedder
 
     opened = None if index is None else Index.open(index)
-    name = model if model is not None or opened is None else opened.model_name
-    if name is None:
-        raise FuselipError("there is neither a model nor an index to serve; give --model, --index or both")
-    embedder = Embedder.from_pretrained(name)
+    embedder = Embedder.from_pretrained(opened.model_address if opened and model == opened.model_name else model)
     if opened is not None:
         opened.check_model(embedder.digest)
-    engine = Engine(name, embedder, opened, limits, allow_urls)
-    engine.warm_up()
-    return engine
+    return embedder, opened
+
+
+def warm_up(embedder: Embedder) -> None:
+    """Loads what the first request would have to wait for: the tokenizer's tables, and what torch compiles."""
+    side = embedder.processor.size
+    picture = embedder.pixels(Image.new("RGB", (side, side)))
+    embedder.embed([picture, None, picture], [None, "warm up", "warm up"])

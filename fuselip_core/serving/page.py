@@ -47,14 +47,17 @@ addEventListener('drop', event => {
 Result = TypeVar("Result")
 
 
-def add_page(app: FastAPI, engine: Engine) -> None:
-    """Puts the page at / of `app`; once in a process, since NiceGUI has one set of pages."""
+def add_page(app: FastAPI, engine: Engine, compared: Engine | None = None) -> None:
+    """Puts the page at / of `app`; once in a process, since NiceGUI has one set of pages.
+
+    With `compared` every search is made by both models, and what they find stands side by side.
+    """
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
     @ui.page("/", title="fuselip: search")
     async def page(request: Request) -> None:
         ui.add_css(style)
-        shown = SearchPage(engine, Asked.of_address(request.query_params), await engine.facets())
+        shown = SearchPage(engine, compared, Asked.of_address(request.query_params), await engine.facets())
         shown.build()
         await ui.context.client.connected()
         ui.run_javascript(IN_BROWSER % shown.upload.id)
@@ -78,9 +81,13 @@ class Text(TextElement):
 class SearchPage:
     """One visitor's page."""
 
-    def __init__(self, engine: Engine, asked: Asked, facets: Mapping[str, Mapping[str, int]]) -> None:
+    def __init__(
+        self, engine: Engine, compared: Engine | None, asked: Asked, facets: Mapping[str, Mapping[str, int]]
+    ) -> None:
         self.engine, self.asked, self.facets = engine, asked, facets
-        self.hits: list[Hit] = []
+        self.engines = [engine, *([compared] if compared else [])]
+        self.lists: list[ui.element] = []  # of hits, one for each engine
+        self.shown = 0  # hits asked for in the lists
         self.map_ids: dict[tuple[str, int], str] = {}
 
     # ---- what is on it -----------------------------------------------------------------------------------------------
@@ -163,8 +170,9 @@ class SearchPage:
             found, ask, plane = ui.tab("Pictures"), ui.tab("Question"), ui.tab("Map")
         with ui.tab_panels(self.tabs, value=found).classes("w-full").props("keep-alive"):
             with ui.tab_panel(found):
-                Text("h2", "Pictures found", "sr-only")
-                self.list = ui.element("ul").classes("fl-hits").props('aria-label="Pictures found"')
+                with ui.element("div").classes("fl-columns"):
+                    for engine in self.engines:
+                        self._build_hits(engine)
                 self.more = ui.button("Show more", on_click=self.show_more).props("outline").classes("mt-4")
                 self.more.set_visibility(False)
             with ui.tab_panel(ask):
@@ -172,6 +180,15 @@ class SearchPage:
             with ui.tab_panel(plane):
                 Text("p", "Pictures that are alike lie side by side. A click searches for more like one.", "fl-quiet")
                 self.plane = ui.element("div").classes("w-full")
+
+    def _build_hits(self, engine: Engine) -> None:
+        alone = len(self.engines) == 1
+        with ui.element("section"):
+            title = "Pictures found" if alone else f"Pictures found by {engine.name}"
+            Text("h2", title, "sr-only" if alone else "fl-model")
+            hits = ui.element("ul").classes("fl-hits")
+            hits.props["aria-label"] = title
+            self.lists.append(hits)
 
     def _build_question(self) -> None:
         Text("p", "Answers are ranked by how near they lie to the picture and the question together.", "fl-quiet")
@@ -182,7 +199,7 @@ class SearchPage:
         ui.button("Rank answers", icon="sort", on_click=self.rank).classes("mt-2")
         self.ranked = ui.element("ol").classes("fl-answers mt-4").props('aria-label="Ranked answers"')
 
-    def _add_hit(self, hit: Hit) -> None:
+    def _add_hit(self, hit: Hit, place: ui.element) -> None:
         caption = hit.caption or hit.id
         facts = [
             f"score {hit.score:.3f}",
@@ -192,8 +209,9 @@ class SearchPage:
             hit.licence and f"licence {hit.licence}",
         ]
         facts += [f"{hit.folded} equal pictures"] if hit.folded else []
-        with self.list, ui.element("li").classes("fl-hit"):
-            ui.element("img").props(f'src="{thumbnail_of(hit.id)}" loading="lazy" alt=""')
+        with place, ui.element("li").classes("fl-hit"):
+            # The API serves the small copies of the first index alone.
+            ui.element("img").props(f'src="{source_of(hit, place is self.lists[0])}" loading="lazy" alt=""')
             with ui.element("div").classes("fl-words"):
                 Text("h3", caption)
                 Text("p", " · ".join(fact for fact in facts if fact), "fl-quiet")
@@ -259,24 +277,27 @@ class SearchPage:
         """Shows the first hits, and the query in the address."""
         self.tabs.set_value("Pictures")
         ui.navigate.history.push(self.asked.address)
-        self.hits = []
-        self.list.clear()
+        self.shown = 0
+        for place in self.lists:
+            place.clear()
         self.more.set_visibility(False)
         await self.show_more()
 
     async def show_more(self) -> None:
         """Adds the next hits."""
-        query = replace(self.asked.query, limit=HITS, offset=len(self.hits))
-        answer = await self.tried(self.engine.search(query), "Searching …")
-        if answer is None:
+        query = replace(self.asked.query, limit=HITS, offset=self.shown)
+        work = asyncio.gather(*(engine.search(query) for engine in self.engines))
+        answers = await self.tried(work, "Searching …")
+        if answers is None:
             return
-        hits, note = answer
-        for hit in hits:
-            self._add_hit(hit)
-        self.hits += hits
-        self.more.set_visibility(len(hits) == HITS)
-        found = f"{len(self.hits)} pictures, the nearest to {self.asked.said} first."
-        self.status.text = f"{found if self.hits else NOTHING} {note}"
+        for place, (hits, _) in zip(self.lists, answers, strict=True):
+            for hit in hits:
+                self._add_hit(hit, place)
+        most = max(len(hits) for hits, _ in answers)
+        self.shown += most
+        self.more.set_visibility(most == HITS)
+        found = f"{self.shown} pictures, the nearest to {self.asked.said} first."
+        self.status.text = f"{found if self.shown else NOTHING} {answers[0][1]}"
 
     async def take_upload(self, event: events.UploadEventArguments) -> None:
         """Chooses the uploaded picture, and searches for what is like it."""
@@ -375,13 +396,22 @@ class SearchPage:
         await self.search_like(self.map_ids[event.series_name, event.data_index])
 
 
+def source_of(hit: Hit, is_served: bool) -> str:
+    """Address of the small copy of a hit, or the copy itself as a data URI."""
+    return thumbnail_of(hit.id) if is_served else data_uri(hit.thumbnail)
+
+
+def data_uri(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
 def preview_of(data: bytes, max_megapixels: float) -> str:
     """A small JPEG of an image or DICOM file as a data URI; raises Refusal."""
     picture = read_picture(data, "the file", max_megapixels)
     picture.thumbnail((PREVIEW, PREVIEW))
     stream = io.BytesIO()
     picture.convert("RGB").save(stream, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return data_uri(stream.getvalue())
 
 
 def map_options(series: Mapping[str, list[list[float]]]) -> dict[str, object]:

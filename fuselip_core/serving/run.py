@@ -27,19 +27,24 @@ def serve(
     api_key_file: Path | None = None,
     allow_urls: bool = False,
     page: bool = False,
+    compared: tuple[str | None, str] | None = None,
 ) -> None:
-    """Answers requests on host:port until it is stopped; raises FuselipError where it cannot begin."""
+    """Answers requests on host:port until it is stopped; raises FuselipError where it cannot begin.
+
+    compared: model and index whose hits the page shows beside the others.
+    """
     key = None if api_key_file is None else read_key(api_key_file)
     # Parsers of pictures quote their files in warnings.
     warnings.simplefilter("ignore")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with _listen(host, port) as listener:
         engine = open_engine(model, index, Limits(), allow_urls)
-        app = create_app(engine, key, local=host in LOOPBACK)
+        beside = open_engine(*compared, Limits()) if compared else None
+        app = create_app(engine, key, local=host in LOOPBACK, compared=beside)
         if page:
             from fuselip_core.serving.page import add_page
 
-            add_page(app, engine)
+            add_page(app, engine, beside)
         address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
         logger.info("%s: %s/%s (Ctrl-C ends it)", engine.name, address, "" if page else "docs")
         # No access log: uvicorn's quotes the query of an address.
