@@ -36,12 +36,12 @@ WORDS = ["[PAD]", "[UNK]", "[END]", "a", "skull", "chest"]
 END = WORDS.index("[END]")
 
 
-def open_clip_folder(folder: Path) -> str:
-    """A tiny CLIP with random weights, as open_clip publishes one."""
+def open_clip_folder(folder: Path, tokens: int = 12) -> str:
+    """A tiny CLIP with random weights, as open_clip publishes one; it reads `tokens` of a text."""
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
-        "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        "text_cfg": {"context_length": tokens, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
     }
     torch.manual_seed(0)
     folder.mkdir()
