@@ -35,6 +35,8 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, OSError):
         return _of_system(error)
     kind, said = type(error).__name__, one_line(error)[:300]
+    if "database or disk is full" in said:  # SQLite's, of MLflow's store
+        return _of_system(OSError(errno.ENOSPC, "", "MLflow's store"))
     if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, of a GPU
         return f"memory ran out ({said or kind}); lower train.batch_size, or raise train.accumulation, and try again"
     return f"unforeseen {kind} ({said}); run again with --debug for the traceback, and please report it"

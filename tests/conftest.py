@@ -7,12 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from prefect_stack import Served, serve
-from repository_copy import copy_of, copy_with_stand_ins
+from repository_copy import (
+    add_environment,
+    bare_environment,
+    copy_of,
+    copy_repository,
+    copy_with_stand_ins,
+    dvc,
+)
 from training_data import small_settings, write_raw
 
 from fuselip_core import stages
 from fuselip_core.config import Settings
+from fuselip_core.data.phantom.data_set import draw_data_set
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -46,6 +55,38 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository with stand-ins for the stages and a little data; to be copied, not changed."""
     return copy_with_stand_ins(tmp_path_factory.mktemp("template") / "repository")
+
+
+# `make demo` in seconds, with a model that becomes champion.
+SMALL = {
+    "prepare": {"root": "data"},
+    "codebook": {"steps": 4, "batch_size": 16},
+    "train": {"steps": 6, "batch_size": 16, "validate_every": 6, "checkpoint_every": 6},
+    "evaluate": {"examples": 2},
+    "register": {"gates": []},
+}
+
+
+@pytest.fixture(scope="session")
+def demo_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with an environment of its own, a small sample and few steps."""
+    folder = copy_repository(tmp_path_factory.mktemp("demo") / "repository")
+    draw_data_set(folder / "data", 0, {"train": 64, "valid": 24, "test": 24})
+    (folder / "data.dvc").unlink(missing_ok=True)
+    dvc(folder, "add", "-q", "data")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump({**params, **SMALL}))
+    add_environment(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(demo_checkout: Path) -> subprocess.CompletedProcess[str]:
+    """`make demo` there, as it ended."""
+    environment = bare_environment(demo_checkout.parent / "home")
+    return subprocess.run(
+        ["make", "demo"], cwd=demo_checkout, capture_output=True, text=True, env=environment, timeout=500
+    )
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,26 @@ def copy_repository(target: Path) -> Path:
     return target
 
 
+def add_environment(folder: Path) -> None:
+    """A .venv of the copy's own, as `make setup` leaves it: the copy's code with the packages of this environment."""
+    mine, target = Path(sys.prefix), folder / ".venv"
+    shutil.copytree(mine / "bin", target / "bin", symlinks=True)
+    for program in (target / "bin").iterdir():
+        if not program.is_symlink() and (text := program.read_bytes()).startswith(b"#!"):
+            program.write_bytes(text.replace(os.fsencode(mine), os.fsencode(target)))
+    shutil.copy2(mine / "pyvenv.cfg", target)
+    packages = Path("lib", f"python{sys.version_info.major}.{sys.version_info.minor}", "site-packages")
+    (target / packages).mkdir(parents=True)
+    (target / packages / "copy.pth").write_text(f"{folder}\n{mine / packages}\n")
+    (target / ".complete").write_text(str(folder))
+
+
+def bare_environment(home: Path) -> dict[str, str]:
+    """What a shell has in which no environment is activated and nothing is configured."""
+    threads = {name: value for name, value in os.environ.items() if name.endswith("_NUM_THREADS")}
+    return {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(home), **threads}
+
+
 def copy_with_stand_ins(target: Path) -> Path:
     """A copy whose stages are the stand-ins above, with a little data; the real stages are `real_stages` there."""
     folder = copy_repository(target)

@@ -65,6 +65,33 @@ def test_recipe_and_its_own_size_are_kept(workspace: Path) -> None:
     assert (settings.recipe, settings.model.size, settings.prepare.source) == ("vqa-rad", "tiny", "vqa-rad")
 
 
+def test_too_little_memory_is_said_before_anything_starts(workspace: Path, small_memory: list[str]) -> None:
+    """With a limit of 600 MB, as of `docker run -m 600m`, and in the first seconds."""
+    (workspace / "ROCOv2_data" / "train_captions.csv").write_text("ID,Caption\n")
+    command = [*small_memory, sys.executable, "-m", "fuselip_core.container", "train", "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: this container has 0.6 GB of memory, and size tiny takes at least 1.0; raise --memory, or choose a "
+        "smaller size"
+    )
+
+
+@pytest.fixture
+def small_memory() -> Iterator[list[str]]:
+    """Words before a command that give it 600 MB."""
+    group = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory").is_dir() else Path("/sys/fs/cgroup")
+    group /= f"fuselip-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = next(group / name for name in ("memory.limit_in_bytes", "memory.max") if (group / name).exists())
+        limit.write_text("600000000")
+    except (OSError, StopIteration):
+        pytest.skip("needs the right to make a control group with a memory limit")
+    yield ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")]
+    group.rmdir()
+
+
 @pytest.mark.parametrize(
     ("words", "recipe", "size"),
     [([], "fuselip-rocov2", "small"), (["base"], "fuselip-rocov2", "base"), (["tiny"], "rocov2-tiny", "tiny")],

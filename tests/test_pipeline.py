@@ -9,36 +9,20 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 from mlflow import MlflowClient
-from repository_copy import copy_of, copy_repository, dvc, run_flow, terminate_flow
+from repository_copy import copy_of, dvc, run_flow, terminate_flow
 
-from fuselip_core.data.phantom.data_set import draw_data_set
-
-SMALL = {
-    "prepare": {"root": "data"},
-    "codebook": {"steps": 4, "batch_size": 16},
-    "train": {"steps": 6, "batch_size": 16, "validate_every": 6, "checkpoint_every": 6},
-    "evaluate": {"examples": 2},
-}
 Done = subprocess.CompletedProcess[str]
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository with a small sample and few steps."""
-    folder = copy_repository(tmp_path_factory.mktemp("pipeline") / "repository")
-    draw_data_set(folder / "data", 0, {"train": 64, "valid": 24, "test": 24})
-    (folder / "data.dvc").unlink(missing_ok=True)
-    dvc(folder, "add", "-q", "data")
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    (folder / "params.yaml").write_text(yaml.safe_dump({**params, **SMALL}))
-    return folder
+@pytest.fixture
+def small(demo_checkout: Path) -> Path:
+    return demo_checkout
 
 
-@pytest.fixture(scope="module")
-def first(small: Path) -> Done:
-    return run_flow(small)
+@pytest.fixture
+def first(demo: Done) -> Done:
+    return demo
 
 
 def client(folder: Path) -> MlflowClient:

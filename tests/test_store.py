@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, sentence_of
 from fuselip_core.tracking.store import experiment_id, mlflow_client, prepare_store
 
 FIRST_RUN = """
@@ -23,6 +23,12 @@ from fuselip_core.tracking.store import experiment_id, mlflow_client
 print("starts", flush=True)
 client = mlflow_client(sys.argv[1])
 client.create_run(experiment_id(client, "e", sys.argv[1]))
+"""
+ASKS = """
+import sys
+from fuselip_core.errors import run_to_exit
+from fuselip_core.tracking.store import require_answer
+run_to_exit(lambda: require_answer(sys.argv[1]))
 """
 
 
@@ -135,6 +141,33 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(made: P
     words = str(caught.value).split("`")[1].replace(".venv/bin/mlflow", str(Path(sys.executable).parent / "mlflow"))
     subprocess.run(["/bin/bash", "-c", words], check=True, capture_output=True)
     assert experiment_id(client, "e", uri) == "1"
+
+
+def test_a_first_run_on_a_full_disk_leaves_no_store_and_says_so(small_disk: Path) -> None:
+    other = small_disk / "other"
+    other.write_bytes(bytes(600_000))
+    uri = f"sqlite:///{small_disk / 'mlflow.db'}"
+    first = subprocess.run([sys.executable, "-c", ASKS, uri], capture_output=True, text=True, timeout=100)
+    assert (first.returncode, first.stderr.splitlines()[-1]) == (
+        1,
+        f"error: no space is left on the disk at {small_disk / 'mlflow.db'}; free some and run the same command again",
+    )
+    assert sorted(path.name for path in small_disk.iterdir()) == [".mlflow.db.lock", "other"]
+    other.unlink()
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    assert runs_of(uri) == 0
+    # The disk fills up later: the store stays whole.
+    client = mlflow_client(uri)
+    room = shutil.disk_usage(small_disk).free
+    other.write_bytes(bytes(room))
+    with pytest.raises(Exception, match="disk is full") as caught:
+        for _ in range(50):
+            client.create_run("0")
+    assert sentence_of(caught.value).startswith("no space is left on the disk at MLflow's store; free some")
+    other.unlink()
+    assert runs_of(uri) == 0
+    client.create_run(experiment_id(client, "e", uri))
+    assert runs_of(uri) == 1
 
 
 def test_other_stores_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

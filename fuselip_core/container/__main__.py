@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn, get_args
 from fuselip_core import config
 from fuselip_core.cli import main as cli
 from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
-from fuselip_core.container.mounts import MountError, require_data, require_writable
+from fuselip_core.container.mounts import MountError, require_data, require_memory, require_writable
 from fuselip_core.container.skip_done import own_shards, run_stages
 from fuselip_core.errors import FuselipError, Interrupted, log_to_stderr, sentence_of
 from fuselip_core.files import atomic_folder
@@ -187,6 +187,7 @@ def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
         require_writable(folder, volume, _in_container())
     if "prepare" in stages:
         require_data(settings.prepare.root, DATA_VOLUME)
+        require_memory(settings.model.size, stages)
     elif not (work / "model").is_dir():
         raise FuselipError(f"there is no trained model in {work}; run `train` with the same size and recipe first")
     _set_tracking_uri()

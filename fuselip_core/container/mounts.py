@@ -1,4 +1,4 @@
-"""Looks at the folders that a container was given before hours are spent: mounted, readable, whole, writable."""
+"""Checks what a container was given before hours are spent: folders that can be used, and enough memory."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from fuselip_core.errors import FuselipError
+from fuselip_core.preflight import GIGABYTE, WEIGHTS_GB
 
 NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})(?P<rest>.*)\.parquet")
+
+
+# Python with torch, MLflow and a batch of data; measured at size tiny (tests/test_container.py).
+LIBRARIES_GB = 0.8
 
 
 class MountError(FuselipError):
@@ -49,6 +54,36 @@ def require_writable(folder: Path, volume: str, in_container: bool) -> None:
         if error.errno != errno.EROFS:
             raise
         raise MountError(f"{folder} is mounted to be read only; take :ro off the option that mounts it") from error
+
+
+def require_memory(size: str, stages: Collection[str]) -> None:
+    """Raises MountError where the container's limit is below what training at `size` surely takes.
+
+    The kernel would end the process in the middle, without a word.
+    """
+    limit = memory_limit()
+    weights = 0.0 if Path("/dev/nvidia0").exists() else WEIGHTS_GB[size]
+    needed = LIBRARIES_GB + 4 * weights  # weights, their gradients, and the optimizer's two values for each
+    if limit is not None and limit < needed * GIGABYTE and {"codebook", "train"} & set(stages):
+        raise MountError(
+            f"this container has {limit / GIGABYTE:.1f} GB of memory, and size {size} takes at least {needed:.1f}; "
+            "raise --memory, or choose a smaller size"
+        )
+
+
+def memory_limit() -> int | None:
+    """Bytes that this process's control group may take; None without a limit."""
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2; version 1
+            root = Path("/sys/fs/cgroup", controllers)
+            # A container sees its own group as the root.
+            for folder in (root / group.lstrip("/"), root):
+                for name in ("memory.max", "memory.limit_in_bytes"):
+                    if (folder / name).is_file() and (text := (folder / name).read_text().strip()).isdigit():
+                        limits.append(int(text))
+    return min(limits, default=None)
 
 
 def is_mounted(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sqlite3
@@ -110,6 +111,8 @@ def require_answer(uri: str) -> None:
         raise
     # A wrong address fails in as many ways as there are servers, drivers and schemes.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # has a sentence of its own
+            raise
         reason = one_line(error)[:200]
         raise FuselipError(
             f"no MLflow answers at {uri} ({reason}); start it, or correct MLFLOW_TRACKING_URI (empty: a local store)"
