@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -39,6 +40,15 @@ def test_the_whole_stack_is_there(services: dict[str, Any]) -> None:
         "models",
     }
     assert "@champion" in " ".join(services["models"]["command"])
+
+
+def test_images_of_others_are_pinned(repository: Path, services: dict[str, Any]) -> None:
+    """To a digest, or to an exact version whose digest Renovate adds: no registry can be asked from here."""
+    images = {service["image"] for service in services.values()}
+    theirs = sorted(image for image in images if not image.startswith("bacor_fuselip_"))
+    assert len(theirs) == 2
+    assert all(re.search(r"@sha256:[0-9a-f]{64}$|:v?\d+\.\d+(\.\d+)?(-\w+)?$", image) for image in theirs), theirs
+    assert "docker:pinDigests" in json.loads((repository / ".github" / "renovate.json").read_text())["extends"]
 
 
 def test_every_service_is_watched_and_waits_for_what_it_needs(services: dict[str, Any]) -> None:

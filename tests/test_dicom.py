@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pydicom
 import pydicom.data
 import pytest
@@ -28,7 +29,10 @@ from PIL import Image
 from pydicom import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000, DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, generate_uid
+from stand_in_embedder import StandIn
+from typer.testing import CliRunner
 
+from fuselip_core.cli.main import app
 from fuselip_core.config import check_settings
 from fuselip_core.data.dicom import codec, deidentify
 from fuselip_core.data.dicom import file as dicom_file
@@ -47,6 +51,7 @@ from fuselip_core.data.dicom.listing import (
 from fuselip_core.data.pair import DataError, SetAside
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.images import UnreadableImage
+from fuselip_core.search.embed import embed_archive
 
 EXAMPLES = Path(pydicom.data.__file__).parent / "test_files"
 # The bars of pydicom's SC_rgb files, from the top, ten rows each.
@@ -956,3 +961,24 @@ def test_the_real_reader_finds_a_name() -> None:
     ImageDraw.Draw(image).text((20, 40), "DOE^JANE 1957-03-02", fill=250, font=ImageFont.load_default(28))
     with pytest.raises(UnreadableImage, match="burned in text"):
         deidentify.refuse_text(np.asarray(image))
+
+
+def test_an_archive_without_any_text_is_prepared_and_embedded(tmp_path: Path) -> None:
+    """Headers that describe nothing: pictures alone are what many archives hold."""
+    for number in range(4):
+        values = np.random.default_rng(number).integers(0, 255, (24, 24), dtype=np.uint8)
+        scan = picture(values, PatientID=f"p{number}")
+        del scan.Modality
+        save(scan, tmp_path / "scans" / f"{number}.dcm")
+    words = ["data", "prepare", "--source", "dicom", "--root", str(tmp_path / "scans"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    counts = json.loads(done.stdout)["counts"]
+    assert sum(part["images"] for part in counts.values()) == 4
+    assert not any(part["pairs"] for part in counts.values())
+    for source in ("out", "scans"):
+        table = tmp_path / f"{source}.parquet"
+        assert embed_archive(tmp_path / source, table, StandIn()).rows == 4  # type: ignore[arg-type]
+        rows = pq.read_table(table).to_pylist()
+        assert np.allclose([np.linalg.norm(row["embedding"]) for row in rows], 1)
+        assert not any(row["text"] for row in rows)
