@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -188,11 +189,12 @@ def write_deps(dvc_file: Path) -> None:
     """Replaces the code among each stage's `deps`; everything else in the file stays as it is."""
     text = dvc_file.read_text(encoding="utf-8")
     for stage in STAGES:
-        found = re.search(rf"\n  {stage}:\n.*?\n    deps:\n((?:      - [^\n]*\n)*)", text, flags=re.S)
+        found = re.search(rf"\n  {stage}:\n.*?\n    deps: \[(.*?)\n?\s*\]\n", text, flags=re.S)
         assert found, f"dvc.yaml has no stage {stage} with deps"
-        others = [line for line in found[1].splitlines() if not line.startswith("      - fuselip_core/")]
-        lines = [*others, *(f"      - {path}" for path in code_of_stage(stage))]
-        text = text[: found.start(1)] + "".join(f"{line}\n" for line in lines) + text[found.end(1) :]
+        others = [name.strip() for name in found[1].split(",") if not name.strip().startswith("fuselip_core/")]
+        names = ", ".join(filter(None, [*others, *code_of_stage(stage)]))
+        lines = textwrap.fill(names, 120, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False)
+        text = f"{text[: found.start(1)]}\n{lines}{text[found.end(1) :]}"
     dvc_file.write_text(text, encoding="utf-8")
 
 
