@@ -85,7 +85,7 @@ def demo(demo_checkout: Path) -> subprocess.CompletedProcess[str]:
     """`make demo` there, as it ended."""
     environment = bare_environment(demo_checkout.parent / "home")
     return subprocess.run(
-        ["make", "demo"], cwd=demo_checkout, capture_output=True, text=True, env=environment, timeout=500
+        ["make", "demo"], cwd=demo_checkout, capture_output=True, text=True, env=environment, timeout=800
     )
 
 

@@ -25,7 +25,7 @@ from prefect_stack import free_port, wait_until
 from repository_copy import bare_environment
 from training_data import SHAPES, draw, write_raw
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = pytest.mark.timeout(900)
 
 
 class Rule(NamedTuple):

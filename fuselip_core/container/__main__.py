@@ -10,17 +10,18 @@ one sentence what is wrong. Exit codes: 0 done, 1 failed, 2 wrong arguments, 75 
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import logging
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import typer
 
 from fuselip_core import config
 from fuselip_core.cli import main as cli
@@ -40,11 +41,15 @@ LOGS_VOLUME = "-v $(pwd)/logs:/workspace/logs"
 logger = logging.getLogger("fuselip")
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one sentence what is wrong, as everything else here does, instead of printing the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise config.SettingsError(f"{message}; `{self.prog} --help` lists what there is")
+_APP: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
+download_image, train_image = typer.Typer(**_APP), typer.Typer(**_APP)
+# The verbs that may follow the training image's name; without one, `train` is meant.
+VERBS = ("train", "tokenize", "evaluate", "embed", "sync")
+FOLDERS = (
+    "Other verbs: tokenize, evaluate, embed, sync. Folders: data in /workspace/ROCOv2_data (Parquet, zip, or JPEG with "
+    "text), models in /workspace/models, logs and MLflow's store in /workspace/logs unless MLFLOW_TRACKING_URI is set. "
+    "docker stop saves a checkpoint (exit code 75); the same command resumes. --debug shows the traceback of an error."
+)
 
 
 class Stopped(SystemExit):
@@ -77,19 +82,21 @@ def _command(image: str, words: list[str]) -> None:
         cli.main()
         return
     if image == "download":
-        download(words)
+        _hand_over(download_image, "bacor_fuselip_download", words)
         return
-    verbs: dict[str, Callable[[list[str]], None]] = {
-        "train": train,
-        "tokenize": tokenize,
-        "evaluate": evaluate,
-        "embed": embed,
-        "sync": sync,
-    }
-    if words and words[0] in verbs:
-        verbs[words[0]](words[1:])
-    else:
-        train(words)
+    verb = words.pop(0) if words and words[0] in VERBS else "train"
+    _hand_over(train_image, "bacor_fuselip_train", [verb, *words])
+
+
+def _hand_over(image: typer.Typer, name: str, words: list[str]) -> None:
+    """Runs a command of `image`; a wrong option is one sentence, as every other error here."""
+    try:
+        image(args=words, prog_name=name, standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # which Typer's own errors have
+            raise
+        said = error.format_message().rstrip(".")
+        raise config.SettingsError(f"{said}; `{name} --help` lists what there is") from error
 
 
 def _heed_signals() -> None:
@@ -106,49 +113,56 @@ def _heed_signals() -> None:
 # ---- the download image ------------------------------------------------------------------------------------------
 
 
-def download(words: list[str]) -> None:
-    """Brings a data set into the mounted folder; a second call goes on, or verifies what is there."""
+@download_image.command()
+def download(
+    source: Annotated[str, typer.Argument(help="rocov2, rocov2-zenodo, ..., hub:OWNER/NAME")] = "rocov2",
+    out: Annotated[Path | None, typer.Option(help="Folder; the mounted one if empty.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only these files; repeatable.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a Hub data set.")] = None,
+    verify: Annotated[Literal["quick", "full"], typer.Option(help="Present files: sizes or checksums.")] = "quick",
+) -> None:
+    """Fetch a data set whole into the mounted folder; a second call resumes, or verifies what is there."""
     from fuselip_core.data.download.download import DownloadSettings
     from fuselip_core.data.download.download import download as fetch
 
-    parser = Parser(prog="bacor_fuselip_download", description="Fetch a data set, whole and verified.")
-    parser.add_argument("source", nargs="?", default="rocov2", help="rocov2, rocov2-zenodo, ..., hub:OWNER/NAME")
-    parser.add_argument("--out", type=Path, help="folder; /app/fuselip/ROCOv2_data, where yours is mounted, if empty")
-    parser.add_argument("--include", action="append", default=[], metavar="GLOB", help="only these files; repeatable")
-    parser.add_argument("--revision", help="commit, branch or tag of a Hub data set")
-    parser.add_argument(
-        "--verify", choices=("quick", "full"), default="quick", help="present files: sizes or checksums"
-    )
-    options = parser.parse_args(words)
-    target = options.out or Path(os.environ.get("FUSELIP_DATA", "/app/fuselip/ROCOv2_data"))
+    target = out or Path(os.environ.get("FUSELIP_DATA", "/app/fuselip/ROCOv2_data"))
     require_writable(target, f"-v $(pwd)/ROCOv2_data:{target}", _in_container())
-    settings = DownloadSettings(include=tuple(options.include), revision=options.revision, verify=options.verify)
-    manifest = fetch(options.source, target, settings)
+    settings = DownloadSettings(include=tuple(include or ()), revision=revision, verify=verify)
+    manifest = fetch(source, target, settings)
     _say(f"{len(manifest.files)} files, {manifest.size / 1e9:.2f} GB in {target}, all whole")
 
 
 # ---- the training image ------------------------------------------------------------------------------------------
 
 
-def train(words: list[str]) -> None:
-    """Adapts the encoder to the mounted data set: all stages, without those that an earlier run has finished."""
-    _run(words, "train", config.STAGES)
+def _add_verb(verb: str, stages: Sequence[str], what: str) -> None:
+    @train_image.command(verb, help=what, epilog=FOLDERS)
+    def run(
+        words: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="WORD", help="Size (small, base, large, tiny), or section.field=value."),
+        ] = None,
+        recipe: Annotated[str | None, typer.Option(help="Recipe to start from; the size's if empty.")] = None,
+        overrides: Annotated[
+            list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override of a field.")
+        ] = None,
+        name: Annotated[
+            str | None, typer.Option(help="Folder of the model; name and size if empty.")
+        ] = None,
+    ) -> None:
+        _run(read_words(words or [], recipe, overrides or [], name), verb, stages)
 
 
-def tokenize(words: list[str]) -> None:
-    """Prepares the mounted data set and makes its tokens; a later `train` with the same settings resumes there."""
-    _run(words, "tokenize", config.STAGES[:3])
+_add_verb("train", config.STAGES, "Run all stages on the mounted data set; finished ones are skipped.")
+_add_verb("tokenize", config.STAGES[:3], "Prepare and tokenize the mounted data set; a later `train` continues there.")
+_add_verb("evaluate", ("evaluate",), "Measure a trained model once more; size and recipe as for `train`.")
 
 
-def evaluate(words: list[str]) -> None:
-    """Measures once more what an earlier `train` with the same size and recipe has made."""
-    _run(words, "evaluate", ("evaluate",))
-
-
-def sync(words: list[str]) -> None:
-    """Sends what MLflow and wandb missed while they were away; corrects the addresses in a store that has moved."""
-    parser = Parser(prog="bacor_fuselip_train sync", description=sync.__doc__)
-    parser.parse_args(words)
+@train_image.command()
+def sync() -> None:
+    """Send what MLflow and wandb missed while they were away; correct the addresses in a store that has moved."""
     require_writable(_workspace() / "logs", LOGS_VOLUME, _in_container())
     _set_tracking_uri()
     from fuselip_core.tracking.run import sync as send
@@ -160,27 +174,27 @@ def sync(words: list[str]) -> None:
     _say(f"all is sent: {', '.join(names) or 'there are no runs yet'}")
 
 
-def embed(words: list[str]) -> None:
-    """Embeddings of pictures, of a table with the columns image and text, or of prepared data, as Parquet."""
-    parser = Parser(prog="bacor_fuselip_train embed", description=embed.__doc__)
-    parser.add_argument("model", help="name of a folder in /workspace/models, a folder, or a hub id")
-    parser.add_argument("input", type=Path, help="folder of pictures or DICOM files, prepared data, or a table")
-    parser.add_argument("--out", type=Path, help="Parquet file; embeddings.parquet in /workspace/logs if empty")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows a forward pass")
-    options = parser.parse_args(words)
-    out = options.out or _workspace() / "logs" / "embeddings.parquet"
+@train_image.command()
+def embed(
+    model: Annotated[str, typer.Argument(help="Name of a folder in /workspace/models, a folder, or a hub id.")],
+    archive: Annotated[Path, typer.Argument(help="Folder of pictures or DICOM files, prepared data, or a table.")],
+    out: Annotated[Path | None, typer.Option(help="Parquet file; logs/embeddings.parquet if empty.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
+) -> None:
+    """Write embeddings of an archive to a Parquet file."""
+    out = out or _workspace() / "logs" / "embeddings.parquet"
     require_writable(out.parent, LOGS_VOLUME, _in_container())
     from fuselip_core import Embedder
     from fuselip_core.search.embed import embed_archive
 
     _say_device()
-    folder = _workspace() / "models" / options.model
-    embedder = Embedder.from_pretrained(folder if folder.is_dir() else options.model)
-    _say(f"{out}: {embed_archive(options.input, out, embedder, options.batch_size).sentence()}")
+    folder = _workspace() / "models" / model
+    embedder = Embedder.from_pretrained(folder if folder.is_dir() else model)
+    _say(f"{out}: {embed_archive(archive, out, embedder, batch_size).sentence()}")
 
 
-def _run(words: list[str], verb: str, stages: Sequence[str]) -> None:
-    settings, name, asked = read_words(words, verb)
+def _run(given: Asked, verb: str, stages: Sequence[str]) -> None:
+    settings, name, asked = given
     workspace, work = _workspace(), settings.artifacts
     models, logs = workspace / "models", workspace / "logs"
     for folder, volume in ((models, MODELS_VOLUME), (logs, LOGS_VOLUME)):
@@ -228,25 +242,25 @@ class Asked(NamedTuple):
     fields: frozenset[str]
 
 
-def read_words(words: list[str], verb: str) -> Asked:
-    """What the words behind `verb` ask for; raises SettingsError with a hint for a wrong one."""
-    options = _parser(verb).parse_intermixed_args(words)
-    sizes = [word for word in options.words if "=" not in word]
+def read_words(words: Sequence[str], recipe: str | None, more: Sequence[str], name: str | None) -> Asked:
+    """What words (a size, overrides) and options ask for; raises SettingsError with a hint for a wrong one."""
+    sizes = [word for word in words if "=" not in word]
     for word in sizes:
         if word not in SIZES:
-            near = difflib.get_close_matches(word, [*SIZES, "tokenize", "evaluate", "embed", "sync"], n=1)
+            near = difflib.get_close_matches(word, [*SIZES, *VERBS], n=1)
             hint = f"did you mean {near[0]}?" if near else "write overrides as section.field=value"
             raise config.SettingsError(f"'{word}' is no size ({', '.join(SIZES)}) and no override; {hint}")
     if len(sizes) > 1:
         raise config.SettingsError(f"one size is enough, not {' and '.join(sizes)}")
-    overrides = [word for word in options.words if "=" in word] + options.set
+    overrides = [*(word for word in words if "=" in word), *more]
     fields = frozenset(override.partition("=")[0] for override in overrides)
     if "artifacts" in fields:
         raise config.SettingsError("artifacts lie where models are mounted; leave it out, or give the run a --name")
-    recipe = options.recipe or recipe_of_size(sizes[0] if sizes else None)
+    size = sizes[0] if sizes else None
+    recipe = recipe or recipe_of_size(size)
     root = f"prepare.root={_workspace() / 'ROCOv2_data'}"
-    settings = config.load_settings(recipe=recipe, overrides=[root, *overrides], size=sizes[0] if sizes else None)
-    name = options.name or f"{settings.register_.name}-{settings.model.size}"
+    settings = config.load_settings(recipe=recipe, overrides=[root, *overrides], size=size)
+    name = name or f"{settings.register_.name}-{settings.model.size}"
     config.check_run_name(name)
     return Asked(settings.model_copy(update={"artifacts": _work_folder() / name}), name, fields)
 
@@ -254,26 +268,6 @@ def read_words(words: list[str], verb: str) -> Asked:
 def recipe_of_size(size: str | None) -> str:
     """The recipe that adapts to ROCOv2 at `size`, small if None; the tiny one starts from nothing and needs no GPU."""
     return "rocov2-tiny" if size == "tiny" else "fuselip-rocov2"
-
-
-def _parser(verb: str) -> argparse.ArgumentParser:
-    what = {"train": train, "tokenize": tokenize, "evaluate": evaluate}[verb].__doc__
-    parser = Parser(
-        prog="bacor_fuselip_train" + ("" if verb == "train" else f" {verb}"),
-        description=what,
-        epilog="Other verbs: tokenize, evaluate, embed, sync. Folders: data in /workspace/ROCOv2_data (Parquet, zip, "
-        "or JPEG with text), models in /workspace/models, logs and MLflow's store in /workspace/logs unless "
-        "MLFLOW_TRACKING_URI is set. docker stop saves a checkpoint (exit code 75); the same command resumes. "
-        "Docker's default --shm-size is enough.",
-    )
-    parser.add_argument(
-        "words", nargs="*", metavar="WORD", help="size (small, base, large, tiny) or section.field=value"
-    )
-    parser.add_argument("--recipe", choices=config.recipe_names(), help="recipe to start from; the size's if empty")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="override of a field")
-    parser.add_argument("--name", help="name of the model's folder; registered name and size if empty")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def _publish(stage: str, summary: Any, work: Path, model: Path, logs: Path) -> str | None:

@@ -1,8 +1,9 @@
 """Fetch a data set whole: list it, check the room, fetch what is missing, verify, write ``download.json``.
 
-Files come in a few connections at once through `transfer.Fetch`; the Hub's own client only lists, because its
-downloads neither verify the checksum nor go through the same retries. A second call on a complete folder verifies it
-and asks no host.
+Files come in a few connections at once through `transfer.Fetch`. The Hub's own client only lists: tried against the
+tests' server, `snapshot_download` (huggingface_hub 2.4) returned a damaged file under its final name, which
+`verify_repo_checksums` finds only afterwards; logged signed addresses; and lost up to 10 MB at each cut. Zenodo would
+need `Fetch` all the same. A second call on a complete folder verifies it and asks no host.
 """
 
 from __future__ import annotations
