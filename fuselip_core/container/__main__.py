@@ -117,9 +117,7 @@ def _heed_signals() -> None:
 def download(
     source: Annotated[str, typer.Argument(help="rocov2, rocov2-zenodo, ..., hub:OWNER/NAME")] = "rocov2",
     out: Annotated[Path | None, typer.Option(help="Folder; the mounted one if empty.")] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Only these files; repeatable.")
-    ] = None,
+    include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only these files; repeatable.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a Hub data set.")] = None,
     verify: Annotated[Literal["quick", "full"], typer.Option(help="Present files: sizes or checksums.")] = "quick",
 ) -> None:
@@ -148,9 +146,7 @@ def _add_verb(verb: str, stages: Sequence[str], what: str) -> None:
         overrides: Annotated[
             list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override of a field.")
         ] = None,
-        name: Annotated[
-            str | None, typer.Option(help="Folder of the model; name and size if empty.")
-        ] = None,
+        name: Annotated[str | None, typer.Option(help="Folder of the model; name and size if empty.")] = None,
     ) -> None:
         _run(read_words(words or [], recipe, overrides or [], name), verb, stages)
 
