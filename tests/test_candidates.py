@@ -75,6 +75,7 @@ def test_a_reader_is_always_right_and_a_collapsed_model_never(tmp_path: Path) ->
     assert metrics["candidates/sugarcrepe/mean_accuracy"] == 1.0
     result = measured(Collapsed(), prepared)
     assert result.metrics["candidates/sugarcrepe/mean_accuracy"] == 0.0, "a tie is wrong"
+    assert result.metrics["candidates/sugarcrepe/mean_ties_right"] == 1.0, "as the published evaluation counts"
     low, high = result.intervals["candidates/sugarcrepe/add_att/accuracy"]
     assert low == 0.0 < high < 1.0
 
@@ -109,6 +110,8 @@ def test_controls_ask_with_one_side_alone(mmeb: Path, tmp_path: Path) -> None:
     assert metrics["candidates/mmeb/CIRR/text_only"] == 0.5, "the second text says nothing without its picture"
     assert metrics["candidates/mmeb/CIRR/chance"] == pytest.approx((1 / 2 + 1 / 3) / 2), "equal options count once"
     assert metrics["candidates/mmeb/HatefulMemes/accuracy"] == 1.0
+    assert metrics["candidates/mmeb/HatefulMemes/ties_right"] == 1.0
+    assert "candidates/mmeb/vqa/mean_accuracy" not in metrics, "no task of that group was asked"
     assert metrics["candidates/mmeb/mean_chance"] == pytest.approx((5 / 12 + 1 / 3) / 2)
 
 

@@ -184,10 +184,12 @@ def test_one_table_of_models_and_published_numbers(tmp_path: Path) -> None:
     rows = {row[0]: row[1:] for row in table["rows"]}
     assert table["head"] == ["", "ours", "theirs", "chance or control", "published"]
     assert rows["Image → caption, recall at 1"] == ["25.0 ± 5.0 %", "50.0 ± 5.0 %", "2.5 %", ""]
-    words = "0.559 (a single DenseNet-121); 0.589 (winner of 2025)"
+    words = "0.589 (winner of 2025); 0.559 (a single DenseNet-121)"
     assert rows["Concepts, F1 of a linear probe"] == ["0.500 ± 0.050", "0.500 ± 0.050", "0.250", words]
-    words = "68.9 % (FuseLIP, early fusion); 48.9 % (SigLIP, late fusion)"
-    assert rows["candidates/oi-pos/accuracy, not measured here"] == ["", "", "", words]
+    words = "70.8 % (FuseLIP-B, CC3M); 48.9 % (SigLIP-B MLF, CC12M)"
+    assert rows["oi-pos, not measured here"] == ["", "", "", words]
+    words = "19.8 % (FuseLIP-B, CC12M); 17.0 % (SigLIP-B SF, CC12M)"
+    assert rows["mmeb/vqa, mean, not measured here"] == ["", "", "", words]
     text = as_text(table["head"], table["rows"]).splitlines()
     assert text[0].split() == ["ours", "theirs", "chance", "or", "control", "published"]
     assert len({line.index("50.0 ± 5.0 %") for line in text if "recall at 1 " in line}) == 1
@@ -210,6 +212,6 @@ def test_long_names_are_numbered() -> None:
 
 
 def test_published_numbers_name_their_source() -> None:
-    assert len(published()) == 4
+    assert len(published()) == 12 * 9 + 2
     assert all(each["source"] and 0 < each["value"] < 1 for each in published())
     assert published("no/such/metric") == []

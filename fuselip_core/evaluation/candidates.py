@@ -1,7 +1,8 @@
 """Questions of evaluation sets with a list of options each: SugarCrepe, crops of Open Images, MMEB, ImageNet, edits.
 
-A question counts if its right option scores above every other one; a tie is wrong. Beside accuracy stand chance and,
-where a question has an image and a text, what either alone achieves.
+A question counts if its right option scores above every other one; a tie is wrong. The published evaluation of FuseLIP
+lists the right option first and takes the first of the best, so that a tie is right there: `ties_right` is its number.
+Beside accuracy stand chance and, where a question has an image and a text, what either alone achieves.
 
 Legend: Q questions of a task, S distinct sides (image, text or both), D width.
 """
@@ -25,6 +26,15 @@ from fuselip_core.images import decode
 from fuselip_core.progress import track
 
 PREFIX = "candidates"
+# MMEB's groups of tasks (arXiv 2410.05160, table 1), as its results are published.
+MMEB_GROUPS = {
+    "classification": "ImageNet-1K N24News HatefulMemes VOC2007 SUN397 Place365 ImageNet-A ImageNet-R ObjectNet "
+    "Country211",
+    "vqa": "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W ScienceQA VizWiz GQA TextVQA",
+    "retrieval": "VisDial CIRR VisualNews_t2i VisualNews_i2t MSCOCO_t2i MSCOCO_i2t NIGHTS WebQA FashionIQ Wiki-SS-NQ "
+    "OVEN EDIS",
+    "grounding": "MSCOCO RefCOCO RefCOCO-Matching Visual7W-Pointing",
+}
 
 
 class SideEmbedder(Protocol):
@@ -136,6 +146,8 @@ def _measure_task(
     names = [question.query.image or f"question {number}" for number, question in enumerate(questions)]
     pictures = np.unique(np.array(names), return_inverse=True)[1].ravel()
     result.add_share(f"{name}/accuracy", _right(questions, rows, embeddings, lists), pictures, seed)
+    tied = _right(questions, rows, embeddings, lists, ties_right=True)
+    result.metrics[f"{name}/ties_right"] = float(np.mean(tied))
     result.metrics[f"{name}/chance"] = float(np.mean([1 / len(lists[question.options]) for question in questions]))
     result.metrics[f"{name}/questions"] = float(len(questions))
     if all(question.query.image and question.query.text for question in questions):
@@ -145,19 +157,27 @@ def _measure_task(
 
 
 def _add_means(tasks: Sequence[str], result: EvaluationResult) -> None:
-    """The mean over the tasks of a benchmark, each counting alike, as benchmarks with many tasks are published."""
+    """The mean over the tasks of a benchmark, and of each group of MMEB, each task counting alike, as published."""
     benchmarks: dict[str, list[str]] = defaultdict(list)
     for task in tasks:
-        benchmarks[task.partition("/")[0]].append(task)
+        benchmark, _, part = task.partition("/")
+        benchmarks[benchmark].append(task)
+        if benchmark == "mmeb":
+            for group in (group for group, names in MMEB_GROUPS.items() if part in names.split()):
+                benchmarks[f"mmeb/{group}"].append(task)
     for benchmark, parts in benchmarks.items():
         if len(parts) > 1:
-            for what in ("accuracy", "chance"):
+            for what in ("accuracy", "ties_right", "chance"):
                 values = [result.metrics[f"{PREFIX}/{task}/{what}"] for task in parts]
                 result.metrics[f"{PREFIX}/{benchmark}/mean_{what}"] = float(np.mean(values))
 
 
 def _right(
-    questions: Sequence[Question], rows: Mapping[Side, int], embeddings: Array, lists: Mapping[str, Array]
+    questions: Sequence[Question],
+    rows: Mapping[Side, int],
+    embeddings: Array,
+    lists: Mapping[str, Array],
+    ties_right: bool = False,
 ) -> Array:
     """(Q) bool: whether the right option scores above every other one. Questions with one list are ranked together."""
     by_list: dict[str, list[int]] = defaultdict(list)
@@ -167,5 +187,9 @@ def _right(
     for name, numbers in by_list.items():
         queries = embeddings[[rows[questions[number].query] for number in numbers]]
         correct = np.array([questions[number].answer for number in numbers])
-        right[numbers] = rank_answers(queries, lists[name], correct) == 1
+        if ties_right:
+            scores = queries.astype(np.float32) @ lists[name].T.astype(np.float32)
+            right[numbers] = scores[np.arange(len(numbers)), correct] >= scores.max(axis=1)
+        else:
+            right[numbers] = rank_answers(queries, lists[name], correct) == 1
     return right

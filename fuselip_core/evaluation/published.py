@@ -1,6 +1,6 @@
 """Published numbers as data (published.json), by the metric of metrics.json that they are to stand beside.
 
-Each entry names its source. Add a number only with the table that it is printed in.
+Each table names its source. Add a number only with the table that it is printed in.
 """
 
 from __future__ import annotations
@@ -14,6 +14,27 @@ TABLE = Path(__file__).with_name("published.json")
 
 
 def published(metric: str | None = None) -> list[dict[str, Any]]:
-    """Entries (metric, model, value, source) of one metric or of all; accuracies and F1 in 0..1."""
-    entries: list[dict[str, Any]] = read_json(TABLE, "install the package again")["numbers"]
-    return [entry for entry in entries if metric in (None, entry["metric"])]
+    """Entries (metric, model, family, value, source) of one metric or of all; accuracies and F1 in 0..1."""
+    tables = read_json(TABLE, "install the package again")["tables"]
+    return [
+        {
+            "metric": name,
+            "model": row["model"],
+            "family": row["family"],
+            "value": value / 100,
+            "source": table["source"],
+        }
+        for table in tables
+        for row in table["models"]
+        for name, value in zip(table["metrics"], row["percent"], strict=True)
+        if metric in (None, name)
+    ]
+
+
+def best_published(metric: str) -> list[dict[str, Any]]:
+    """The highest published value of each family of models for a metric, the best family first."""
+    best: dict[str, dict[str, Any]] = {}
+    for entry in published(metric):
+        if entry["family"] not in best or entry["value"] > best[entry["family"]]["value"]:
+            best[entry["family"]] = entry
+    return sorted(best.values(), key=lambda entry: -entry["value"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fuselip_core.evaluation.comparisons import findings, percent
-from fuselip_core.evaluation.published import published
+from fuselip_core.evaluation.published import best_published, published
 from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.files import atomic_folder, write_json
 from fuselip_core.html import render
@@ -44,7 +44,7 @@ def write_comparison(
     if beside_published:
         others = dict.fromkeys(each["metric"] for each in published())
         for metric in others.keys() - {metric for metric, *_ in _measures(numbers)}:
-            rows.append([f"{metric}, not measured here", *[""] * len(numbers), "", _said(published(metric))])
+            rows.append([f"{_task(metric)}, not measured here", *[""] * len(numbers), "", _said(metric)])
     with atomic_folder(artifacts / "comparison") as folder:
         write_json(folder / "results.json", {"split": split, "models": numbers, "published": published()})
         page = render(
@@ -73,9 +73,14 @@ def as_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _measures(numbers: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
     """The measures that any model has, those of evaluation sets behind the others."""
     found = {name for each in numbers.values() for name in each}
-    sets = sorted(name for name in found if name.startswith("candidates/") and name.endswith("/accuracy"))
-    more = [(name, name.split("/", 1)[1].removesuffix("/accuracy"), f"{name[:-8]}chance") for name in sets]
+    sets = sorted(name for name in found if name.startswith("candidates/") and name.endswith("accuracy"))
+    more = [(name, _task(name), f"{name.removesuffix('accuracy')}chance") for name in sets]
     return [measure for measure in (*MEASURES, *more) if measure[0] in found]
+
+
+def _task(metric: str) -> str:
+    """candidates/mmeb/vqa/mean_accuracy → mmeb/vqa, mean."""
+    return metric.removeprefix("candidates/").removesuffix("/accuracy").replace("/mean_accuracy", ", mean")
 
 
 def _row(
@@ -96,14 +101,14 @@ def _row(
     # Chance differs between models where more texts read the same to one of them; then each has its own.
     controls = [_value(found[control], score) if control in found else "" for found in numbers.values()]
     cells.append(controls[0] if len(set(controls)) == 1 else " / ".join(controls))
-    return [words, *cells, *[_said(published(metric))] * beside_published]
+    return [words, *cells, *[_said(metric)] * beside_published]
 
 
 def _value(value: float, score: bool) -> str:
     return f"{value:.3f}" if score else percent(value)
 
 
-def _said(entries: Sequence[Mapping[str, Any]]) -> str:
-    return "; ".join(
-        f"{_value(each['value'], each['metric'].startswith('concepts/'))} ({each['model']})" for each in entries
-    )
+def _said(metric: str) -> str:
+    """The best of each family; results.json has all."""
+    score = metric.startswith("concepts/")
+    return "; ".join(f"{_value(each['value'], score)} ({each['model']})" for each in best_published(metric))
