@@ -21,6 +21,7 @@ from fuselip_core.container import __main__ as container
 from fuselip_core.container import skip_done as chain
 from fuselip_core.container.fit_recipe import without_missing_kinds, without_nameless_concepts
 from fuselip_core.container.mounts import MountError, require_data, require_writable
+from fuselip_core.data.pair import DataError
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.files import write_json
 from fuselip_core.lock import sole_process
@@ -318,10 +319,22 @@ def test_own_shards_are_used_as_they_are(workspace: Path) -> None:
     settings = read(["tiny"]).settings
     settings.artifacts.mkdir(parents=True)
     assert not chain.take_prepared(settings)
-    (settings.prepare.root / "manifest.json").write_text("{}")
-    (settings.prepare.root / "images-train-00000-of-00001.parquet").touch()
+    manifest, shard = settings.prepare.root / "manifest.json", "images-train-00000-of-00001.parquet"
+    write_json(manifest, {"data_version": "1", "counts": {}, "shards": [{"path": shard}]})
+    with pytest.raises(DataError, match=f"lacks {shard}, which its manifest names"):
+        chain.take_prepared(settings)
+    (settings.prepare.root / shard).touch()
     assert chain.take_prepared(settings) and chain.take_prepared(settings)
-    assert (settings.artifacts / "prepared" / "manifest.json").read_text() == "{}"
+    assert (settings.artifacts / "prepared" / "manifest.json").read_text() == manifest.read_text()
+
+
+def test_a_foreign_manifest_makes_no_prepared_data(
+    workspace: Path, signals: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workspace / "ROCOv2_data" / "manifest.json").write_text('{"name": "a web app"}')
+    (workspace / "ROCOv2_data" / "images-train-0.parquet").touch()
+    assert container.main(["train", "tiny"]) == 1
+    assert "has no known layout of ROCOv2" in capsys.readouterr().err
 
 
 def test_what_the_data_set_lacks_is_taken_back_unless_it_was_asked_for(
@@ -339,7 +352,7 @@ def test_what_the_data_set_lacks_is_taken_back_unless_it_was_asked_for(
     (settings.prepare.root / "cui_mapping.csv").touch()
     assert without_nameless_concepts(settings, ()) == settings
     counts = {"train": {"images": 2, "pairs": {"caption": 2, "sentence": 1}}}
-    write_json(settings.artifacts / "prepared" / "manifest.json", {"counts": counts})
+    write_json(settings.artifacts / "prepared" / "manifest.json", {"data_version": "1", "counts": counts, "shards": []})
     assert set(without_missing_kinds(settings, ()).train.mixture) == {"caption", "sentence"}
     assert "no pairs of kind concepts" in caplog.text
     assert without_missing_kinds(settings, {"train.mixture"}) == settings

@@ -7,13 +7,13 @@ command line asks for stands, and fails where it can't be had.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Collection
 from typing import Any
 
 from fuselip_core.config import Settings
 from fuselip_core.data.prepare.extra_pairs import NAMES
+from fuselip_core.data.shards.reader import PreparedData
 
 logger = logging.getLogger("fuselip")
 
@@ -32,8 +32,7 @@ def without_missing_kinds(settings: Settings, asked: Collection[str]) -> Setting
     """`settings` with a mixture of the kinds of pairs that the prepared training split has."""
     if "train.mixture" in asked:
         return settings
-    manifest = json.loads((settings.artifacts / "prepared" / "manifest.json").read_text(encoding="utf-8"))
-    there = manifest["counts"].get("train", {}).get("pairs", {})
+    there = PreparedData(settings.artifacts / "prepared").manifest["counts"].get("train", {}).get("pairs", {})
     # A name with a colon is a kind of another store, which train.tokens names.
     kept = {kind: share for kind, share in settings.train.mixture.items() if ":" in kind or there.get(kind)}
     missing = sorted(set(settings.train.mixture) - set(kept))

@@ -15,6 +15,7 @@ from typing import Any
 
 from fuselip_core import config, stages
 from fuselip_core.data.prepare.prepare import tool_version
+from fuselip_core.data.shards.reader import MANIFEST, PreparedData
 from fuselip_core.files import find_json, write_json
 
 OUTPUT = {"prepare": "prepared", "codebook": "codebook", "tokenize": "tokens", "train": "model", "evaluate": "report"}
@@ -69,9 +70,12 @@ def take_prepared(settings: config.Settings) -> bool:
 
 
 def own_shards(root: Path) -> Path | None:
-    """The folder of this project's own shards in or below the mounted one; None if it holds another layout."""
-    found = next((folder for folder in (root, root / "prepared") if (folder / "manifest.json").is_file()), None)
-    return found if found and list(found.glob("images-*.parquet")) else None
+    """The folder of this project's own shards in or below the mounted one; None if it holds another layout.
+
+    Raises DataError where shards are missing. Other programs write files named manifest.json, too.
+    """
+    ours = (folder for folder in (root, root / "prepared") if "data_version" in find_json(folder / MANIFEST))
+    return PreparedData(found).folder if (found := next(ours, None)) else None
 
 
 def fingerprint(folder: Path) -> str:
