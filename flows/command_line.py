@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -111,6 +114,7 @@ def _run(flow: Flow[Any, Any], request: BaseModel, more: list[Any]) -> None:
     if planned and isinstance(request, RunRequest) and request.dry_run:
         Console().print(preview(planned), highlight=False, markup=False, soft_wrap=True)
         return
+    _require_writable(Path(os.environ["PREFECT_HOME"]))
     _quiet(terminal=sys.stderr.isatty())
     state = _state(flow, [request, *more])
     if not state.is_completed():
@@ -120,6 +124,13 @@ def _run(flow: Flow[Any, Any], request: BaseModel, more: list[Any]) -> None:
         print_summary(ending, Console())
     else:
         Console().print(state.message, highlight=False, markup=False, soft_wrap=True)
+
+
+def _require_writable(home: Path) -> None:
+    """Raises OSError, which is one sentence, as of a checkout mounted read-only: Prefect would say it in 100 lines."""
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=home):
+        pass
 
 
 def _state(flow: Flow[Any, Any], arguments: list[Any]) -> State[Any]:

@@ -102,3 +102,18 @@ def test_a_terminated_flow_ends_its_stage_and_says_what_follows(template: Path, 
     assert (folder / "saved").is_file(), said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert errors == ["error: stopped; the same command resumes it"] and "Traceback" not in said
+
+
+def test_a_read_only_checkout_is_one_sentence(template: Path, tmp_path: Path) -> None:
+    folder = copy_of(template, tmp_path / "repository")
+    for options in (["--bind", folder], ["-o", "remount,bind,ro"]):
+        if subprocess.run(["mount", *options, folder]).returncode:
+            pytest.skip("needs the right to mount")
+    try:
+        done = run_flow(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"error: no permission to write or read at {folder}/.prefect; change its owner or mode, or choose another folder"
+    )
