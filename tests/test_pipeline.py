@@ -12,6 +12,8 @@ import pytest
 from mlflow import MlflowClient
 from repository_copy import copy_of, dvc, run_flow, terminate_flow
 
+from fuselip_core.config import STAGES
+
 Done = subprocess.CompletedProcess[str]
 
 
@@ -102,6 +104,14 @@ def test_a_terminated_flow_ends_its_stage_and_says_what_follows(template: Path, 
     assert (folder / "saved").is_file(), said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert errors == ["error: stopped; the same command resumes it"] and "Traceback" not in said
+
+
+def test_a_source_archive_without_git_runs(template: Path, tmp_path: Path) -> None:
+    folder = copy_of(template, tmp_path / "repository")
+    shutil.rmtree(folder / ".git")
+    done = run_flow(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "calls").read_text().split() == list(STAGES)
 
 
 def test_a_read_only_checkout_is_one_sentence(template: Path, tmp_path: Path) -> None:

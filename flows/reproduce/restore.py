@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from flows.run.dvc_stage import dvc_repo
 from flows.run.runner import stage_environment
 from fuselip_core.config import SECTIONS
 from fuselip_core.errors import FuselipError
@@ -105,12 +106,10 @@ def _point_to(folder: Path, root: Path) -> None:
 
 def _share_cache(repository: Path, target: Path) -> None:
     """DVC's cache and remotes as `repository` has them now, so that nothing is kept or asked for twice."""
-    from dvc.repo import Repo
-
     for name in ("config", "config.local"):
         if (repository / ".dvc" / name).exists():
             shutil.copyfile(repository / ".dvc" / name, target / ".dvc" / name)
-    with Repo(str(repository)) as repo:
+    with dvc_repo(repository) as repo:
         cache = repo.cache.local_cache_dir
         remotes = {name: str(remote["url"]) for name, remote in repo.config["remote"].items()}
     commands = [["cache", "dir", "--local", cache]]

@@ -35,7 +35,6 @@ def main(
 
 def reproduce(address: str, force: bool) -> int:
     """Runs the stage if DVC finds it stale and returns the exit code; raises FuselipError for what DVC refuses."""
-    from dvc.repo import Repo
     from dvc.stage import run as stage_run
 
     class StageEnded(stage_run.StageCmdFailedError):
@@ -48,7 +47,7 @@ def reproduce(address: str, force: bool) -> int:
     stage_run.StageCmdFailedError = StageEnded
     logging.getLogger("dvc").setLevel(logging.WARNING)
     try:
-        with Repo() as repo:
+        with dvc_repo(Path.cwd()) as repo:
             # First, since the stage's params are in the file that this stage writes.
             repo.reproduce(settings_of(address), single_item=True)
             done = repo.reproduce(address, single_item=True, force=force)
@@ -58,6 +57,14 @@ def reproduce(address: str, force: bool) -> int:
             return _exit_code(last.status)
         raise dvc_problem(error) from error
     return 0 if done else UNCHANGED
+
+
+def dvc_repo(folder: Path) -> Any:
+    """DVC's repository in `folder`, for `with`; a source archive, which has no .git, is one too."""
+    from dvc.repo import Repo
+
+    in_git = any((place / ".git").exists() for place in (folder, *folder.parents))
+    return Repo(str(folder), config=None if in_git else {"core": {"no_scm": True}})
 
 
 def settings_of(address: str) -> str:

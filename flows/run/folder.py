@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from flows.run.dvc_stage import dvc_problem
+from flows.run.dvc_stage import dvc_problem, dvc_repo
 from flows.run.forms import Request, RunRequest, StageRequest, field_of
 from flows.run.lock import dvc_lock
 from fuselip_core.config import (
@@ -173,7 +173,6 @@ def _start_from_root(run: Run, root_artifacts: str) -> None:
     the stages that differ, and fetches the outputs of the others from its cache.
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
     if (run.folder / "dvc.lock").exists() or not (run.repository / "dvc.lock").exists():
         return
@@ -184,7 +183,7 @@ def _start_from_root(run: Run, root_artifacts: str) -> None:
             return f"{root_artifacts}/{path.removeprefix(artifacts)}"
         return "params.yaml" if path == settings else path
 
-    with dvc_lock(run.repository, str(run.folder), logger.info), Repo(str(run.repository)) as repo:
+    with dvc_lock(run.repository, str(run.folder), logger.info), dvc_repo(run.repository) as repo:
         try:
             done = {stage.name: stage for stage in repo.stage.load_all(str(run.repository / "dvc.yaml"))}
             for stage in repo.stage.load_all(str(run.folder / "dvc.yaml")):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from flows.run.child import OnLine, stream
-from flows.run.dvc_stage import UNCHANGED, settings_of
+from flows.run.dvc_stage import UNCHANGED, dvc_repo, settings_of
 from flows.run.folder import Run
 from flows.run.lock import dvc_lock
 from fuselip_core.errors import Interrupted
@@ -80,10 +80,8 @@ class ProcessRunner:
 
 def is_unchanged(repository: Path, address: str) -> bool:
     """Whether DVC finds the stage up to date; asked here, where DVC is loaded once, and not in a process a stage."""
-    from dvc.repo import Repo
-
     try:
-        with Repo(str(repository)) as repo:
+        with dvc_repo(repository) as repo:
             # A whole path, since DVC takes targets from the current folder.
             return not repo.status(targets=[str(repository / each) for each in (settings_of(address), address)])
     except Exception:

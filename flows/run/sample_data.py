@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from flows.run.child import OnLine, stream
-from flows.run.dvc_stage import dvc_problem
+from flows.run.dvc_stage import dvc_problem, dvc_repo
 from flows.run.lock import dvc_lock
 from flows.run.runner import LastLines, stage_environment
 from fuselip_core.errors import FuselipError
@@ -30,13 +30,11 @@ def ensure_sample(repository: Path, on_line: OnLine) -> bool:
 
 
 def _compare(repository: Path) -> None:
-    from dvc.repo import Repo
-
     if not (repository / "data.dvc").read_bytes().strip():  # DVC finds nothing to compare in an empty file
         raise FuselipError("data.dvc is empty; restore data.dvc with git")
     target = str(repository / "data.dvc")  # a whole path, since DVC takes targets from the current folder
     try:
-        with Repo(str(repository)) as repo:
+        with dvc_repo(repository) as repo:
             found = [each for parts in repo.status(targets=[target]).values() for each in parts]
             outputs = {state for each in found for state in each.get("changed outs", {}).values()}
             if outputs <= {"not in cache"}:
