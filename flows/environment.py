@@ -1,4 +1,4 @@
-"""Environment of a process that runs flows: a local store, no reports to anyone, time for a slow first start."""
+"""Default environment of processes that run flows: a local store, no telemetry, time for a slow first start."""
 
 from __future__ import annotations
 

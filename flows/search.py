@@ -1,4 +1,4 @@
-"""Vectors and an index of an archive, on a schedule or by a button; by hand, `fuselip embed` and `fuselip index`."""
+"""Flows for `fuselip embed` and `fuselip index`, to run on a schedule or from Prefect's page."""
 
 from __future__ import annotations
 

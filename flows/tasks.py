@@ -1,4 +1,4 @@
-"""What all flows are made of: one Prefect task a stage, run one after the other, and how they end."""
+"""Building blocks of all flows: one Prefect task for each stage, their order, and how a run ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images to codes on many processes or machines: ``python -m flows.tokenize_map --settings params.yaml --workers 2``.
+"""Tokenizes on several processes or machines: ``python -m flows.tokenize_map --settings params.yaml --workers 2``.
 
 Each shard is a Prefect task, which Dask hands to its workers: processes of this machine, or those of the cluster whose
 scheduler ``--scheduler tcp://host:8786`` names; its machines must see the artifacts under the same path. The tokenize

@@ -1,4 +1,4 @@
-"""What a finished run leaves on its page in Prefect: results, pictures, and the way to its report and to MLflow."""
+"""Prefect artifacts of a finished run: results, pictures, and links to its report and to MLflow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a flow run is called on its page, and which process runs it."""
+"""A flow run's name, and a label with the process that runs it."""
 
 from __future__ import annotations
 

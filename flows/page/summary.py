@@ -1,4 +1,4 @@
-"""What a finished run says on the terminal: its measures beside their controls, and what to type next."""
+"""Terminal summary of a finished run: metrics beside their controls, and the next commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes a registered model once more from what is kept with it: ``fuselip reproduce models:/NAME@champion``.
+"""Trains a registered model again from its recorded state and compares: ``fuselip reproduce models:/NAME@champion``.
 
 The commit is checked out into a git worktree beside this repository, the run's settings and lock are laid into it, the
 data comes from DVC, every stage up to evaluate runs anew, and results and metrics are compared with the recorded ones.

@@ -1,4 +1,4 @@
-"""Brings back the state that a registered model was made from: code, settings, locks and data, in a git worktree."""
+"""Restores the state that a registered model was made from (code, settings, locks, data) in a git worktree."""
 
 from __future__ import annotations
 

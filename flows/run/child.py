@@ -1,4 +1,4 @@
-"""A child process whose lines are seen while it runs: on a terminal with its progress bars, in a log line by line."""
+"""Runs a child process and shows its output at once: with progress bars on a terminal, line by line in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stages in containers: DVC stays here and decides; the stage's command runs in the project's image.
+"""Runs stages in containers: DVC stays outside and decides; the stage's command runs in the project's image.
 
 The flow puts docker/stage/ first in PATH, so that DVC's ``fuselip train ...`` arrives in `main` below. What DVC, the
 lock and a stopped run look like is therefore the same as without containers, and so are the outputs: the container

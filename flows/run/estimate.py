@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts: all settings, and an estimate of the training's memory and time."""
+"""Preview of a run: all settings, and an estimate of the training's memory and time."""
 
 from __future__ import annotations
 

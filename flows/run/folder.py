@@ -1,4 +1,4 @@
-"""Where a run lives: the pipeline in the repository's root, or a folder runs/<name>/ with its own settings and lock.
+"""A run's folder: the repository's root, or runs/<name>/ with its own settings and lock.
 
 A run folder holds params.yaml, a copy of dvc.yaml, dvc.lock and artifacts/; all but the last are there to be committed.
 """

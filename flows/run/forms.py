@@ -1,4 +1,4 @@
-"""What a flow is asked for: the same fields as a form in Prefect and as options of the command line."""
+"""Parameters of the flows, shown as a form in Prefect and as options of the command line."""
 
 from __future__ import annotations
 

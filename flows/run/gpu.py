@@ -1,4 +1,4 @@
-"""Whose turn it is on this machine's GPUs: stages that need one take a slot of a limit that Prefect's server keeps.
+"""Shares this machine's GPUs: a stage that needs one takes a slot of a concurrency limit on Prefect's server.
 
 `make serve-flows` makes the limit, with as many slots as there are GPUs. Where there is none, as on the server that
 `make demo` starts for itself, nobody waits. Another GPU machine with a worker gets its own:

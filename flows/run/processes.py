@@ -1,4 +1,4 @@
-"""Processes of this machine and whether they still run."""
+"""Identifies processes of this machine and tells whether they still run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a stage is run: here in a process on this machine; in a container, see flows/run/container.py."""
+"""Runs a stage in a process of this machine (in a container: container.py)."""
 
 from __future__ import annotations
 

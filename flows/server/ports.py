@@ -1,4 +1,4 @@
-"""Who serves this checkout, and which ports of this machine are free."""
+"""Allows one server for a checkout, and checks that ports are free."""
 
 from __future__ import annotations
 

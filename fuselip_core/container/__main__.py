@@ -1,4 +1,4 @@
-"""What the images run: short words on the command line to settings, stages and folders that outlive the container.
+"""Entry point of the container images: turns a short command line into settings and runs the stages.
 
     bacor_fuselip_download [SOURCE]
     bacor_fuselip_train [small|base|large|tiny] [--recipe NAME] [section.field=value ...]

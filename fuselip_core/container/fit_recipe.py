@@ -1,8 +1,8 @@
-"""A recipe's wishes less what the mounted data set can't fulfil, so that the images train on any layout of it.
+"""Removes from a recipe what the mounted data set cannot provide, so that the image trains on every layout.
 
-Older folders of JPEG and text, and the Hub's Parquet, come without the names of concepts; prepared shards hold the
-pairs that they were prepared with. Only the recipe's own wishes are taken back, each in a line that says so: what the
-command line asks for stands, and fails where it can't be had.
+Folders of JPEG and text files and the Hub's Parquet files have no concept names; prepared shards hold only the pairs
+they were prepared with. Only values of the recipe are removed, each with a log line. What the command line asks for
+stays, and fails if the data lack it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stages one after the other where DVC is not there to say what is stale: in the training image.
+"""Runs stages in the training image, which has no DVC, and skips those whose data and settings have not changed.
 
 A stage that ended leaves ``done/<stage>.json`` with a key of its data and settings, and of those before it.
 """

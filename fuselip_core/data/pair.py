@@ -1,4 +1,4 @@
-"""What every data set is brought to: images, and pairs of sides that belong together.
+"""The common form of every data set: images, and pairs of sides that belong together.
 
 An adapter reads the tables of a data set and returns a `Listing`; it opens no image. `prepare.py` then checks the
 images, shard by shard, where `Place` says they are. A crop or an edit of another image is an image of its own

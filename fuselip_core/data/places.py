@@ -1,4 +1,4 @@
-"""Where the file of an image lies, and how an image is cut or edited from another.
+"""Where an image's file is, and how an image is cropped or edited from another.
 
 A crop or an edit that is listed as an image is stored as a row of its own, losslessly as PNG: then every reader treats
 all images alike, and no table has to be joined to see one. Nothing is resampled but by the edit.

@@ -1,4 +1,4 @@
-"""A list that only grows and keeps all but its newest items on disk, so that millions of rows cost no memory."""
+"""An append-only list that keeps only its newest items in memory and the rest on disk."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Questions and answers that something wrote from captions: read, checked, kept part by part, put together at the end.
+"""Checks questions and answers that a generator wrote from captions, stores them in parts, and joins the parts.
 
 A generator takes captions and returns one text each, which should be a JSON list of objects with question and answer.
-Whatever it returns goes through `judged`: good pairs are kept, everything else is set aside with its reason. Parts
-appear whole (`parts/000012.jsonl`), so that a killed run goes on with the first part that is missing, and any number of
-processes can share the work: process r of w takes parts r, r + w, and so on.
+`judged` keeps the good pairs and sets everything else aside with its reason. Parts are written atomically
+(`parts/000012.jsonl`), so a killed run resumes with the first missing part, and several processes can share the work:
+process r of w takes parts r, r + w, and so on.
 
     <split>.csv                       path,question,answer, as the sources cc3m-vqa and cc12m-vqa read them
     pairs-<split>-00000-of-00001.parquet   the same as prepared pairs (schemas.PAIR_SCHEMA)

@@ -17,7 +17,7 @@ from fuselip_core.files import read_json
 from fuselip_core.generation.generated_questions import CaptionRow
 
 PROMPT = "question_prompt.json"
-MOST_CAPTION_LETTERS = 4000  # a caption is a sentence or ten; what is longer would crowd out the instruction
+MOST_CAPTION_LETTERS = 4000  # longer captions would crowd out the instruction
 
 
 class InstructionModel:

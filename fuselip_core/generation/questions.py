@@ -1,4 +1,4 @@
-"""`fuselip vqa generate`: captions → questions and answers, on every GPU, going on where a killed run stopped."""
+"""`fuselip vqa generate`: makes questions and answers from captions, on all GPUs, and resumes after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MLflow's model registry: every trained encoder becomes a version; the alias moves only if its gates pass.
+"""Registration in MLflow: every trained encoder becomes a version; the alias moves only if all gates pass.
 
 Names and policy stand in mlflow/README.md.
 """

@@ -1,4 +1,4 @@
-"""What a registered model was made from, kept with it, so that `fuselip reproduce` can go back to it.
+"""The state that a registered model was made from, stored with it for `fuselip reproduce`.
 
 The state is a folder of plain files: state.json (commit, run folder, versions), settings.json and metrics.json, beside
 them copies of the run's params.yaml, dvc.yaml and dvc.lock, of data.dvc, and changes.patch where the code was not that

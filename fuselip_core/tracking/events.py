@@ -1,4 +1,4 @@
-"""A run's events as JSON lines on disk, and how services follow them. The disk comes first: see tracking.py."""
+"""A run's events as JSON lines on disk, and how services follow them (see run.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells the outside: JSON lines on disk always; MLflow, and wandb if asked for, follow them.
+"""Tracking of a run: events go to disk as JSON lines; MLflow and, if asked for, wandb read them from there.
 
 The disk comes first. Every event is appended to ``<artifacts>/tracking/<run>/events.jsonl`` and flushed; the services
 read that file behind a cursor of their own. So an unreachable, slow or lost tracking server never stops a run: one

@@ -1,4 +1,4 @@
-"""Libraries that would report their use to their makers, told not to before they are imported."""
+"""Turns off usage reports of libraries before they are imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which DICOM files belong to one patient, and on which side of the split they all go."""
+"""Groups DICOM files by patient and assigns each patient to one split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A codec that may crash, in a process of its own: damaged data then costs one picture, not the whole run.
+"""Runs codecs that may crash in a helper process, so that damaged data costs one picture and not the run.
 
 GDCM is the only free codec for lossless JPEG within DICOM, and it ends the process on some damaged streams. The helper
 is started when it is first needed, serves one request at a time, and ends when its parent does.

@@ -1,4 +1,4 @@
-"""Keeping identities where they are: keyed pseudonyms for ids, and free text without what points to a person.
+"""De-identification: keyed pseudonyms for ids, and free text without what identifies a person.
 
 Neither is a guarantee. A pseudonym is as safe as its key, which stays in a file of the user's own (or a variable) and
 enters no output; patterns find what looks like an identity, not every identity.

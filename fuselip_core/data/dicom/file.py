@@ -1,4 +1,4 @@
-"""Reading a DICOM file, also an old or a hostile one, without a word of what it says in any message."""
+"""Reads a DICOM file, even an old or hostile one; no message quotes its content."""
 
 from __future__ import annotations
 

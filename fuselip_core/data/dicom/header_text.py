@@ -1,4 +1,4 @@
-"""Text of a DICOM header: what may be said of a picture, and what says who it shows."""
+"""Builds a description from a DICOM header, and lists the fields that identify a person."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of DICOM files as a data set: 8-bit pictures with text, and nobody's identity.
+"""Lists a folder of DICOM files as a data set of 8-bit pictures with de-identified text.
 
 Files are listed by their headers; `DicomPlace.read` converts one frame to PNG, in whichever process asks. Ids are
 keyed hashes (`deidentify`), text comes from a table or from the header's own descriptions and is scrubbed, reasons and

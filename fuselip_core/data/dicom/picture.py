@@ -1,4 +1,4 @@
-"""One picture of a DICOM file that is only in memory, such as an upload. Nothing of it is written to a disk."""
+"""Renders a DICOM file in memory, such as an upload; nothing is written to disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of texts that comes with a DICOM folder: which row speaks of which file."""
+"""Reads the table of texts beside a DICOM folder and matches its rows to files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetch a data set whole: list it, check the room, fetch what is missing, verify, write ``download.json``.
+"""Downloads a data set: lists it, checks disk space, fetches missing files, verifies them, writes ``download.json``.
 
 Files come in a few connections at once through `transfer.Fetch`. The Hub's own client only lists: tried against the
 tests' server, `snapshot_download` (huggingface_hub 2.4) returned a damaged file under its final name, which

@@ -1,4 +1,4 @@
-"""What a data set consists of, as its host lists it: Hugging Face, Zenodo, or one address.
+"""Lists the files of a data set on its host: Hugging Face, Zenodo, or a single address.
 
 A source is written ``hub:OWNER/NAME[@REVISION]``, ``zenodo:RECORD``, ``https://…/file[#sha256=…]``, or as a name in
 ``origins.json``. Listing pins the revision, so that every file of a download belongs to one version.

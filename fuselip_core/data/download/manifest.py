@@ -1,4 +1,4 @@
-"""Where a raw data set came from, as its download left it in ``download.json``."""
+"""``download.json``: source, revision, licence and checksums of a raw data set."""
 
 from __future__ import annotations
 

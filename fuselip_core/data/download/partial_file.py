@@ -1,4 +1,4 @@
-"""A file on its way to disk: its bytes so far, their digests, and the final name once it is whole.
+"""A partly downloaded file: its bytes and digests so far; it gets its name when it is complete.
 
 Bytes gather in ``.<name>.partial`` beside the final path; ``.<name>.partial.json`` remembers which version of the file
 they belong to, so that a later process goes on where a killed one stopped.

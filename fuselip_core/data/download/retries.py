@@ -1,4 +1,4 @@
-"""Which failures of an HTTP request are worth another attempt, and how many attempts to make.
+"""Decides which HTTP failures to retry, and how often.
 
 Nothing here writes a secret: messages name hosts, pages and variables, never headers, queries or tokens.
 """

@@ -1,4 +1,4 @@
-"""Pictures to look at: thumbnails, and a sheet of samples with their texts as one PNG."""
+"""Thumbnails, and a contact sheet of sample images with their texts as one PNG."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LETTERS_A_LINE = 29
 
 
 def thumbnail(data: bytes | None, side: int = CELL) -> Image.Image | None:
-    """A small RGB copy; None where there is nothing to show."""
+    """A small RGB copy; None if the bytes cannot be decoded."""
     try:
         image = decode(data or b"")
     except UnreadableImage:

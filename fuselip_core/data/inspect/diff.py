@@ -1,4 +1,4 @@
-"""Which rows differ between two prepared data sets, told by the row hashes that the shards carry."""
+"""Compares two prepared data sets row by row, through the row hashes in their shards."""
 
 from __future__ import annotations
 

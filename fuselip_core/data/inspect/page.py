@@ -1,4 +1,4 @@
-"""One self-contained page about a prepared data set, and a sheet of samples: what to look at before training on it."""
+"""Inspection of a prepared data set: one self-contained HTML page and a contact sheet."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _lengths(found: Statistics) -> dict[str, Any] | None:
 
 
 def _most(counts: Counter[int]) -> int:
-    """A bound that all but one in a hundred stay below."""
+    """The 99th percentile."""
     values = np.repeat(*np.array(sorted(counts.items())).T)
     return max(1, int(np.quantile(values, 0.99)))
 
@@ -152,7 +152,7 @@ def _sizes(found: Statistics) -> list[dict[str, Any]]:
 
 
 def _histogram(title: str, counts: Counter[int], most: int, unit: str, divisor: int = 1) -> dict[str, Any]:
-    """At most BARS bars from 0 to `most`; the last one holds all that is beyond."""
+    """At most BARS bars from 0 to `most`; the last one holds all larger values."""
     width = max(1, -(-most // BARS))
     binned = Counter[int]()
     for value, count in counts.items():
@@ -186,7 +186,7 @@ def _shares(title: str, parts: Mapping[str, Counter[str]]) -> dict[str, Any]:
 
 
 def _card(pair: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Both sides of a pair: side, id of its image, the image in small, its text in two parts."""
+    """Both sides of a pair: side, image id, thumbnail, and the text as beginning and rest."""
     sides = []
     for side in ("query", "target"):
         name = pair[f"{side}_image"] or ""

@@ -1,4 +1,4 @@
-"""What is in a prepared data set: lengths, modalities and sizes, counted in one pass that holds one batch at a time."""
+"""Text lengths, modalities and image sizes of a prepared data set, counted in one pass with one batch in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNKNOWN = "not stated"
 
 @dataclass
 class Lengths:
-    """Words a text: how many texts have how many."""
+    """Histogram of the number of words in a text."""
 
     counts: Counter[int] = field(default_factory=Counter)
 
@@ -90,7 +90,7 @@ def pair_batches(prepared: PreparedData, split: str, columns: list[str]) -> Iter
 
 
 def draw_pairs(prepared: PreparedData, split: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` pairs of each kind of a split, drawn evenly (reservoirs), in their order."""
+    """`count` pairs of each kind of a split, drawn uniformly (reservoir sampling), in their order."""
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     seen: Counter[str] = Counter()
@@ -127,7 +127,7 @@ def draw_questions(prepared: PreparedData, split: str, count: int, seed: int) ->
 
 
 def bytes_of(prepared: PreparedData, split: str, names: set[str]) -> dict[str, bytes]:
-    """The bytes of some images: ids are looked through first, and only the row groups that have them are read."""
+    """The bytes of some images; only row groups that contain one of the ids are read."""
     found: dict[str, bytes] = {}
     for path in shard_paths(prepared, "images", split) if names else ():
         with pq.ParquetFile(path) as file:

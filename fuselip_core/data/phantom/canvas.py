@@ -1,4 +1,4 @@
-"""A picture of grey values, and shapes that are blended into it.
+"""A grey image and the shapes that can be blended into it.
 
 Coordinates: x to the right, y down, the shorter image side runs from -1 to 1 before the patient's pose (shift, turn,
 scale) is applied.

@@ -1,4 +1,4 @@
-"""Image shards of all splits, held-out splits first: their copies stay out of the splits behind them."""
+"""Writes the image shards of all splits, held-out splits first, so that later ones can leave out copies of them."""
 
 from __future__ import annotations
 

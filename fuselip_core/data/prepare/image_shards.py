@@ -1,4 +1,4 @@
-"""One Parquet shard of checked images at a time, in any process: bytes stay as published, memory stays flat.
+"""Checks images and writes them as one Parquet shard, in any process, with constant memory; bytes stay as published.
 
 A finished shard has a sidecar `<shard>.json` (and the hashes of its images beside it); one without it is written again.
 """
@@ -61,14 +61,14 @@ class ShardResult:
 
 @dataclass
 class _Work:
-    """What is known of a shard while it is written."""
+    """State of a shard that is being written."""
 
     task: ShardTask
     index: HeldOutIndex | None
     digests: list[str] = field(default_factory=list)
     fingerprints: list[Fingerprint] = field(default_factory=list)
     set_aside: list[SetAside] = field(default_factory=list)
-    # Originals that were left out as copies: what is cut from them is no better.
+    # Originals that were left out as copies; their crops are left out too.
     copies: set[Place] = field(default_factory=set)
 
 

@@ -1,9 +1,9 @@
-"""Near duplicates: pictures that are the same to the eye though not byte for byte, found among many without a scan.
+"""Finds near duplicates, pictures that look the same but differ in their bytes, without comparing all pairs.
 
 A picture's fingerprint is a difference hash of 64 bits (is each cell of a 9 x 8 grey thumbnail darker than its right
-neighbour?) and a grey thumbnail of 16 x 16. Two pictures that were scaled or compressed anew differ in a few bits. Two
-hashes that differ in at most 7 bits agree in one of 8 bytes at least, so that only the pictures that share a byte are
-compared; of those with few different bits the thumbnails decide, since radiographs of one region look alike.
+neighbour?) and a grey thumbnail of 16 x 16. Rescaling or recompressing changes a few bits of the hash. Two hashes that
+differ in at most 7 bits share at least one of their 8 bytes, so only pictures that share a byte are compared. Where few
+bits differ, the thumbnails decide, because radiographs of one region look alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 BANDS = 8
 MOST_BITS = 7  # pigeonhole: at most BANDS - 1
 THUMBNAIL = 16
-# Cells of one grey value, such as an empty frame, say nothing: pictures flatter than this are compared byte by byte.
+# A uniform picture, such as an empty frame, has a meaningless hash: below this deviation only equal bytes count.
 LEAST_SPREAD = 4.0
 LEAST_CORRELATION = 0.995
 
@@ -44,7 +44,7 @@ def fingerprint(image: Image.Image) -> Fingerprint:
 
 
 def looks_same(one: Fingerprint, other: Fingerprint) -> bool:
-    """True for two pictures that are the same to the eye, by the rules above."""
+    """Whether two pictures are near duplicates by the rules above."""
     near = (one.bits ^ other.bits).bit_count() <= MOST_BITS
     return near and _correlation(one.thumbnail, other.thumbnail[None]) >= LEAST_CORRELATION
 

@@ -1,4 +1,4 @@
-"""Any data set → one schema: Parquet shards of checked images and pairs, what was set aside, and a manifest.
+"""Brings any data set into one schema: Parquet shards of checked images and pairs, a quarantine list, and a manifest.
 
     images-<split>-00000-of-00002.parquet   one row an image, bytes as published (schemas.IMAGE_SCHEMA)
     pairs-<split>-00000-of-00001.parquet    one row a pair (schemas.PAIR_SCHEMA)

@@ -1,4 +1,4 @@
-"""Questions and answers without a language model, from what is known of an image: modality, body part, plane, side.
+"""Makes questions and answers by rules, from an image's known modality, body part, plane and side.
 
 What is known comes from the names of the image's concepts and from the words of its caption (question_words.json). An
 aspect is asked about only where both together name one value of it. "No" is answered only where one value rules the

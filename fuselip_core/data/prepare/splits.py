@@ -1,4 +1,4 @@
-"""Who is on which side: faulty captions out, nothing shared between training and what is held out, cases kept whole.
+"""Splits: drops faulty captions, keeps cases whole, and shares nothing between training and held-out splits.
 
 Three passes over the images and one over the pairs, row by row. What is remembered grows with what is held out and with
 what is taken out of training, not with the size of the training set (but for `dev_share`, which counts the cases).

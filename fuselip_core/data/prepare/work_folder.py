@@ -1,4 +1,4 @@
-"""Where prepared data grows: what an earlier run left there, and what must never be replaced."""
+"""The working folder of `prepare`: resumes an interrupted run, and protects everything that is not prepared data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a prepared split by row, in any order, without a copy of their files.
+"""Reads pictures of a prepared split by row number, in any order, from memory-mapped shards.
 
 Parquet is read by row groups; training asks for single images at random. Prepared shards store image bytes neither
 compressed nor in a dictionary (shards.py), so each file lies whole somewhere in its shard: one pass over the shards

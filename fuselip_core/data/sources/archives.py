@@ -1,4 +1,4 @@
-"""Members of a zip archive that may be read: none that leaves its folder, no bomb, no link, nothing twice."""
+"""Safe reading of zip archives: no path traversal, no zip bomb, no links, no repeated members."""
 
 from __future__ import annotations
 

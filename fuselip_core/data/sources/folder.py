@@ -1,4 +1,4 @@
-"""Pictures of one's own in any folders, with what describes them:
+"""Your own pictures in any folders, with their descriptions:
 
 - `metadata.csv`, `.tsv`, `.jsonl` or `.parquet` in any folder (Hugging Face's imagefolder): file_name, relative to the
   table; text (or caption); question and answer; split and case, both optional. Rows may share a picture;
