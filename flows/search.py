@@ -17,7 +17,7 @@ from flows.page.progress import ProgressArtifact
 from flows.run.child import stream
 from flows.run.forms import Form, empty
 from flows.run.runner import LastLines, stage_environment
-from flows.tasks import INTERRUPTED, error_of, stoppable, task_log
+from flows.tasks import INTERRUPTED, RUNNER, RunnerName, error_of, stoppable, task_log
 from fuselip_core.errors import Interrupted
 from fuselip_core.search import DEFAULT_INDEX, DEFAULT_MODEL
 
@@ -46,10 +46,10 @@ class IndexRequest(ArchiveRequest):
     """An archive, and its index."""
 
     index: str = Field(DEFAULT_INDEX, description="Folder of the index in the repository, or an s3:// address.")
-    action: Literal["build", "add"] = Field(
-        "build",
-        description="build: replace the index when the new one is whole, as after a change of the champion; "
-        "add: embed what is new or has changed.",
+    action: Literal["update", "build", "add"] = Field(
+        "update",
+        description="update: build it again if the model is another one now, else add; build: replace it when the new "
+        "one is whole; add: embed what is new or has changed.",
     )
 
 
@@ -57,29 +57,33 @@ SAMPLE_VECTORS, SAMPLE_INDEX = EmbedRequest(), IndexRequest()
 
 
 @flow(name="embed")
-def embed(request: EmbedRequest = SAMPLE_VECTORS) -> Any:
+def embed(request: EmbedRequest = SAMPLE_VECTORS, runner: RunnerName = RUNNER) -> Any:
     """Writes the vectors of an archive to a Parquet file; a run that was stopped resumes.
 
     Args:
         request: What to embed, with which model, and where to.
+        runner: Where it runs: in a process on the worker's machine, or in the project's search container there.
     """
-    return _run("embed", request.archive.name, ["embed", *request.words(), "--out", str(request.out)])
+    return _run("embed", request.archive.name, ["embed", *request.words(), "--out", str(request.out)], runner)
 
 
 @flow(name="index")
-def index(request: IndexRequest = SAMPLE_INDEX) -> Any:
-    """Builds the index of an archive, or brings it up to date; searches see the old index until the new one is whole.
+def index(request: IndexRequest = SAMPLE_INDEX, runner: RunnerName = RUNNER) -> Any:
+    """Brings the index of an archive up to date. On a schedule it follows the champion: where the alias means another
+    model, the index is built again beside the old one, which is searched until the new one is whole.
 
     Args:
         request: What to index, with which model, and where to.
+        runner: Where it runs: in a process on the worker's machine, or in the project's search container there.
     """
-    return _run("index", request.archive.name, ["index", request.action, *request.words(), "--index", request.index])
+    words = ["index", request.action, *request.words(), "--index", request.index]
+    return _run("index", request.archive.name, words, runner)
 
 
-def _run(kind: str, name: str, words: list[str]) -> Any:
+def _run(kind: str, name: str, words: list[str], runner: RunnerName) -> Any:
     sign()
     name_flow_run(kind, name)
-    state: Any = fuselip_task(kind, words, return_state=True)
+    state: Any = fuselip_task(kind, words, runner, return_state=True)
     if error := error_of(state):
         return Failed(message=error)
     return Completed(message=state.message)
@@ -87,12 +91,13 @@ def _run(kind: str, name: str, words: list[str]) -> Any:
 
 @task(name="fuselip", task_run_name="{kind}", cache_policy=NO_CACHE)
 @stoppable
-def fuselip_task(kind: str, words: list[str]) -> Any:
-    """Runs a verb of ``fuselip`` in a process of its own, and completes with its last line."""
+def fuselip_task(kind: str, words: list[str], runner: RunnerName) -> Any:
+    """Runs a verb of ``fuselip`` in a process or container of its own, and completes with its last line."""
     progress = ProgressArtifact(kind, task_log())
     lines = LastLines(progress)
     environment = stage_environment(REPOSITORY, flow_url=flow_url())
-    code = stream([sys.executable, "-m", "fuselip_core", *words], REPOSITORY, environment, lines)
+    module = "flows.run.container" if runner == "docker" else "fuselip_core"
+    code = stream([sys.executable, "-m", module, *words], REPOSITORY, environment, lines)
     if code:
         return Failed(name=INTERRUPTED if code == Interrupted.exit_code else None, message=lines.message(code))
     progress.close()

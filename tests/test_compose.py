@@ -38,6 +38,7 @@ def test_the_whole_stack_is_there(services: dict[str, Any]) -> None:
         "deployments",
         "worker",
         "models",
+        "search",
     }
     assert "@champion" in " ".join(services["models"]["command"])
 

@@ -58,14 +58,14 @@ def test_dockerfiles_suit_both_builders_and_hide_nothing(repository: Path, name:
     assert text.startswith("#") and f"FROM {BASE}\n" in text
 
 
-@pytest.mark.parametrize("name", ["download", "train", "server"])
+@pytest.mark.parametrize("name", ["download", "train", "server", "search"])
 def test_locks_of_the_images_name_the_versions_of_the_whole(repository: Path, name: str) -> None:
     def pins(path: str) -> dict[str, str]:
         return dict(re.findall(r"^([a-z0-9._-]+)==(\S+)", (repository / path).read_text(), flags=re.MULTILINE))
 
     part, whole = pins(f"requirements-{name}.lock"), pins("requirements.lock")
     assert {key: version for key, version in part.items() if key in whole and whole[key] != version} == {}
-    assert ("torch" in part) == (name == "train")
+    assert ("torch" in part) == (name in ("train", "search"))
 
 
 def test_the_context_holds_no_more_than_an_image_needs(repository: Path) -> None:
@@ -73,7 +73,7 @@ def test_the_context_holds_no_more_than_an_image_needs(repository: Path) -> None
     kept = {rule[1:] for rule in rules if rule.startswith("!")}
     assert "*" in rules
     assert kept <= {"pyproject.toml", "LICENSE", "README.md", "fuselip_core", "flows", "docker/entrypoint.sh"} | {
-        f"requirements-{name}.lock" for name in ("download", "train", "server")
+        f"requirements-{name}.lock" for name in ("download", "train", "server", "search")
     }
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from docker.models.containers import Container
 
 LABEL = "fuselip"
-IMAGES = {"download": "bacor_fuselip_download", "train": "bacor_fuselip_train"}
+IMAGES = {"download": "bacor_fuselip_download", "train": "bacor_fuselip_train", "search": "bacor_fuselip_search"}
+KINDS = {"prepare": "download", "data": "download", "embed": "search", "index": "search"}  # of a verb; else train
 # A stage saves its state in this time; less than flows/run/child.py waits for this process.
 GRACE_SECONDS = 45
 ENTRYPOINT = ("/usr/local/bin/entrypoint", "python", "-m", "fuselip_core.container", "fuselip")
@@ -143,7 +144,7 @@ def connect() -> DockerClient:
 def request_for(client: DockerClient, words: Sequence[str], repository: Path) -> ContainerRequest:
     """The container for ``fuselip <words>`` called in the current folder."""
     stage = words[0] if words else ""
-    kind = "download" if stage in ("prepare", "data") else "train"
+    kind = KINDS.get(stage, "train")
     environment = _passed_on(repository)
     return ContainerRequest(
         image=os.environ.get(f"FUSELIP_{kind.upper()}_IMAGE", IMAGES[kind]),
@@ -157,7 +158,7 @@ def request_for(client: DockerClient, words: Sequence[str], repository: Path) ->
             f"{LABEL}.process": str(Process.current()),
             f"{LABEL}.flow-run": os.environ.get("FUSELIP_FLOW_RUN", ""),
         },
-        gpus=kind == "train" and wants_gpu(client),
+        gpus=kind != "download" and wants_gpu(client),
         network=os.environ.get("FUSELIP_NETWORK") or _network_to(environment.get("MLFLOW_TRACKING_URI", "")),
         limits=_limits(),
     )
@@ -260,7 +261,8 @@ def _create(client: DockerClient, request: ContainerRequest) -> Container:
         return client.containers.create(**request.options())
     except ImageNotFound as error:
         kind = next((kind for kind, name in IMAGES.items() if name == request.image), None)
-        remedy = f"; `docker build -f Dockerfile.{kind} -t {request.image} .` makes it" if kind else ""
+        file = f"{'docker/' if kind == 'search' else ''}Dockerfile.{kind}"
+        remedy = f"; `docker build -f {file} -t {request.image} .` makes it" if kind else ""
         raise ContainerError(f"there is no image {request.image}{remedy}") from error
     except APIError as error:
         raise ContainerError(f"the engine refuses the container: {error.explanation}") from error

@@ -46,6 +46,9 @@ def app(
     port: PortOption = 8000,
     api_key_file: KeyOption = None,
     allow_urls: UrlsOption = False,
+    local_names: Annotated[
+        bool, typer.Option("--local-names", help="Answer to 127.0.0.1 and localhost alone, whatever --host is.")
+    ] = False,
     compare_index: Annotated[
         str | None, typer.Option("--compare-index", help="Index of another model, whose hits are shown beside.")
     ] = None,
@@ -59,4 +62,4 @@ def app(
     if compare_model and not compare_index:
         raise FuselipError("--compare-model needs the index that this model has built; name it with --compare-index")
     compared = (compare_model, compare_index) if compare_index else None
-    run(model, index, host, port, api_key_file, allow_urls, page=True, compared=compared)
+    run(model, index, host, port, api_key_file, allow_urls, page=True, compared=compared, local_names=local_names)

@@ -24,7 +24,7 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.files import full_disk_named
 from fuselip_core.lock import sole_process
 from fuselip_core.registry.address import pin_version
-from fuselip_core.search.embed import SET_ASIDE_SUFFIX, UNCHANGED, Embedded, Judge, Outcome, Parts
+from fuselip_core.search.embed import UNCHANGED, Embedded, Judge, Outcome, Parts
 from fuselip_core.search.index import ANN_ROWS, TABLE, Index, connect, drop_map, is_remote, quoted, schema_of
 from fuselip_core.search.inputs import Archive, Row
 from fuselip_core.search.originals import note_place
@@ -50,7 +50,8 @@ def build(
         outcome = parts.write(Archive(source, kind, name), embedder, batch_size, _judge({}))
         if not outcome.rows:
             raise FuselipError(f"{source} holds nothing that can be indexed ({outcome.sentence()}); name another")
-        _finish(connect(folder).create_table(TABLE, parts.batches(), mode="overwrite"), folder, parts)
+        _finish(connect(folder).create_table(TABLE, parts.batches(), mode="overwrite"), folder)
+        parts.finish(_beside(folder))
     return outcome
 
 
@@ -77,7 +78,9 @@ def add(
         if outcome.rows:
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(parts.batches())
-        _finish(table, folder, parts)
+        if outcome.rows or len(table.list_versions()) > 1:  # more than one: a killed process left them
+            _finish(table, folder)
+        parts.finish(_beside(folder))
     return outcome
 
 
@@ -189,8 +192,13 @@ def _records(
     return found
 
 
-def _finish(table: Any, folder: str | Path, parts: Parts | None = None) -> None:
-    """Full text and, in a large index, approximate search; old versions go, and the parts with them."""
+def _beside(folder: str | Path) -> Path:
+    """The place that is named as the index is: beside it, or for one on S3 in the current folder."""
+    return Path(Path(folder).name if is_remote(folder) else folder)
+
+
+def _finish(table: Any, folder: str | Path) -> None:
+    """Full text and, in a large index, approximate search; old versions go."""
     from lancedb.index import FTS
 
     drop_map(connect(folder))
@@ -200,10 +208,6 @@ def _finish(table: Any, folder: str | Path, parts: Parts | None = None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that readers of old versions fail: they are meant to
         table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
-    if parts:
-        place = Path(Path(folder).name if is_remote(folder) else folder)
-        parts.write_set_aside(place.with_name(place.name + SET_ASIDE_SUFFIX))
-        parts.remove()
 
 
 def index_vectors(table: Any) -> None:

@@ -272,13 +272,15 @@ class Parts:
         found = (batch for path in self.paths for batch in pq.ParquetFile(path).iter_batches(1024))
         return pa.RecordBatchReader.from_batches(self.schema, (batch.cast(self.schema) for batch in found))
 
-    def write_set_aside(self, path: Path) -> None:
-        """One JSON line for each row that was set aside; no file where there is none."""
+    def finish(self, place: Path) -> None:
+        """Removes the parts; beside `place` one JSON line says of each row that was set aside why, if there are any."""
+        path = place.with_name(place.name + SET_ASIDE_SUFFIX)
         lines = (json.dumps(item, ensure_ascii=False) for part in self.paths for item in state_of(part)["set_aside"])
         path.unlink(missing_ok=True)
         if text := "".join(f"{line}\n" for line in lines):
             with atomic_write(path) as partial:
                 partial.write_text(text, encoding="utf-8")
+        self.remove()
 
 
 def _joined(one: Batch, next_one: Batch) -> Batch:
@@ -328,8 +330,7 @@ def embed_archive(
         with atomic_write(out) as partial, pq.ParquetWriter(partial, schema) as writer:
             for batch in parts.batches():
                 writer.write_batch(batch)
-        parts.write_set_aside(out.with_name(out.name + SET_ASIDE_SUFFIX))
-        parts.remove()
+        parts.finish(out)
     return outcome
 
 

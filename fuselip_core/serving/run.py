@@ -28,10 +28,12 @@ def serve(
     allow_urls: bool = False,
     page: bool = False,
     compared: tuple[str | None, str] | None = None,
+    local_names: bool = False,
 ) -> None:
     """Answers requests on host:port until it is stopped; raises FuselipError where it cannot begin.
 
-    compared: model and index whose hits the page shows beside the others.
+    compared: model and index whose hits the page shows beside the others. local_names: requests must call this machine
+    127.0.0.1 or localhost, as where it listens inside a container and the port is published to its host alone.
     """
     key = None if api_key_file is None else read_key(api_key_file)
     # Parsers of pictures quote their files in warnings.
@@ -40,7 +42,7 @@ def serve(
     with _listen(host, port) as listener:
         engine = open_engine(model, index, Limits(), allow_urls)
         beside = open_engine(*compared, Limits()) if compared else None
-        app = create_app(engine, key, local=host in LOOPBACK, compared=beside)
+        app = create_app(engine, key, local=local_names or host in LOOPBACK, compared=beside)
         if page:
             from fuselip_core.serving.page import add_page
 
