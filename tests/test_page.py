@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from chromium import opened_browser, opened_page
 from make_dicom import picture, save
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
+from tiny_model import save_tiny_model
 
 from fuselip_core import Embedder
 from fuselip_core.config import Settings
@@ -37,8 +39,14 @@ def address(finished_run: Settings, tmp_path_factory: pytest.TempPathFactory) ->
     build.build(finished_run.artifacts / "prepared", folder / "index", Embedder.from_pretrained(model, "cpu"))
     log = folder / "log"
     command = [sys.executable, "-m", "fuselip_core", "app", "--model", str(model), "--index", str(folder / "index")]
+    with served_by([*command, "--port", "0"], log) as address:
+        yield address
+
+
+@contextmanager
+def served_by(command: list[str], log: Path) -> Iterator[str]:
     with log.open("w") as stream:
-        served = subprocess.Popen([*command, "--port", "0"], stdout=stream, stderr=stream)
+        served = subprocess.Popen(command, stdout=stream, stderr=stream)
     try:
         yield wait_for(served, log)
         served.send_signal(signal.SIGINT)
@@ -287,3 +295,26 @@ def test_every_width_fits(page: Page, width: int) -> None:
     open_page(page)
     search(page, "left")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_two_models_stand_side_by_side(browser: Browser, finished_run: Settings, tmp_path: Path) -> None:
+    models = {"one": finished_run.artifacts / "model", "two": save_tiny_model(tmp_path / "two-model")}
+    for name, model in models.items():
+        build.build(finished_run.artifacts / "prepared", tmp_path / name, Embedder.from_pretrained(model, "cpu"))
+    command = [sys.executable, "-m", "fuselip_core", "app", "--port", "0", "--index", str(tmp_path / "one")]
+    outside: list[str] = []
+    with (
+        served_by([*command, "--compare-index", str(tmp_path / "two")], tmp_path / "log") as address,
+        opened_page(browser, outside, tmp_path / "last.png", base_url=address) as page,
+    ):
+        open_page(page)
+        search(page, "the left half is bright")
+        captions = []
+        for model in models.values():
+            column = page.get_by_role("list", name=f"Pictures found by {model}")
+            expect(column.get_by_role("listitem")).to_have_count(24)
+            expect(column.locator("img").first).to_have_js_property("complete", True)
+            assert column.locator("img").first.evaluate("image => image.naturalWidth") > 0
+            captions.append(column.get_by_role("heading").all_inner_texts())
+        assert captions[0] != captions[1] and set(captions[0]) & set(captions[1])
+    assert not outside

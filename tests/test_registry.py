@@ -23,20 +23,16 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_model import save_tiny_model
 
 from flows.page.summary import next_commands
 from flows.run.folder import Run
 from fuselip_core.config import Gate, RegisterSettings, Settings, load_settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.embedder import Embedder
-from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
-from fuselip_core.model.hub import save_model
-from fuselip_core.model.presets import tokenizer_config
-from fuselip_core.model.titok import TiTok
 from fuselip_core.registry.register import check_gates, is_registered, promote, register_model
 from fuselip_core.tracking import run as tracking
 from fuselip_core.tracking.store import mlflow_client
@@ -54,13 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = TiTok(tokenizer_config("tiny"))
-    model = FuseLIPModel(FuseLIPConfig.of_size("tiny", tokenizer.config))
-    model.attach_image_tokenizer(tokenizer)
-    folder = tmp_path_factory.mktemp("trained") / "model"
-    save_model(model, folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("trained") / "model")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import zipfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ from typer.testing import CliRunner
 
 from fuselip_core.cli.main import app
 from fuselip_core.config import Settings
+from fuselip_core.data.places import Place
+from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.errors import FuselipError, sentence_of
+from fuselip_core.files import sha256_of
 from fuselip_core.search import build
 from fuselip_core.search.embed import Parts
 from fuselip_core.search.index import Filters, Index
+from fuselip_core.search.originals import note_place, read_original
 from fuselip_core.search.query import picture_of
 
 PROGRAM = [sys.executable, str(Path(__file__).with_name("stand_in_embedder.py"))]
@@ -127,6 +132,16 @@ def test_filters_and_threshold(built: Path) -> None:
     assert index.search(query, threshold=1.1) == []
 
 
+@pytest.mark.parametrize(
+    "filters", [Filters(), Filters(modality=("CT", "MR")), Filters(concept=("part 1",)), Filters(split=("no",))]
+)
+def test_in_memory_the_same_is_found(built: Path, filters: Filters) -> None:
+    for number in (0, 7):
+        for depth in (1, 5, 40):
+            asked = (vector_of(number), None, depth, 0, filters)
+            assert Index.open(built, in_memory=True).search(*asked) == Index.open(built).search(*asked)
+
+
 def test_words_and_vectors_are_fused(built: Path) -> None:
     index = Index.open(built)
     assert [hit.id for hit in index.search(None, "number12")] == ["p12"]
@@ -204,6 +219,27 @@ def test_equal_pictures_are_one_hit(tmp_path: Path) -> None:
     assert len(hits) == 8 and len(index.search(vector_of(2), limit=10, fold=False)) == 10
 
 
+def test_originals_are_read_where_they_were_indexed(tmp_path: Path, finished_run: Settings) -> None:
+    table = write_archive(tmp_path / "a", 3)
+    with zipfile.ZipFile(tmp_path / "a" / "more.zip", "w") as archive:
+        archive.write(tmp_path / "a" / "0.png", "0.png")
+    build.build(table, tmp_path / "index", EMBEDDER)
+    index = Index.open(tmp_path / "index")
+    assert index.original("p1") == (tmp_path / "a" / "1.png").read_bytes()
+    blobs(77).save(tmp_path / "a" / "1.png")
+    (tmp_path / "a" / "2.png").unlink()
+    assert index.original("p1") is None and index.original("p2") is None
+    zipped = read_original(
+        note_place(Place(tmp_path / "a" / "more.zip", member="0.png")), sha256_of(tmp_path / "a" / "0.png")
+    )
+    assert zipped == (tmp_path / "a" / "0.png").read_bytes()
+    prepared = PreparedData(finished_run.artifacts / "prepared")
+    build.build(prepared.folder, tmp_path / "prepared", EMBEDDER)
+    wanted = {row["image_id"]: row["bytes"] for batch in prepared.iter_images("test") for row in batch.to_pylist()}
+    index = Index.open(tmp_path / "prepared")
+    assert len(wanted) == 16 and {name: index.original(name) for name in wanted} == wanted
+
+
 # ---- changing --------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +284,8 @@ def test_an_id_that_comes_twice_is_set_aside(tmp_path: Path) -> None:
 def test_a_case_is_removed_for_good(tmp_path: Path) -> None:
     build.build(write_archive(tmp_path / "a", 30), tmp_path / "index", EMBEDDER)
     build.add(write_archive(tmp_path / "b", 3, first=30), tmp_path / "index", EMBEDDER)
-    reader = Index.open(tmp_path / "index")
+    reader, holder = Index.open(tmp_path / "index"), Index.open(tmp_path / "index", in_memory=True)
+    assert holder.search(vector_of(4))[0].id == "p4"
     thumbnail = reader.get("p4").thumbnail
     reader.map()
     there = bytes_below(tmp_path / "index")
@@ -259,7 +296,9 @@ def test_a_case_is_removed_for_good(tmp_path: Path) -> None:
         assert word not in left
     assert b"p4" not in b"".join(path.read_bytes() for path in (tmp_path / "index").rglob("map.lance/**/*.lance"))
     assert b"number6 " in left and len(reader) == 30  # a reader that was open sees it
-    assert not {"p3", "p4", "p5"} & {hit.id for hit in reader.search(vector_of(4), limit=40)}
+    for index in (reader, holder):
+        found = {hit.id for hit in index.search(vector_of(4), limit=40, fold=False)}
+        assert len(found) == 30 and not {"p3", "p4", "p5"} & found
     assert reader.search(None, "number4") == [] and "p4" not in reader.map()[0]
     assert build.remove(tmp_path / "index", ids=["p6"]) == 1
     assert b"number6 " not in bytes_below(tmp_path / "index")
@@ -277,6 +316,18 @@ def test_all_can_be_removed_and_added_again(tmp_path: Path) -> None:
     assert index.info()["rows"] == 0 and index.map()[0] == []
     build.add(table, tmp_path / "index", EMBEDDER)
     assert index.search(None, "number2")[0].id == "p2"
+
+
+def test_update_adds_for_the_same_model_and_builds_for_another(tmp_path: Path) -> None:
+    table = write_archive(tmp_path / "a", 3)
+    assert build.update(table, tmp_path / "index", EMBEDDER).rows == 3
+    index = Index.open(tmp_path / "index")
+    places = index.map()
+    assert build.update(table, tmp_path / "index", EMBEDDER).unchanged == 3
+    assert (tmp_path / "index" / "map.lance").is_dir() and index.map()[0] == places[0]  # nothing was written
+    other: Any = StandIn(digest="b" * 64)
+    assert build.update(table, tmp_path / "index", other).rows == 3
+    assert Index.open(tmp_path / "index").model_digest == other.digest
 
 
 def test_a_reader_notices_an_index_of_another_model(tmp_path: Path) -> None:

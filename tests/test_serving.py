@@ -64,7 +64,7 @@ def engine(embedder: Embedder, index_folder: Path) -> Engine:
 
 def engine_of(embedder: Embedder, index: Path) -> Engine:
     """An engine serves one app."""
-    return Engine("tiny", embedder, Index.open(index), Limits(body_mb=2, megapixels=1, rows=8))
+    return Engine("tiny", embedder, Index.open(index, in_memory=True), Limits(body_mb=2, megapixels=1, rows=8))
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +333,33 @@ def test_without_an_index_search_says_how_to_get_one(embedder: Embedder) -> None
         answer = client.post("/v1/search", json={"text": "a"})
         assert answer.status_code == 404 and "fuselip index build" in sentence(answer)
         assert client.get("/ready").json() == {"status": "ready", "index_rows": None}
+
+
+def test_the_same_but_takes_the_original_or_says_that_it_is_gone(
+    embedder: Embedder, finished_run: Settings, tmp_path: Path
+) -> None:
+    data = bright("top")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "top.png").write_bytes(data)
+    (tmp_path / "in" / "left.png").write_bytes(bright("left"))
+    build.build(tmp_path / "in", tmp_path / "index", embedder)
+    wanted = embedder.embed([Image.open(io.BytesIO(data))], ["left"])[0]
+    with TestClient(create_app(engine_of(embedder, tmp_path / "index")), base_url=LOCAL) as client:
+
+        def ask() -> Any:
+            return client.post("/v1/search", json={"id": "in/top.png", "text": "left"}).json()
+
+        found = ask()
+        assert [hit["id"] for hit in found["data"]] == ["in/left.png"] and found["note"] == ""
+        assert found["data"][0]["score"] == pytest.approx(float(wanted @ vector_at(tmp_path, "in/left.png")), abs=1e-5)
+        (tmp_path / "in" / "top.png").unlink()
+        assert "its small copy was used" in ask()["note"]
+        asked = {"id": "in/top.png", "question": "Which half is bright?", "answers": ["left", "top"]}
+        assert "its small copy was used" in client.post("/v1/answers", json=asked).json()["note"]
+
+
+def vector_at(folder: Path, name: str) -> np.ndarray:
+    return Index.open(folder / "index").vectors([name])[0]
 
 
 # ---- batching --------------------------------------------------------------------------------------------------------

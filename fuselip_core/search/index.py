@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from fuselip_core.errors import FuselipError, one_line
 from fuselip_core.search import DEFAULT_INDEX
 from fuselip_core.search.originals import read_original
 from fuselip_core.search.query import require
+from fuselip_core.search.vectors import Vectors
 
 TABLE, MAP_TABLE = "pictures", "map"
 METADATA = b"fuselip"
@@ -133,23 +135,28 @@ class ReplacedIndex(FuselipError):
 
 
 class Index:
-    """An index that was built; safe to use from many threads, and beside a process that adds or removes."""
+    """An index that was built; safe to use from many threads, and beside a process that adds or removes.
 
-    def __init__(self, folder: str | Path, table: Any) -> None:
-        self.folder, self._table = folder, table
+    in_memory: exact searches keep the vectors in memory (N * W * 4 bytes), for a process that searches often.
+    """
+
+    def __init__(self, folder: str | Path, table: Any, in_memory: bool = False) -> None:
+        self.folder, self._table, self._in_memory = folder, table, in_memory
+        self._vectors: Vectors | None = None
+        self._loading = threading.Lock()
         about = json.loads(table.schema.metadata[METADATA])
         self.model_name, self.model_digest = str(about["model_name"]), str(about["model_digest"])
         self.model_address, self.width = str(about["model_address"]), int(about["width"])
 
     @classmethod
-    def open(cls, folder: str | Path = DEFAULT_INDEX) -> Index:
+    def open(cls, folder: str | Path = DEFAULT_INDEX, in_memory: bool = False) -> Index:
         """Raises FuselipError where there is no index, or it cannot be read."""
         remedy = f"build one with `fuselip index build ARCHIVE --index {folder}`"
         try:
             database = connect(folder) if is_remote(folder) or Path(folder).is_dir() else None
             if database is None or TABLE not in database.list_tables().tables:
                 raise FuselipError(f"there is no index in {folder}; {remedy}")
-            return cls(folder, database.open_table(TABLE))
+            return cls(folder, database.open_table(TABLE), in_memory)
         except FuselipError:
             raise
         except (KeyError, TypeError) as error:
@@ -298,8 +305,7 @@ class Index:
         columns, where = [*SHOWN, "indexed_at", *LOOK, "vector"], filters.condition()
         rankings = []
         if query is not None:
-            nearest = self._table.search(query).distance_type("cosine").select([*columns, "_distance"])
-            rankings.append(_limited(nearest.bypass_vector_index() if exact else nearest, where, depth))
+            rankings.append(self._nearest(query, columns, where, depth, exact or not self._approximate))
         if words is not None:
             matching = self._table.search(words, query_type="fts").select([*columns, "_score"])
             rankings.append(_limited(matching, where, depth))
@@ -313,6 +319,31 @@ class Index:
             row["score"] = row["_score"] if query is None else float(np.dot(query, np.float32(row["vector"])))
         order = sorted(fused, key=lambda name: (-fused[name], -rows[name]["score"], name))
         return [rows[name] for name in order], all(len(ranking) < depth for ranking in rankings)
+
+    def _nearest(
+        self, query: NDArray[np.float32], columns: Sequence[str], where: str | None, depth: int, exact: bool
+    ) -> list[dict[str, Any]]:
+        """The rows nearest to `query`, best first."""
+        if exact and self._in_memory:
+            vectors, allowed = self._held(), None
+            if where:
+                found = self._table.search().where(where).select(["_rowid"]).to_arrow()["_rowid"]
+                allowed = np.asarray(found, np.uint64)
+            if self._table.version == vectors.version:  # else it is changed just now, and the ids may be others
+                ids = vectors.nearest(query, depth, allowed).tolist()
+                rows = self._table.take_row_ids(ids).select([*columns, "_rowid"]).to_arrow().to_pylist() if ids else []
+                if self._table.version == vectors.version:
+                    place = {number: rank for rank, number in enumerate(ids)}
+                    return sorted(rows, key=lambda row: place[row["_rowid"]])
+        nearest = self._table.search(query).distance_type("cosine").select([*columns, "_distance"])
+        return _limited(nearest.bypass_vector_index() if exact else nearest, where, depth)
+
+    def _held(self) -> Vectors:
+        with self._loading:
+            if self._vectors is None or self._vectors.version != self._table.version:
+                self._vectors = None  # first, since two of them may not fit
+                self._vectors = Vectors(self._table, self.width)
+            return self._vectors
 
     def _named(self, ids: Sequence[str], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not ids:

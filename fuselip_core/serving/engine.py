@@ -288,7 +288,7 @@ def open_pair(model: str, index: str | Path | None) -> tuple[Embedder, Index | N
     """
     from fuselip_core import Embedder
 
-    opened = None if index is None else Index.open(index)
+    opened = None if index is None else Index.open(index, in_memory=True)
     embedder = Embedder.from_pretrained(opened.model_address if opened and model == opened.model_name else model)
     if opened is not None:
         opened.check_model(embedder.digest)
