@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Search your own archive: build an index, change it, search it.", no_args_is_help=True)
 
-Archive = Annotated[Path, typer.Argument(help="Folder of pictures or DICOM files, prepared data, or a table.")]
+ARCHIVE_HELP = "Folder of pictures or DICOM files, prepared data, or a table."
+Archive = Annotated[Path, typer.Argument(help=ARCHIVE_HELP)]
+ArchiveOrNone = Annotated[Path | None, typer.Argument(help=ARCHIVE_HELP)]
+DicomwebOption = Annotated[
+    str | None, typer.Option("--dicomweb", help="Address of a DICOMweb server, whose studies take the archive's place.")
+]
 IndexOption = Annotated[str, typer.Option("--index", help="Folder of the index, or an s3:// address.")]
 ModelOption = Annotated[str, typer.Option("--model", help="models:/NAME@ALIAS, a folder, or a hub id.")]
 SameModelOption = Annotated[str, typer.Option("--model", help="Model; the one that the index was built with if empty.")]
@@ -39,44 +44,59 @@ def load(model: str) -> Any:
     return Embedder.from_pretrained(model)
 
 
+def _source(archive: Path | None, dicomweb: str | None) -> Path | str:
+    if (archive is None) == (dicomweb is None):
+        raise FuselipError("name what to index: either an archive, or a DICOMweb server with --dicomweb")
+    return archive or str(dicomweb)
+
+
 @app.command()
 def build(
-    archive: Archive,
+    archive: ArchiveOrNone = None,
     index: IndexOption = DEFAULT_INDEX,
     model: ModelOption = DEFAULT_MODEL,
     kind: KindOption = None,
     name: NameOption = None,
+    dicomweb: DicomwebOption = None,
 ) -> None:
     """Build the index of an archive; an index that is there is replaced when the new one is whole."""
     from fuselip_core.search import build as builder
 
-    typer.echo(f"{index}: {builder.build(archive, index, load(model), kind, name).sentence()}")
+    source = _source(archive, dicomweb)
+    typer.echo(f"{index}: {builder.build(source, index, load(model), kind, name).sentence()}")
 
 
 @app.command()
 def add(
-    archive: Archive,
+    archive: ArchiveOrNone = None,
     index: IndexOption = DEFAULT_INDEX,
     model: SameModelOption = "",
     kind: KindOption = None,
     name: NameOption = None,
+    dicomweb: DicomwebOption = None,
 ) -> None:
     """Add an archive to an index; of one that is there already, what is new or has changed."""
     from fuselip_core.search import build as builder
     from fuselip_core.search.index import Index
 
+    source = _source(archive, dicomweb)
     embedder = load(model or Index.open(index).model_address)
-    typer.echo(f"{index}: {builder.add(archive, index, embedder, kind, name).sentence()}")
+    typer.echo(f"{index}: {builder.add(source, index, embedder, kind, name).sentence()}")
 
 
 @app.command()
 def update(
-    archive: Archive, index: IndexOption = DEFAULT_INDEX, model: ModelOption = DEFAULT_MODEL, kind: KindOption = None
+    archive: ArchiveOrNone = None,
+    index: IndexOption = DEFAULT_INDEX,
+    model: ModelOption = DEFAULT_MODEL,
+    kind: KindOption = None,
+    dicomweb: DicomwebOption = None,
 ) -> None:
     """Bring an index up to date: build it again where the model has changed, else add what is new or has changed."""
     from fuselip_core.search import build as builder
 
-    typer.echo(f"{index}: {builder.update(archive, index, load(model), kind).sentence()}")
+    source = _source(archive, dicomweb)
+    typer.echo(f"{index}: {builder.update(source, index, load(model), kind).sentence()}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ table is one transaction. Old versions of the table are deleted at once, since t
 from __future__ import annotations
 
 import hashlib
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.files import full_disk_named
 from fuselip_core.lock import sole_process
 from fuselip_core.registry.address import pin_version
+from fuselip_core.search.dicomweb import fetch_studies, is_address
 from fuselip_core.search.embed import UNCHANGED, Embedded, Judge, Outcome, Parts
 from fuselip_core.search.index import ANN_ROWS, TABLE, Index, connect, drop_map, is_remote, quoted, schema_of
 from fuselip_core.search.inputs import Archive, Row
@@ -36,27 +38,31 @@ OF_ROW = ("id", "concepts", "modality", "case", "split", "source", "licence", "p
 
 
 def build(
-    source: Path,
+    source: Path | str,
     folder: str | Path,
     embedder: Embedder,
     kind: str | None = None,
     name: str | None = None,
     batch_size: int = 64,
 ) -> Outcome:
-    """Builds the index in `folder` of the rows of `source`; an older one is replaced when the new one is whole."""
+    """Builds the index in `folder` of the rows of `source`; an older one is replaced when the new one is whole.
+
+    source: what `Archive` reads, or the address of a DICOMweb server.
+    """
     with _sole_builder(folder) as work:
         schema = schema_of(embedder.width, embedder.name, embedder.digest, pin_version(embedder.name))
         parts = Parts(work, schema, _records)
-        outcome = parts.write(Archive(source, kind, name), embedder, batch_size, _judge({}))
+        outcome = parts.write(_opened(source, kind, name, work), embedder, batch_size, _judge({}))
         if not outcome.rows:
             raise FuselipError(f"{source} holds nothing that can be indexed ({outcome.sentence()}); name another")
         _finish(connect(folder).create_table(TABLE, parts.batches(), mode="overwrite"), folder)
         parts.finish(_beside(folder))
+        _drop_studies(work)
     return outcome
 
 
 def add(
-    source: Path,
+    source: Path | str,
     folder: str | Path,
     embedder: Embedder,
     kind: str | None = None,
@@ -74,17 +80,18 @@ def add(
         known = {row["id"]: row for row in table.search().select(["id", "stamp", "sha256", "place"]).to_list()}
         schema = _schema(index)
         parts = Parts(work, schema, lambda items: _records(items, known), salt=str(table.version))
-        outcome = parts.write(Archive(source, kind, name), embedder, batch_size, _judge(known))
+        outcome = parts.write(_opened(source, kind, name, work), embedder, batch_size, _judge(known))
         if outcome.rows:
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(parts.batches())
         if outcome.rows or len(table.list_versions()) > 1:  # more than one: a killed process left them
             _finish(table, folder)
         parts.finish(_beside(folder))
+        _drop_studies(work)
     return outcome
 
 
-def update(source: Path, folder: str | Path, embedder: Embedder, kind: str | None = None) -> Outcome:
+def update(source: Path | str, folder: str | Path, embedder: Embedder, kind: str | None = None) -> Outcome:
     """Brings an index up to date: as `add`, or as `build` where it is of another model, or not there yet."""
     try:
         same = Index.open(folder).model_digest == embedder.digest
@@ -148,6 +155,22 @@ def _sole_builder(folder: str | Path) -> Iterator[Path]:
     busy = FuselipError(f"another process changes the index in {folder}; wait for it, or name another folder")
     with sole_process(work.with_suffix(".lock"), busy), full_disk_named(work):
         yield work
+
+
+def _opened(source: Path | str, kind: str | None, name: str | None, work: Path) -> Archive:
+    """The archive; of a DICOMweb server what is fetched to a folder beside `work`, where a killed run goes on."""
+    if not is_address(source):
+        return Archive(Path(source), kind, name)
+    fetch_studies(str(source), _studies(work))
+    return Archive(_studies(work), "dicom", name, studies_at=str(source))
+
+
+def _studies(work: Path) -> Path:
+    return work.with_suffix(".studies")
+
+
+def _drop_studies(work: Path) -> None:
+    shutil.rmtree(_studies(work), ignore_errors=True)
 
 
 def _schema(index: Index) -> pa.Schema:

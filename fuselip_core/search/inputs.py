@@ -24,6 +24,7 @@ from fuselip_core.data.table_reader import SUFFIXES as TABLES
 from fuselip_core.data.table_reader import columns_of, read_table
 from fuselip_core.data.walk import files_below
 from fuselip_core.images import SUFFIXES as PICTURES
+from fuselip_core.search.dicomweb import study_address
 from fuselip_core.search.originals import note_prepared
 
 IMAGE_COLUMNS = ("image", "file_name")
@@ -75,11 +76,13 @@ class Archive:
     """The rows of `source`, a folder or a table, in a stable order; iterate as often as you like.
 
     kind: a name of `fuselip data sources`; found out where it is None. name: what ids of pictures without one begin
-    with, and `source` of a row; the folder's or the table's name where it is None. total: the number of rows, where it
-    is known.
+    with, and `source` of a row; the folder's or the table's name where it is None. studies_at: the DICOMweb server that
+    the files come from, for links. total: the number of rows, where it is known.
     """
 
-    def __init__(self, source: Path, kind: str | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, source: Path, kind: str | None = None, name: str | None = None, studies_at: str | None = None
+    ) -> None:
         """Raises DataError for a source that is missing or holds nothing that can be embedded."""
         self.source, self.total = source, None
         self.notes: list[str] = []
@@ -101,7 +104,7 @@ class Archive:
             listing = list_source(self.kind, source)
             self.total, self.notes = len(listing.images), listing.notes
             named = name or (source.resolve().name if self.kind == "folder" else self.kind)
-            self._rows = lambda set_aside: _of_listing(self.kind, source, named, listing, set_aside)
+            self._rows = lambda set_aside: _of_listing(self.kind, source, named, listing, set_aside, studies_at)
 
     def rows(self, set_aside: OnSetAside) -> Iterator[Row]:
         """Yields the rows; `set_aside` takes what cannot be used."""
@@ -226,7 +229,9 @@ def _of_prepared(prepared: PreparedData, name: str | None) -> Iterator[Row]:
             )
 
 
-def _of_listing(kind: str, root: Path, name: str, listing: Listing, set_aside: OnSetAside) -> Iterator[Row]:
+def _of_listing(
+    kind: str, root: Path, name: str, listing: Listing, set_aside: OnSetAside, studies_at: str | None
+) -> Iterator[Row]:
     for item in listing.set_aside:
         set_aside(item)
     captions = _Captions((pair.query.image, pair.target.text) for pair in listing.pairs if pair.kind == "caption")
@@ -242,7 +247,7 @@ def _of_listing(kind: str, root: Path, name: str, listing: Listing, set_aside: O
             split=entry.split,
             source=name,
             licence=entry.licence or origin.licence or "",
-            place=_shown_place(entry),
+            place=study_address(studies_at, entry.place.file) if studies_at else _shown_place(entry),
         )
 
 
