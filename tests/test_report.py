@@ -296,6 +296,28 @@ def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+def run_named(artifacts: Path, name: str) -> None:
+    (artifacts / "tracking" / "train").mkdir(parents=True, exist_ok=True)
+    (artifacts / "tracking" / "train" / "run.json").write_text(json.dumps({"name": name}))
+
+
+def test_the_run_before_stands_beside_this_one(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    run_named(tmp_path, "train-first")
+    assert "The run before" not in write(tmp_path, answer_metrics(0.5)).text
+    assert "The run before" not in write(tmp_path, answer_metrics(0.5)).text, "measured again, it is the same run"
+    run_named(tmp_path, "train-second")
+    for _ in range(2):
+        text = write(tmp_path, answer_metrics(0.625), train={"steps": 77}).text
+        assert "train-first, measured" in text and "train.steps" in text and "train.seed" not in text.split("All ")[0]
+        row = text[text.index("Image + question → answer") :]
+        assert row.index("62.5") < row.index("50.0")
+    run_named(tmp_path, "train-third")
+    manifest = tmp_path / "prepared" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("0123456789abcdef", "fedcba9876543210"))
+    assert "The run before" not in write(tmp_path, answer_metrics(0.5)).text, "other data tell nothing"
+
+
 def test_a_damaged_history_is_named(tmp_path: Path) -> None:
     prepare(tmp_path)
     (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"st')

@@ -67,7 +67,7 @@ class EventLog:
         self._keep_run()
 
     def params(self, values: Mapping[str, Any]) -> None:
-        self._append({"type": "params", "values": dict(_flat(values))})
+        self._append({"type": "params", "values": dict(flat(values))})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         numbers = {name: float(value) for name, value in values.items()}
@@ -170,9 +170,10 @@ def _event(line: bytes) -> Event | None:
     return event if isinstance(event, dict) and "type" in event else None
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values with the names that MLflow has for them: train.learning_rate and so on."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

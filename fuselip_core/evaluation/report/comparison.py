@@ -40,7 +40,7 @@ def write_comparison(
     numbers = {name: result.numbers() for name, result in results.items()}
     split = next(iter(results.values())).split
     head = ["", *numbers, "chance or control", *["published"] * beside_published]
-    rows = [_row(metric, words, control, numbers, beside_published) for metric, words, control in _measures(numbers)]
+    rows = result_rows(numbers, beside_published)
     if beside_published:
         others = dict.fromkeys(each["metric"] for each in published())
         for metric in others.keys() - {metric for metric, *_ in _measures(numbers)}:
@@ -58,6 +58,11 @@ def write_comparison(
         )
         (folder / "index.html").write_text(page, encoding="utf-8")
     return {"head": head, "rows": rows, "page": artifacts / "comparison" / "index.html"}
+
+
+def result_rows(numbers: Mapping[str, Mapping[str, float]], beside_published: bool = False) -> list[list[str]]:
+    """Metrics of several models or runs, by their names → rows: the measure, a cell for each, chance or control."""
+    return [_row(metric, words, control, numbers, beside_published) for metric, words, control in _measures(numbers)]
 
 
 def as_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

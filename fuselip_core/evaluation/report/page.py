@@ -17,6 +17,7 @@ from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.evaluation.comparisons import findings
 from fuselip_core.evaluation.report import sections
 from fuselip_core.evaluation.report.charts import draw_answers, draw_map, draw_retrieval
+from fuselip_core.evaluation.report.run_before import beside_run_before
 from fuselip_core.evaluation.result import AnswerExample, EvaluationResult, RetrievalExample
 from fuselip_core.files import atomic_folder, write_json
 from fuselip_core.html import data_uri, picture_uri, render
@@ -50,6 +51,7 @@ def write_report(settings: Settings, result: EvaluationResult) -> Path:
             "retrieval": sections.retrieval(numbers),
             "answers": sections.answers(numbers),
             "concepts": sections.concepts(result),
+            "before": beside_run_before(settings, result),
             "tables": sections.tables(numbers),
             "map": _map(folder, result, modalities),
             "training": sections.training(folder, artifacts, numbers),
@@ -107,6 +109,7 @@ def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Anchors of the sections that there are, with their names."""
     found = [(name, name.capitalize()) for name in ("retrieval", "answers", "concepts") if values[name]]
     found += [(each["id"], each["title"]) for each in values["tables"]]
+    found += [("before", "The run before")] * bool(values["before"])
     found += [("map", "Map")] * bool(values["map"])
     return [*found, *((name, name.capitalize()) for name in ("training", "tokenizer", "data", "settings"))]
 
