@@ -33,6 +33,7 @@ from fuselip_core.search.vectors import Vectors
 TABLE, MAP_TABLE = "pictures", "map"
 METADATA = b"fuselip"
 ANN_ROWS = 100_000  # above so many rows a search is approximate unless asked otherwise
+EF = 200  # candidates that an approximate search keeps; more of them find more and take longer
 RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher 2009)
 HYBRID_DEPTH = 50  # the least number of rows of each ranking that are fused
 MOST_ON_MAP, FEWEST_FOR_UMAP = 10_000, 32
@@ -336,7 +337,7 @@ class Index:
                     place = {number: rank for rank, number in enumerate(ids)}
                     return sorted(rows, key=lambda row: place[row["_rowid"]])
         nearest = self._table.search(query).distance_type("cosine").select([*columns, "_distance"])
-        return _limited(nearest.bypass_vector_index() if exact else nearest, where, depth)
+        return _limited(nearest.bypass_vector_index() if exact else nearest.ef(max(EF, 2 * depth)), where, depth)
 
     def _held(self) -> Vectors:
         with self._loading:
