@@ -72,6 +72,9 @@ RULES: dict[str, Rule] = {
     r"curl .*/invocations .*": Rule(
         swap={"5001": "{port}", "-s": "-s --fail-with-body"}, server=f"make serve-model MODEL={MODEL} PORT={{port}}"
     ),
+    r"\.venv/bin/fuselip app --compare-index \S+": Rule(
+        swap={"index-base": "index"}, before=(INDEX,), more="--port {port}", asks="/ready", slow=True
+    ),
     r"(\.venv/bin/)?fuselip app": Rule(before=(INDEX,), more="--port {port}", asks="/ready"),
     r"\.venv/bin/fuselip serve --model .*": Rule(swap=MINE, more="--port {port}", asks="/health", slow=True),
     r"curl .*/v1/search .*": Rule(
@@ -99,6 +102,9 @@ RULES: dict[str, Rule] = {
     ),
     r"fuselip sample --out (data|HOLE)": Rule(swap={"--out data": "--out drawn", "HOLE": "drawn-too"}, slow=True),
     # Search
+    r".*fuselip index build --dicomweb .*": Rule(  # test_dicomweb.py
+        swap={"https://pacs.example": "http://127.0.0.1:9", **MINE}, fails="no DICOMweb server answers", slow=True
+    ),
     r".*fuselip index build artifacts/prepared.*": Rule(),
     r".*fuselip index build path/.*": Rule(more="--index other", slow=True),
     r".*fuselip index build /.*": Rule(swap=MINE, more="--index other"),

@@ -452,7 +452,7 @@ def test_an_index_lies_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             Index.open("s3://archive/index")
         build.build(write_archive(tmp_path / "a", 6), "s3://archive/index", EMBEDDER)
         build.add(write_archive(tmp_path / "b", 3, first=6), "s3://archive/index", EMBEDDER)
-        index = Index.open("s3://archive/index")
+        index = Index.open("s3://archive/index", in_memory=True)
         assert len(index) == 9 and index.search(vector_of(7))[0].id == "p7"
         assert build.remove("s3://archive/index", case="case2-of-somebody") == 3
         assert index.search(None, "number7") == []

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
+from fuselip_core.model.fuselip import FuseLIPModel
+from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.hub import save_model
 from fuselip_core.model.presets import tokenizer_config
 from fuselip_core.model.titok import TiTok
