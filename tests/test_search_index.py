@@ -150,7 +150,7 @@ def test_words_and_vectors_are_fused(built: Path) -> None:
     hits = index.search(vector_of(12), words, limit=4)
     assert {"p12", far} <= {hit.id for hit in hits[:2]}  # first by vector, first by words
     assert next(hit for hit in hits if hit.id == "p12").score == pytest.approx(1.0, abs=1e-5)
-    assert index.search(None, "zebra") == []
+    assert index.search(None, "zebra") == [] and len(index.search(vector_of(12), "zebra", limit=4)) == 4
 
 
 def test_facets_and_info(built: Path) -> None:

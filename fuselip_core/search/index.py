@@ -309,15 +309,13 @@ class Index:
             rankings.append(self._nearest(query, columns, where, depth, exact or not self._approximate))
         if words is not None:
             matching = self._table.search(words, query_type="fts").select([*columns, "_score"])
-            rankings.append(_limited(matching, where, depth))
+            rankings.append(_rows(_limited(matching, where, depth), query))
         fused: dict[str, float] = defaultdict(float)
         rows: dict[str, dict[str, Any]] = {}
         for ranking in rankings:
             for rank, row in enumerate(ranking, 1):
                 fused[row["id"]] += 1.0 / (RANK_CONSTANT + rank)
                 rows.setdefault(row["id"], row)
-        for row in rows.values():
-            row["score"] = row["_score"] if query is None else float(np.dot(query, np.float32(row["vector"])))
         order = sorted(fused, key=lambda name: (-fused[name], -rows[name]["score"], name))
         return [rows[name] for name in order], all(len(ranking) < depth for ranking in rankings)
 
@@ -332,12 +330,13 @@ class Index:
                 allowed = np.asarray(found, np.uint64)
             if self._table.version == vectors.version:  # else it is changed just now, and the ids may be others
                 ids = vectors.nearest(query, depth, allowed).tolist()
-                rows = self._table.take_row_ids(ids).select([*columns, "_rowid"]).to_arrow().to_pylist() if ids else []
+                rows = _rows(self._table.take_row_ids(ids).select([*columns, "_rowid"]), query) if ids else []
                 if self._table.version == vectors.version:
                     place = {number: rank for rank, number in enumerate(ids)}
                     return sorted(rows, key=lambda row: place[row["_rowid"]])
         nearest = self._table.search(query).distance_type("cosine").select([*columns, "_distance"])
-        return _limited(nearest.bypass_vector_index() if exact else nearest.ef(max(EF, 2 * depth)), where, depth)
+        nearest = nearest.bypass_vector_index() if exact else nearest.ef(max(EF, 2 * depth))
+        return _rows(_limited(nearest, where, depth), query)
 
     def _held(self) -> Vectors:
         with self._loading:
@@ -373,10 +372,18 @@ def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.nan_to_num(plane).astype(np.float32)
 
 
-def _limited(query: Any, where: str | None, limit: int) -> list[dict[str, Any]]:
-    query = query.where(where, prefilter=True) if where else query
-    rows: list[dict[str, Any]] = query.limit(limit).to_arrow().to_pylist()
-    return rows
+def _limited(found: Any, where: str | None, limit: int) -> Any:
+    return (found.where(where, prefilter=True) if where else found).limit(limit)
+
+
+def _rows(found: Any, query: NDArray[np.float32] | None) -> list[dict[str, Any]]:
+    """Rows with their `score`: the cosine to `query` (W), or without one the score of the words."""
+    table = found.to_arrow()
+    rows: list[dict[str, Any]] = table.drop_columns(["vector"]).to_pylist()
+    if query is None:
+        return [row | {"score": row["_score"]} for row in rows]
+    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, len(query))
+    return [row | {"score": float(np.dot(query, vector))} for row, vector in zip(rows, vectors, strict=True)]
 
 
 def quoted(values: Sequence[str]) -> str:
