@@ -62,11 +62,11 @@ class World:
         dist.all_reduce(summed)
         return summed
 
-    def any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+    def any(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether any process has set it."""
         if self.alone:
             return list(flags)
-        return self.total(torch.tensor(flags, dtype=torch.int32, device=device)).bool().tolist()
+        return self.total(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gives every process the mean gradient; a parameter that one of them did not use counts as zero there."""
@@ -107,7 +107,8 @@ def join_world() -> World:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local_device())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Flags and counts stay on the CPU, where they make no GPU wait.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return World(dist.get_rank(), size)
 
 

@@ -119,7 +119,7 @@ def test_tokenizing_in_every_step_gives_the_same_batches_for_view_0(run: Setting
     model, processor = load_pretrained(run.artifacts / "model", "cpu")
     store = TokenStore(run.artifacts / "tokens", "train")
     rows = np.concatenate([store.rows_of("caption")[5:9], store.rows_of("vqa")[7:12]])
-    batch = prepare_sides(model, [gather(store, rows, side) for side in ("query", "target")], 0.0)
+    batch = prepare_sides(model, [gather(store, rows, side) for side in ("query", "target")])
     table = PreparedData(run.artifacts / "prepared").iter_images("train", columns=["bytes"])
     blobs = [blob for part in table for blob in part["bytes"].to_pylist()]
     sides = [(side, row) for side in ("query", "target") for row in rows]
@@ -145,11 +145,9 @@ def test_sides_with_and_without_image_keep_their_rows(run: Settings) -> None:
     target, query = gather(store, pairs, "target"), gather(store, pairs, "query")
     assert target.has_image.tolist() != query.has_image.tolist()
     with torch.no_grad():
-        whole, _ = encode_sides(model, [query, target], 0.0, torch.device("cpu"))
+        whole = encode_sides(model, [query, target], torch.device("cpu"))
         for side, embeddings in zip((query, target), whole, strict=True):
-            single = [
-                encode_sides(model, [side.part(slice(i, i + 1))], 0.0, torch.device("cpu"))[0][0] for i in range(6)
-            ]
+            single = [encode_sides(model, [side.part(slice(i, i + 1))], torch.device("cpu"))[0] for i in range(6)]
             torch.testing.assert_close(embeddings, torch.cat(single), atol=1e-6, rtol=0)
 
 

@@ -49,7 +49,7 @@ def trainer_of(store: Any, settings: TrainSettings, folder: Path, world: World =
 
 
 def gradients_of(trainer: Trainer, rows: np.ndarray) -> dict[str, torch.Tensor]:
-    trainer.compute_gradients(rows, step=0)
+    trainer.compute_gradients(trainer.batches.make(rows, step=0))
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
 
 
@@ -141,7 +141,7 @@ def process(rank: int, size: int, port: int, folder: Path, settings: TrainSettin
     world = join_world()
     trainer = trainer_of(TokenStore(folder / "store", "train"), settings, folder / "run", world, seed=rank)
     world.broadcast(trainer.model)
-    losses = trainer.compute_gradients(world.share(np.arange(0, 24, 3)), step=0)
+    losses = trainer.compute_gradients(trainer.batches.make(world.share(np.arange(0, 24, 3)), step=0))
     total = world.mean(losses.contrastive).item(), losses.masked.item()
     gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     if rank == 0:
@@ -180,7 +180,7 @@ def test_two_processes_compute_what_one_does_with_the_joined_batch(tmp_path: Pat
     start(2, tmp_path, settings)
     found = torch.load(tmp_path / "found.pt")
     alone = trainer_of(store, settings, tmp_path / "alone")
-    losses = alone.compute_gradients(np.arange(0, 24, 3), step=0)
+    losses = alone.compute_gradients(alone.batches.make(np.arange(0, 24, 3), step=0))
     assert found["losses"][0] == pytest.approx(losses.contrastive.item(), abs=1e-5)
     for name, p in alone.model.named_parameters():
         if p.grad is not None:
@@ -285,7 +285,7 @@ def test_mixture_by_passes_takes_each_pair_as_often_as_it_says(tmp_path: Path) -
         "batch_size": 6,
     }
     trainer = trainer_of(store, settings_of(**fields), tmp_path / "run")
-    rows = np.concatenate([trainer.next_rows() for _ in range(trainer.schedule.steps)])
+    rows = np.concatenate([trainer.batches.next_rows() for _ in range(trainer.schedule.steps)])
     counts = np.bincount(rows, minlength=24)
     assert (counts[:12].sum(), counts[12:].sum()) == (24, 12)
 
@@ -400,7 +400,7 @@ def test_stores_joined_read_as_each_does_alone(tmp_path: Path) -> None:
         mixture={"caption": 0.5, "general:caption": 0.5}, tokens={"general": tmp_path / "other"}, steps=2
     )
     trainer = trainer_of(joined, settings, tmp_path / "run")
-    assert sorted(row >= 24 for row in trainer.next_rows()) == [False] * 4 + [True] * 4
+    assert sorted(row >= 24 for row in trainer.batches.next_rows()) == [False] * 4 + [True] * 4
     trainer.run()
 
 

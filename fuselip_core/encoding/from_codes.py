@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from fuselip_core.data.tokens.joined import JoinedStore, Store
 from fuselip_core.data.tokens.store import SideTokens, gather
+from fuselip_core.encoding.packed_sides import PackedSides, TokenBudgets
+from fuselip_core.model.compiled import require_compiler
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.packed import Layout, pack
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD, join, text_sequence
@@ -40,21 +41,8 @@ class PairEncoder(Protocol):
     def encode(self, inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Unit-norm embeddings of queries and of targets (B, W), and the mean loss of hidden tokens, 0 without."""
 
-
-@dataclass(frozen=True)
-class PackedSides:
-    """Sides of pairs as packed ids (T) with their layout, labels (T) where tokens are hidden, and each row's place."""
-
-    ids: Tensor
-    layout: Layout
-    places: Tensor
-    sizes: tuple[int, ...]
-    labels: Tensor | None = None
-
-    @property
-    def hidden(self) -> int:
-        """Tokens to predict."""
-        return 0 if self.labels is None else int((self.labels != IGNORED).sum())
+    def compile(self, pairs: int) -> None:
+        """From now on computes with compiled code, as far as inputs of `pairs` pairs go."""
 
 
 class TokenPairs:
@@ -65,17 +53,30 @@ class TokenPairs:
     def __init__(self, model: FuseLIPModel, store: Store, mask_probability: float) -> None:
         self.model, self.store, self.mask_probability = model, store, mask_probability
         self.device = next(model.parameters()).device
+        self.budgets: TokenBudgets | None = None
+        self._compiled = embed_sides
+
+    def compile(self, pairs: int) -> None:
+        """See PairEncoder: one graph a budget of tokens, forward and backward."""
+        require_compiler()
+        self.budgets = TokenBudgets(pairs, self.model.config.context_length, self.mask_probability)
+        self._compiled = torch.compile(embed_sides, dynamic=False, fullgraph=True)
 
     def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
         """Nothing to do: codes are read in no time."""
 
     def inputs(self, rows: np.ndarray, view_rng: np.random.Generator) -> PackedSides:
         """Pair rows (B) → packed ids, some of them hidden."""
-        return prepare_sides(self.model, gather_sides(self.store, rows, view_rng), self.mask_probability)
+        sides = gather_sides(self.store, rows, view_rng)
+        inputs = prepare_sides(self.model, sides, self.mask_probability, view_rng)
+        if self.budgets is not None:
+            inputs = self.budgets.pad(inputs)
+        return inputs.each(Tensor.pin_memory) if self.device.type == "cuda" else inputs
 
     def encode(self, inputs: PackedSides) -> tuple[Tensor, Tensor, Tensor]:
         """See PairEncoder."""
-        (query, target), masked = encode_packed(self.model, inputs, self.device)
+        embed = self._compiled if inputs.padded else embed_sides
+        (query, target), masked = embed(self.model, on_device(inputs, self.device))
         return query, target, masked
 
 
@@ -112,7 +113,7 @@ class TokenEncoder(StoredEncoder):
         self.device = device
 
     def _embeddings(self, side: SideTokens) -> Tensor:
-        return encode_sides(self.model, [side], 0.0, self.device)[0][0]
+        return encode_sides(self.model, [side], self.device)[0]
 
 
 def gather_sides(store: Store, rows: np.ndarray, view_rng: np.random.Generator) -> list[SideTokens]:
@@ -132,32 +133,39 @@ def pair_keys(store: Store, rows: np.ndarray, alike: bool) -> np.ndarray:
     return np.stack([pairs.target_text[rows], pairs.target_image[rows], sets], axis=1).astype(np.int64)
 
 
-def encode_sides(
-    model: FuseLIPModel, sides: Sequence[SideTokens], mask_probability: float, device: torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """Embeds sides of pairs → unit-norm embeddings (B, W) a side, and the masked-token loss.
-
-    With a `mask_probability` the same pass also predicts the tokens it hides; the loss is their mean, else 0.
-    """
-    return encode_packed(model, prepare_sides(model, sides, mask_probability), device)
+def encode_sides(model: FuseLIPModel, sides: Sequence[SideTokens], device: torch.device) -> list[Tensor]:
+    """Embeds sides of pairs → unit-norm embeddings (B, W) a side."""
+    return embed_sides(model, on_device(prepare_sides(model, sides), device))[0]
 
 
-def prepare_sides(model: FuseLIPModel, sides: Sequence[SideTokens], mask_probability: float) -> PackedSides:
-    """Sides of pairs → what the model reads of them, on the CPU, with tokens hidden where a probability is given."""
+def on_device(inputs: PackedSides, device: torch.device) -> PackedSides:
+    """Copies of `inputs` on `device`, for which nobody waits."""
+    return inputs.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def prepare_sides(
+    model: FuseLIPModel,
+    sides: Sequence[SideTokens],
+    mask_probability: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> PackedSides:
+    """Sides of pairs → what the model reads of them, on the CPU; with a probability, `rng` draws which are hidden."""
     ids, layout, places = pack_sides(sides, model)
-    labels = None
-    if mask_probability:
-        ids, labels = mask_tokens(ids, model.vocabulary.mask_id, mask_probability)
-    return PackedSides(ids, layout, places, tuple(map(len, sides)), labels)
+    sizes = tuple(map(len, sides))
+    if not mask_probability:
+        return PackedSides(ids, layout, places, sizes)
+    assert rng is not None
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    ids, labels = mask_tokens(ids, model.vocabulary.mask_id, mask_probability, generator)
+    hidden = (labels != IGNORED).nonzero().squeeze(1)
+    return PackedSides(ids, layout, places, sizes, hidden, labels[hidden], len(hidden))
 
 
-def encode_packed(model: FuseLIPModel, inputs: PackedSides, device: torch.device) -> tuple[list[Tensor], Tensor]:
+def embed_sides(model: FuseLIPModel, inputs: PackedSides) -> tuple[list[Tensor], Tensor]:
     """Packed sides → unit-norm embeddings (B, W) a side, and the mean loss of the hidden tokens, 0 without."""
-    labels = None if inputs.labels is None else inputs.labels.to(device, non_blocking=True)
-    output = model(inputs.ids.to(device, non_blocking=True), labels=labels, layout=inputs.layout.to(device))
-    embeddings = output.embeddings[inputs.places.to(device)].split(list(inputs.sizes))
-    loss = torch.zeros((), device=device) if labels is None else output.loss
-    return list(embeddings), loss
+    found, loss = model.embed_packed(inputs.ids, inputs.layout, inputs.hidden_places, inputs.labels, inputs.padded)
+    embeddings = found.index_select(0, inputs.places).split(list(inputs.sizes))
+    return list(embeddings), found.new_zeros(()) if loss is None else loss
 
 
 def pack_sides(sides: Sequence[SideTokens], model: FuseLIPModel) -> tuple[Tensor, Layout, Tensor]:
@@ -189,11 +197,13 @@ def _to_tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def mask_tokens(ids: Tensor, mask_id: int, probability: float) -> tuple[Tensor, Tensor]:
+def mask_tokens(
+    ids: Tensor, mask_id: int, probability: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """Hides a share of the tokens of `ids` (B, L): → ids with `mask_id` in place, labels with IGNORED elsewhere.
 
     Begin, end and padding are never hidden. FuseLIP (arXiv 2506.03096), section 3.2.
     """
     special = (ids == PAD) | (ids == BEGIN_OF_TEXT) | (ids == END_OF_TEXT)
-    hidden = (torch.rand(ids.shape, device=ids.device) < probability) & ~special
+    hidden = (torch.rand(ids.shape, generator=generator, device=ids.device) < probability) & ~special
     return ids.masked_fill(hidden, mask_id), ids.masked_fill(~hidden, IGNORED)

@@ -29,6 +29,7 @@ from fuselip_core.encoding.from_codes import StoredEncoder, gather_sides
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space, write_json
 from fuselip_core.images import random_crop
+from fuselip_core.model.compiled import compile_blocks
 from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD, as_pixels
 from fuselip_core.model.vocabulary import join, text_sequence
@@ -105,6 +106,10 @@ class PicturePairs:
     def __init__(self, model: LateFusionModel, store: Store, pictures: PictureSource) -> None:
         self.model, self.store, self.pictures = model, store, pictures
         self.looks_ahead = pictures.looks_ahead
+
+    def compile(self, pairs: int) -> None:
+        """See PairEncoder: block by block, for any number of tokens."""
+        compile_blocks(self.model)
 
     def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
         """See PairEncoder."""

@@ -83,9 +83,13 @@ class MaskPredictionHead(nn.Module):
         """Hidden states (..., W) → what the decoder reads (..., W)."""
         return self.layer_norm(F.gelu(self.dense(hidden)))
 
-    def loss_sum(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross-entropies of hidden states (M, W) and the tokens they stand for (M)."""
-        return linear_cross_entropy(self.features(hidden), self.decoder.weight, self.bias, labels)
+    def mean_loss(self, hidden: Tensor, labels: Tensor, padded: bool = False) -> Tensor:
+        """Mean cross-entropy of hidden states (M, W) and the tokens they stand for (M), 0 of none.
+
+        Tokens that are IGNORED don't count, if `padded` says that there are some.
+        """
+        total = linear_cross_entropy(self.features(hidden), self.decoder.weight, self.bias, labels, padded)
+        return total / ((labels != IGNORED).sum().clamp(min=1) if padded else max(len(labels), 1))
 
 
 class ImageTokenizer(nn.Module):
@@ -198,27 +202,46 @@ class FuseLIPModel(StrictModel):
         self.positional_embedding[:count] = (features * (spread / features.std())).to(self.positional_embedding)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, layout: Layout | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        layout: Layout | None = None,
+        hidden: Tensor | None = None,
+        **_: Any,
     ) -> FuseLIPOutput:
         """Joint ids (B, L) int64, padded with 0 → embeddings and, with `labels` (B, L), the masked-token loss.
 
         With a `layout` ids and labels are packed, (T): the same values without the arithmetic of padding. Embeddings
-        are then in the layout's order. A model that reads padding (`mask_padding` false) can't be given packed ids.
+        are then in the layout's order. With `hidden` (M) int64, the places of the hidden tokens, labels (M) are theirs
+        alone, and a GPU need not look for them. A model that reads padding (`mask_padding` false) can't be given packed
+        ids.
         """
         if layout is not None:
-            return self._forward_packed(input_ids, labels, layout)
-        hidden = self.hidden_states(input_ids)
-        loss = None if labels is None else self.masked_loss(hidden, labels)
-        return FuseLIPOutput(loss=loss, embeddings=self.pool(hidden, input_ids))
+            if labels is not None and hidden is None:
+                hidden = (labels != IGNORED).nonzero().squeeze(1)
+                labels = labels[hidden]
+            embeddings, loss = self.embed_packed(input_ids, layout, hidden, labels)
+            return FuseLIPOutput(loss=loss, embeddings=embeddings)
+        states = self.hidden_states(input_ids)
+        loss = None if labels is None else self.masked_loss(states, labels)
+        return FuseLIPOutput(loss=loss, embeddings=self.pool(states, input_ids))
 
-    def _forward_packed(self, input_ids: Tensor, labels: Tensor | None, layout: Layout) -> FuseLIPOutput:
-        read, chosen = layout.pooled, None
-        if labels is not None:
-            places = (labels != IGNORED).nonzero().squeeze(1)  # once: on a GPU it waits
-            read, chosen = torch.cat([read, places]), labels[places]
+    def embed_packed(
+        self,
+        input_ids: Tensor,
+        layout: Layout,
+        hidden: Tensor | None = None,
+        labels: Tensor | None = None,
+        padded: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Packed ids (T) → embeddings (B, W) in the layout's order and, where there are hidden tokens, their mean loss.
+
+        `hidden` (M) int64 are their places, `labels` (M) what they were; `padded` as in `mean_loss`.
+        """
+        read = layout.pooled if hidden is None else torch.cat([layout.pooled, hidden])
         pooled, masked = self.packed_hidden_states(input_ids, layout, read).tensor_split([len(layout.pooled)])
         embeddings = F.normalize(self.ln_final(pooled).float(), dim=-1)
-        return FuseLIPOutput(loss=None if chosen is None else self._mean_loss(masked, chosen), embeddings=embeddings)
+        return embeddings, None if labels is None else self._prediction_head().mean_loss(masked, labels, padded)
 
     def embed_ids(self, input_ids: Tensor, normalize: bool = True, padded: bool | None = None) -> Tensor:
         """Joint ids (B, L) int64, padded with 0 → embeddings (B, W) float32; `padded` as in `hidden_states`."""
@@ -264,11 +287,7 @@ class FuseLIPModel(StrictModel):
         `hidden` is (B, L, W) and `labels` (B, L). Raises FuselipError without a mask token.
         """
         places = (labels != IGNORED).flatten().nonzero().squeeze(1)
-        return self._mean_loss(hidden.flatten(0, -2)[places], labels.flatten()[places])
-
-    def _mean_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of hidden states (M, W) at masked places and the tokens hidden there (M)."""
-        return self._prediction_head().loss_sum(hidden, labels) / max(len(labels), 1)
+        return self._prediction_head().mean_loss(hidden.flatten(0, -2)[places], labels.flatten()[places])
 
     def _prediction_head(self) -> MaskPredictionHead:
         if self.mask_prediction_head is None:

@@ -7,8 +7,9 @@ Legend: B sequences, L tokens of one, T tokens of all, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ class Layout:
 
     positions (T) int64, each token's place in its sequence; boundaries (B + 1) int32; pooled (B) int64, the place of
     each sequence's first end-of-text token; runs, in order, as (number of sequences, their length); longest in tokens.
+    Where T is a budget, the last of the boundaries are those of sequences of padding, which nobody reads.
     """
 
     positions: Tensor
@@ -31,14 +33,10 @@ class Layout:
     runs: tuple[tuple[int, int], ...]
     longest: int
 
-    def to(self, device: torch.device) -> Layout:
-        """The same layout with its tensors on `device`."""
-        return replace(
-            self,
-            positions=self.positions.to(device, non_blocking=True),
-            boundaries=self.boundaries.to(device, non_blocking=True),
-            pooled=self.pooled.to(device, non_blocking=True),
-        )
+    def each(self, move: Callable[[Tensor], Tensor]) -> Layout:
+        """The same layout with `move` applied to every tensor."""
+        tensors = {name: move(getattr(self, name)) for name in ("positions", "boundaries", "pooled")}
+        return replace(self, **tensors)
 
 
 def pack(groups: Sequence[Tensor]) -> tuple[Tensor, Layout, Tensor]:
@@ -76,20 +74,22 @@ def pack_equal(count: int, length: int, device: torch.device) -> Layout:
 
 def _runs(lengths: Tensor) -> tuple[tuple[int, int], ...]:
     values, counts = torch.unique_consecutive(lengths, return_counts=True)
-    return tuple(zip(counts.tolist(), values.tolist(), strict=True))
+    return tuple((count, length) for count, length in zip(counts.tolist(), values.tolist(), strict=True) if length)
 
 
 def packed_attention(projected: Tensor, heads: int, layout: Layout) -> Tensor:
     """Queries, keys and values (T, 3 D) of packed sequences → attended values (T, D); no sequence sees another.
 
-    In half precision on a GPU one kernel walks the boundaries; elsewhere each run of equal lengths is one call.
+    In half precision on a GPU one kernel walks the boundaries; elsewhere each run of equal lengths is one call, which
+    in a compiled graph is one operation, since every batch has other runs and each would be compiled.
     """
     if projected.is_cuda and projected.dtype in (torch.bfloat16, torch.float16):
         return _boundary_attention(projected, heads, layout)
+    if torch.compiler.is_compiling():
+        return _attend(projected, layout.boundaries, heads)
     return _run_attention(projected, heads, layout.runs)
 
 
-@torch.compiler.disable  # every batch has other runs, and each would be compiled
 def _run_attention(projected: Tensor, heads: int, runs: Sequence[tuple[int, int]]) -> Tensor:
     width = projected.shape[1] // 3
     mixed = []
@@ -110,3 +110,47 @@ def _boundary_attention(projected: Tensor, heads: int, layout: Layout) -> Tensor
     mixed = varlen_attn(query, key, value, bounds, bounds, layout.longest, layout.longest)
     assert isinstance(mixed, Tensor)  # a pair only where its auxiliary output is asked for
     return mixed.reshape(projected.shape[0], -1)
+
+
+@torch.library.custom_op("fuselip::attend", mutates_args=())
+def _attend(projected: Tensor, boundaries: Tensor, heads: int) -> Tensor:
+    return _run_attention(projected, heads, _runs(boundaries.diff()))
+
+
+@_attend.register_fake
+def _(projected: Tensor, boundaries: Tensor, heads: int) -> Tensor:
+    return projected.new_empty(projected.shape[0], projected.shape[1] // 3)
+
+
+@torch.library.custom_op("fuselip::attend_backward", mutates_args=())
+def _attend_backward(gradient: Tensor, projected: Tensor, boundaries: Tensor, heads: int) -> Tensor:
+    """Gradient (T, 3 D) of `projected`, with the attention matrix of a run at hand."""
+    found = torch.empty_like(projected)
+    size, start = projected.shape[1] // (3 * heads), 0
+    for count, length in _runs(boundaries.diff()):
+        rows = slice(start, start := start + count * length)
+        query, key, value = projected[rows].view(count, length, 3, heads, size).permute(2, 0, 3, 1, 4)
+        outer = gradient[rows].view(count, length, heads, size).transpose(1, 2)
+        shares = (query @ key.transpose(-1, -2) * size**-0.5).softmax(dim=-1)
+        of_shares = outer @ value.transpose(-1, -2)
+        of_logits = shares * (of_shares - (of_shares * shares).sum(dim=-1, keepdim=True)) * size**-0.5
+        grads = torch.stack([of_logits @ key, of_logits.transpose(-1, -2) @ query, shares.transpose(-1, -2) @ outer])
+        found[rows] = grads.permute(1, 3, 0, 2, 4).reshape(count * length, -1)
+    return found
+
+
+@_attend_backward.register_fake
+def _(gradient: Tensor, projected: Tensor, boundaries: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(projected)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    projected, boundaries, ctx.heads = inputs
+    ctx.save_for_backward(projected, boundaries)
+
+
+def _attend_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    return _attend_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.heads), None, None
+
+
+_attend.register_autograd(_attend_gradient, setup_context=_keep)

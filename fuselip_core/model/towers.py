@@ -69,7 +69,7 @@ def text_tower_output(text: Any, input_ids: Tensor) -> Tensor:
     different, which = torch.unique(input_ids.cpu(), dim=0, return_inverse=True)
     ids, layout, order = pack([different])
     device = text.positional_embedding.device
-    ids, layout = ids.to(device), layout.to(device)
+    ids, layout = ids.to(device), layout.each(lambda tensor: tensor.to(device, non_blocking=True))
     x = text.token_embedding(ids) + F.embedding(layout.positions, text.positional_embedding)
     x = text.transformer(x, layout=layout, read=layout.pooled)
     x = _projected(text.ln_final(x), text.text_projection)

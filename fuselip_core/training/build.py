@@ -7,8 +7,6 @@ work/pixels/.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Mapping
 
 import torch
@@ -91,20 +89,6 @@ def recompute_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Transformer):
             module.recompute = True
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compiles every block when it first runs, for any number of tokens; names of parameters stay as they are.
-
-    Blocks and not the whole model: they are all alike, so that one is compiled and the others find it. Raises
-    FuselipError where there is no C++ compiler, which torch would only miss in the first step.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise FuselipError(f"train.compile needs a C++ compiler, here {compiler}; install g++, or turn it off")
-    for module in model.modules():
-        for block in getattr(module, "resblocks", ()):
-            block.compile(dynamic=True)
 
 
 @torch.no_grad()

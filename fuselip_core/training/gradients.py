@@ -44,7 +44,7 @@ def backward(
     `parts` are inputs of the encoder, in order the rows that `contrast` compares. Hidden tokens count alike wherever
     they are: each part's mean weighs as much as it has of all processes' tokens.
     """
-    shares = _shares([part.hidden for part in parts], world, next(encoder.model.parameters()).device)
+    shares = _shares([part.hidden for part in parts], world)
     precision = _Precision(next(encoder.model.parameters()).device.type, bfloat16)
     if len(parts) == 1:
         with precision():
@@ -69,11 +69,11 @@ def backward(
     return Losses(contrastive.detach(), masked.detach(), mask_weight)
 
 
-def _shares(hidden: Sequence[int], world: World, device: torch.device) -> list[float]:
+def _shares(hidden: Sequence[int], world: World) -> list[float]:
     """What the mean loss of each part weighs: its share of the hidden tokens, so that processes' means add up."""
     total = sum(hidden)
     if not world.alone:
-        total = int(world.total(torch.tensor(total, device=device)))
+        total = int(world.total(torch.tensor(total)))
     return [world.size * count / total if total else 0.0 for count in hidden]
 
 

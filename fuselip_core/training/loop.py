@@ -13,18 +13,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.tokens.joined import Store
 from fuselip_core.distributed import World
-from fuselip_core.encoding.from_codes import PairEncoder, pair_keys
+from fuselip_core.encoding.from_codes import PairEncoder
 from fuselip_core.errors import FuselipError, Interrupted
+from fuselip_core.model.compiled import graphs_compiled
 from fuselip_core.progress import track
-from fuselip_core.training.build import compile_blocks, recompute_blocks
+from fuselip_core.training.batches import Batch, Batches
+from fuselip_core.training.build import recompute_blocks
 from fuselip_core.training.checkpoint import (
     Checkpoints,
     StopSignal,
@@ -35,10 +37,10 @@ from fuselip_core.training.checkpoint import (
 )
 from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
-from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
-from fuselip_core.training.mixture import Mixture
+from fuselip_core.training.late_look import LateLook, Seen
+from fuselip_core.training.losses import Contrast
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
-from fuselip_core.training.plan import kind_shares, plan_schedule, refuse_empty_parts, sample_ids
+from fuselip_core.training.plan import plan_schedule, refuse_empty_parts, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
 from fuselip_core.training.system_metrics import machine_metrics
 
@@ -103,25 +105,27 @@ class Trainer:
         self.device = next(self.model.parameters()).device
         if settings.gradient_checkpointing:
             recompute_blocks(self.model)
+        once = settings.equal_targets == "once"
+        self._contrast = Contrast(settings.contrast_rows, once, settings.all_combinations, world)
+        self._contrast_compiled: Callable[..., Tensor] = self._contrast
         if settings.compile:
-            compile_blocks(self.model)
+            if world.alone:
+                self._contrast_compiled = torch.compile(self._contrast.__call__, dynamic=False)
+            encoder.compile(settings.batch_size // world.size // settings.accumulation)
         self.schedule = plan_schedule(store, settings)
-        self.mixture = Mixture(
-            store, kind_shares(store, settings), settings.batch_size, settings.seed, grouped=settings.grouped
-        )
+        self.batches = Batches(encoder, store, settings, world, self.schedule.steps)
+        self.late_look = LateLook(self.device)
         self.optimizer = build_adamw(
-            [self.model],
-            settings.learning_rate,
-            settings.weight_decay,
-            settings.betas,
-            settings.epsilon,
+            [self.model], settings.learning_rate, settings.weight_decay, settings.betas, settings.epsilon
         )
+        self.optimizer.found_inf = self.late_look.broken  # type: ignore[attr-defined]  # read by torch's fused step
         self.average = AveragedWeights(self.model, settings.ema) if settings.ema else None
         self.step, self.pairs, self.seconds = 0, 0, 0.0
+        self._order_behind: Mapping[str, Any] = {}  # state of the order of pairs behind the last step
 
     def run(self) -> TrainingSummary:
         """All steps that are still to do; raises Interrupted after saving when SIGTERM arrives."""
-        with StopSignal() as stop, self._memory_named():
+        with StopSignal() as stop, self.batches, self._memory_named():
             seed_everything(self.settings.seed + self.world.rank)
             self.world.broadcast(self.model)
             self._resume()
@@ -131,11 +135,11 @@ class Trainer:
                 self.log(look_before_the_first_step(self), 0)
             remaining = range(self.step, self.schedule.steps)
             for step in track(remaining, "training", total=self.schedule.steps, start=self.step):
-                metrics = self._train_step(step)
+                self._train_step(step)
                 self.step = step + 1
-                self._log_step(metrics)
+                self._look_back(all_steps=self.step == self.schedule.steps)
                 self._look_at_validation()
-                stopped, due = self.world.any([stop.received, self._checkpoint_is_due()], self.device)
+                stopped, due = self.world.any([stop.received, self._checkpoint_is_due()])
                 if due or stopped:
                     self._save()
                 if stopped and self.step < self.schedule.steps:
@@ -144,24 +148,16 @@ class Trainer:
             self.average.keep()
         return TrainingSummary(self.step, self.pairs, self._seconds())
 
-    def next_rows(self) -> np.ndarray:
-        """This process's pairs (B) of the next batch."""
-        rows: np.ndarray = self.world.share(next(self.mixture))
-        return rows
-
-    def compute_gradients(self, rows: np.ndarray, step: int) -> Losses:
-        """Gradients of the whole batch, of which `rows` (B) are this process's pairs, into the model's parameters."""
-        settings = self.settings
-        view_rng = self._view_rng(step)
-        parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, settings.accumulation)]
-        keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored")).to(self.device)
+    def compute_gradients(self, batch: Batch) -> Losses:
+        """Gradients of the whole step, of which `batch` is this process's part, into the model's parameters."""
+        settings, model = self.settings, self.model
+        keys = batch.keys.to(self.device, non_blocking=True)
+        loss_of = self._contrast_compiled if len(batch.rows) == settings.batch_size else self._contrast
 
         def contrast(query: Tensor, target: Tensor) -> Tensor:
-            once = settings.equal_targets == "once"
-            loss_of = SigmoidLoss(self.model.logit_scale.exp(), self.model.logit_bias, settings.contrast_rows, once)
-            return contrastive_over_all(query, target, keys, loss_of, self.world, settings.all_combinations)
+            return loss_of(query, target, keys, model.logit_scale, model.logit_bias)
 
-        losses = backward(self.encoder, parts, contrast, settings.mask_weight, self.world, self._uses_bfloat16())
+        losses = backward(self.encoder, batch.parts, contrast, settings.mask_weight, self.world, self._uses_bfloat16())
         self.world.average_gradients(self.model.parameters())
         return losses
 
@@ -179,70 +175,63 @@ class Trainer:
                 f"train.accumulation={2 * parts}, or train.gradient_checkpointing=true"
             ) from error
 
-    def _train_step(self, step: int) -> dict[str, Tensor | float]:
-        rate = self.schedule.rate(step)
-        set_learning_rate(self.optimizer, rate)
-        rows = self.next_rows()
-        self._look_ahead(step)
+    def _train_step(self, step: int) -> dict[str, Tensor]:
+        """One step, in which nothing waits for a GPU → what it found, scalars; see LateLook for those not finite."""
+        batch = self.batches.take(step)
+        set_learning_rate(self.optimizer, self.schedule.rate(step))
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.compute_gradients(rows, step)
+        losses = self.compute_gradients(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.check_finite({"loss": losses.total, "gradient norm": norm}, step, rows)
+        found = {"loss": losses.total, "grad_norm": norm, "contrastive": losses.contrastive, "masked": losses.masked}
+        self.late_look.add(step, batch.rows, found | {"logit_scale": self.model.logit_scale.exp()})
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0.0, MAX_LOGIT_SCALE)
         if self.average:
             self.average.update()
-        self.pairs += len(rows) * self.world.size
-        return {
-            "loss": losses.total,
-            "contrastive": losses.contrastive,
-            "masked": losses.masked,
-            "grad_norm": norm.detach(),
-            "lr": rate,
-        }
-
-    def _view_rng(self, step: int) -> np.random.Generator:
-        return np.random.default_rng([self.settings.seed, step, *([self.world.rank] if self.world.rank else [])])
-
-    def _look_ahead(self, step: int) -> None:
-        """Tells an encoder that fetches its inputs which pairs the step after `step` will need."""
-        if not self.encoder.looks_ahead or step + 1 >= self.schedule.steps:
-            return
-        here = self.mixture.state_dict()
-        self.encoder.expect(self.next_rows(), self._view_rng(step + 1), self.settings.accumulation)
-        self.mixture.load_state_dict(here)
+        self.pairs += len(batch.rows) * self.world.size
+        self._order_behind = batch.mixture
+        return found
 
     def _uses_bfloat16(self) -> bool:
         precision = self.settings.precision
         return precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
 
-    def check_finite(self, values: dict[str, Tensor], step: int, rows: np.ndarray) -> None:
-        """A step on a non-finite value would ruin every weight, so the run ends before it."""
-        if torch.stack(list(values.values())).isfinite().all():  # one look: on a GPU each waits for it
-            return
-        name, value = next((name, value) for name, value in values.items() if not value.isfinite())
-        shown = ", ".join(sample_ids(self.store, rows[:SHOWN_PAIRS]))
-        raise FuselipError(
-            f"the {name} is {value.item()} at step {step} (pairs {shown}{', ...' * (len(rows) > SHOWN_PAIRS)}); "
-            "lower train.learning_rate or look at these pairs"
-        )
+    def _look_back(self, all_steps: bool = False) -> None:
+        """Logs the steps that can be read without waiting; `all_steps` waits, before weights are measured or saved."""
+        for seen in self.late_look.due(all_steps):
+            self.check_finite(seen)
+            self._log_step(seen)
 
-    def _log_step(self, metrics: dict[str, Tensor | float]) -> None:
-        if self.step % LOG_EVERY and self.step != self.schedule.steps and self.step != 1:
+    def check_finite(self, seen: Seen) -> None:
+        """Ends the run for a value that is not finite; from that step on no weight has changed."""
+        for name, label in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            if not math.isfinite(value := seen.values[name]):
+                shown = ", ".join(sample_ids(self.store, seen.rows[:SHOWN_PAIRS]))
+                raise FuselipError(
+                    f"the {label} is {value} at step {seen.step} (pairs {shown}"
+                    f"{', ...' * (len(seen.rows) > SHOWN_PAIRS)}); lower train.learning_rate or look at these pairs"
+                )
+
+    def _log_step(self, seen: Seen) -> None:
+        step = seen.step + 1
+        if step % LOG_EVERY and step != self.schedule.steps and step != 1:
             return
-        values = {name: float(value) for name, value in metrics.items()}
+        values = dict(seen.values)
         if not self.world.alone:
-            own = torch.tensor([values[name] for name in OF_EACH_PROCESS], device=self.device)
+            own = torch.tensor([values[name] for name in OF_EACH_PROCESS])
             values |= dict(zip(OF_EACH_PROCESS, self.world.mean(own).tolist(), strict=True))
+        values["lr"] = self.schedule.rate(seen.step)
         values["pairs_per_second"] = self.pairs / max(self._seconds(), 1e-9)
-        values["logit_scale"] = self.model.logit_scale.exp().item()
         values["masked_share"] = self.settings.mask_weight * values["masked"] / max(values["loss"], 1e-9)
-        self.log(values | machine_metrics(), self.step)
+        if self.settings.compile:
+            values["compiled_graphs"] = graphs_compiled()
+        self.log(values | machine_metrics(), step)
 
     def _look_at_validation(self) -> None:
         if self.validate is None or (self.step % self.settings.validate_every and self.step != self.schedule.steps):
             return
+        self._look_back(all_steps=True)
         with self.average.applied() if self.average else contextlib.nullcontext():
             found = self.validate()
         self.log({f"valid/{name}": value for name, value in found.items()}, self.step)
@@ -257,11 +246,12 @@ class Trainer:
         return late or self.step % self.settings.checkpoint_every == 0
 
     def _save(self) -> None:
+        self._look_back(all_steps=True)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else {},
-            "mixture": self.mixture.state_dict(),
+            "mixture": self._order_behind,
             "random": self.world.collect(random_state()),
             "processes": self.world.size,
             "pairs": self.pairs,
@@ -292,7 +282,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
             self.average.load_state_dict(state["average"])
-        self.mixture.load_state_dict(state["mixture"])
+        self.batches.mixture.load_state_dict(state["mixture"])
         self.pairs, self.seconds = state["pairs"], state["seconds"]
         set_random_state(state["random"][self.world.rank])
         logger.info("training: resuming from step %d", self.step)

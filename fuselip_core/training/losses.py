@@ -80,6 +80,21 @@ class SigmoidLoss:
         return _sigmoid_sum(left, right, self.scale, self.bias, belong, ignored)
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """How a run compares embeddings; `rows` and `once` as in SigmoidLoss, `all_combinations` as below."""
+
+    rows: int | None
+    once: bool
+    all_combinations: bool
+    world: World
+
+    def __call__(self, query: Tensor, target: Tensor, keys: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
+        """Embeddings (B, W), their keys (B, 3), and the model's `log_scale` and `bias` → what is minimised."""
+        loss_of = SigmoidLoss(log_scale.exp(), bias, self.rows, self.once)
+        return contrastive_over_all(query, target, keys, loss_of, self.world, self.all_combinations)
+
+
 def contrastive_over_all(
     query: Tensor, target: Tensor, keys: Tensor, loss_of: SigmoidLoss, world: World, all_combinations: bool
 ) -> Tensor:
@@ -116,7 +131,7 @@ def akin(keys: Tensor, others: Tensor) -> Tensor:
 
 def repeated(keys: Tensor) -> Tensor:
     """Whether an earlier one of the keys (C, 3) int64 has the same target, (C) bool."""
-    places = torch.arange(len(keys), device=keys.device)
-    _, group = torch.unique(keys[:, :2], dim=0, return_inverse=True)
-    first = places.new_full((len(keys),), len(keys)).scatter_reduce(0, group, places, "amin")
-    return places != first[group]
+    targets = (keys[:, 0] << 32) + keys[:, 1]  # sorted, since `unique` would make a GPU wait for its size
+    in_order, order = targets.sort(stable=True)
+    again = F.pad(in_order[1:] == in_order[:-1], (1, 0))
+    return torch.empty_like(again).scatter_(0, order, again)

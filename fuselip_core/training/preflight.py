@@ -19,6 +19,7 @@ from torch import nn
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.training.checkpoint import random_state, set_random_state
+from fuselip_core.training.late_look import Seen
 
 if TYPE_CHECKING:
     from fuselip_core.training.loop import Trainer
@@ -33,14 +34,14 @@ def look_before_the_first_step(trainer: Trainer) -> dict[str, float]:
     Returns the numbers for the log. Raises FuselipError for a value that is not finite and for parameters that no
     gradient reaches; warns of a loss far from theory.
     """
-    random_before, mixture_before = random_state(), trainer.mixture.state_dict()
-    rows = trainer.next_rows()
-    losses = trainer.compute_gradients(rows, step=0)
-    trainer.check_finite({"loss": losses.total}, 0, rows)
+    random_before, mixture_before = random_state(), trainer.batches.mixture.state_dict()
+    rows = trainer.batches.next_rows()
+    losses = trainer.compute_gradients(trainer.batches.make(rows, step=0))
+    trainer.check_finite(Seen(0, rows, {"loss": losses.total.item(), "grad_norm": 0.0}))
     _refuse_unreached(trainer.model, losses.masked.item() > 0)
     trainer.optimizer.zero_grad(set_to_none=True)
     found = _compare(trainer, rows, losses.contrastive.item(), losses.masked.item())
-    trainer.mixture.load_state_dict(mixture_before)
+    trainer.batches.mixture.load_state_dict(mixture_before)
     set_random_state(random_before)
     return found
 

@@ -1,0 +1,34 @@
+"""What torch.compile needs and does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from torch import nn
+
+from fuselip_core.errors import FuselipError
+
+
+def require_compiler() -> None:
+    """Raises FuselipError where there is no C++ compiler, which torch would only miss in the first step."""
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise FuselipError(f"train.compile needs a C++ compiler, here {compiler}; install g++, or turn it off")
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles every block when it first runs, for any number of tokens; names of parameters stay as they are.
+
+    Blocks and not the whole model: they are all alike, so that one is compiled and the others find it.
+    """
+    require_compiler()
+    for module in model.modules():
+        for block in getattr(module, "resblocks", ()):
+            block.compile(dynamic=True)
+
+
+def graphs_compiled() -> int:
+    """Graphs that this process has compiled so far, each once for every shape that it met."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -1,0 +1,83 @@
+"""The batches of a run, of which the next is made in a thread while a step computes.
+
+All that is random in a batch is drawn from the seed, its step and its process, so that neither the thread nor a
+resumed run changes what is in it. Legend: B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fuselip_core.config import TrainSettings
+from fuselip_core.data.tokens.joined import Store
+from fuselip_core.distributed import World
+from fuselip_core.encoding.from_codes import PairEncoder, pair_keys
+from fuselip_core.training.mixture import Mixture
+from fuselip_core.training.plan import kind_shares
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a step: pair rows (B), the encoder's inputs in parts, and keys (B, 3), see losses.akin.
+
+    `mixture` is the state of the order of pairs behind this batch, from where a resumed run goes on.
+    """
+
+    rows: np.ndarray
+    parts: list[Any]
+    keys: Tensor
+    mixture: Mapping[str, Any]
+
+
+class Batches:
+    """Makes the batches of `steps` steps in order; used with `with`, which ends its thread."""
+
+    def __init__(self, encoder: PairEncoder, store: Store, settings: TrainSettings, world: World, steps: int) -> None:
+        self.encoder, self.store, self.settings, self.world, self.steps = encoder, store, settings, world, steps
+        shares = kind_shares(store, settings)
+        self.mixture = Mixture(store, shares, settings.batch_size, settings.seed, grouped=settings.grouped)
+        device = next(encoder.model.parameters()).device
+        # A thread of its own has a GPU of its own, the first, until it is told another.
+        use_gpu = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        self._thread = ThreadPoolExecutor(1, "batches", **use_gpu)
+        self._coming: Future[Batch] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> Batch:
+        """The batch of `step`; the thread then begins with the next. Steps are asked for in order, each once."""
+        batch = self._coming.result() if self._coming else self._next(step)
+        self._coming = self._thread.submit(self._next, step + 1) if step + 1 < self.steps else None
+        return batch
+
+    def next_rows(self) -> np.ndarray:
+        """This process's pairs (B) of the next batch."""
+        rows: np.ndarray = self.world.share(next(self.mixture))
+        return rows
+
+    def make(self, rows: np.ndarray, step: int) -> Batch:
+        """The batch of `step` with the pairs `rows` (B)."""
+        settings = self.settings
+        if self.encoder.looks_ahead:
+            self.encoder.expect(rows, self._view_rng(step), settings.accumulation)
+        view_rng = self._view_rng(step)
+        parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, settings.accumulation)]
+        keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored"))
+        return Batch(rows, parts, keys.pin_memory() if torch.cuda.is_available() else keys, self.mixture.state_dict())
+
+    def _next(self, step: int) -> Batch:
+        return self.make(self.next_rows(), step)
+
+    def _view_rng(self, step: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed, step, *([self.world.rank] if self.world.rank else [])])
