@@ -216,8 +216,13 @@ class TrainSettings(Section):
     steps: Int | None = Field(500, ge=1, description="Optimiser steps; or give epochs.")
     epochs: Number | None = Field(None, gt=0, description="Length in passes over the mixture's pairs; or give steps.")
     batch_size: Int = Field(128, ge=2, description="Pairs a step, of all processes together.")
-    accumulation: Int = Field(
-        1, ge=1, description="Parts a process computes its pairs in, each against all of the batch: less memory."
+    processes: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Processes that torchrun starts on this machine; auto: one for each GPU."
+    )
+    accumulation: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Parts a process computes its pairs in, each against all of the batch: less memory. auto: as few "
+        "as fit into the free memory.",
     )
     contrast_rows: Int | None = Field(
         None, ge=1, description="Queries compared with all targets at a time, for large batches; all if empty."
@@ -301,7 +306,7 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainSettings:
-        if self.batch_size % self.accumulation:
+        if self.accumulation != "auto" and self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
         if self.interpolate < 1 and self.init is None:
             raise ValueError("interpolate below 1 mixes in the weights of `init`, which is empty; name a checkpoint")

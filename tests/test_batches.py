@@ -119,9 +119,10 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("fields", [{}, {"accumulation": 2, "equal_targets": "once", "ema": 0.9}])
 def test_nothing_in_a_step_waits_for_a_gpu(tmp_path: Path, fields: dict[str, Any]) -> None:
     trainer = trainer_of(tmp_path, "run", late=4, **fields)
-    with trainer.batches, Waits() as waits:
-        trainer._train_step(0)
-        trainer._train_step(1)
+    with trainer.batches:
+        trainer._train_step(0)  # its batch is made here, the next in a thread
+        with Waits() as waits:
+            trainer._train_step(1)
     assert waits.found == []
     with Waits() as waits:
         bool(torch.ones(()))

@@ -109,7 +109,7 @@ def test_the_kernel_for_gpus_is_called_as_torch_declares_it(
     """Without a GPU: its declaration takes the call on the meta device, and a plain loop in its place agrees."""
     ids, layout, _ = pack(mixed_sequences(model))
     elsewhere = torch.empty(len(ids), 96, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    declared = packed._boundary_attention(elsewhere, 4, layout.to(torch.device("meta")))
+    declared = packed._boundary_attention(elsewhere, 4, layout.each(lambda tensor: tensor.to("meta")))
     declared.sum().backward()
     assert declared.shape == (len(ids), 32) and declared.dtype == torch.bfloat16
     assert elsewhere.grad is not None and elsewhere.grad.shape == elsewhere.shape

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from needs import missing
 from tiny_store import random_store, settings_of, tiny_model
 
 from fuselip_core.config import TrainSettings
@@ -82,28 +80,6 @@ def test_what_saves_memory_changes_no_gradient(tmp_path: Path) -> None:
     assert found.keys() == plain.keys() and len(found) > 20
     for name, gradient in plain.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.long  # compiling takes a minute
-def test_compiled_blocks_compute_what_plain_ones_do(tmp_path: Path) -> None:
-    if not shutil.which("g++"):
-        missing("needs a C++ compiler (Debian's package g++)")
-    store = random_store(tmp_path / "store", views=1)
-    plain, compiled = (
-        trainer_of(store, settings_of(mask_probability=1.0, compile=choice), tmp_path / str(choice))
-        for choice in (False, True)
-    )
-    compilations = torch._dynamo.utils.counters["stats"]
-    for rows in (np.arange(0, 24, 3), np.arange(1, 24, 2), np.arange(5)):  # other numbers of tokens
-        before, wanted = compilations["unique_graphs"], gradients_of(plain, rows)
-        found = gradients_of(compiled, rows)
-        assert found.keys() == wanted.keys() and len(found) > 20
-        for name, gradient in wanted.items():
-            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-        for trainer in (plain, compiled):
-            trainer.optimizer.zero_grad(set_to_none=True)
-    assert compilations["unique_graphs"] == before > 0, "nothing is compiled again for another number of tokens"
-    assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
 
 
 def test_without_a_compiler_compiling_is_refused_before_the_first_step(

@@ -6,12 +6,6 @@ from flows.run.folder import Run
 from fuselip_core.config import describe_settings
 from fuselip_core.files import find_json
 
-# Weights, gradients and AdamW's two moments, each as float32.
-STATE_BYTES = 16
-# What a transformer block keeps of a token for the backward pass, in numbers of its width (Korthikanti et al. 2022,
-# arXiv 2205.05198, equation 2, without the attention matrix, which fused attention does not keep).
-KEPT_A_TOKEN = 17
-TEXT_TOKENS = 36  # of an average caption, as in docs/scaling.md
 GIGABYTE = 1e9
 
 
@@ -36,17 +30,17 @@ def estimates(run: Run) -> list[str]:
 
 def _memory(run: Run) -> str:
     from fuselip_core.model.fuselip_config import FuseLIPConfig
+    from fuselip_core.training.memory import step_memory
 
     settings = run.settings.train
     config = FuseLIPConfig.of_size(run.settings.model.size, context_length=run.settings.model.context_length)
-    state = STATE_BYTES * parameters_of(run.settings.model.size)
-    number_bytes = 2 if settings.precision == "bfloat16" else 4
-    tokens = (config.codes_per_image + TEXT_TOKENS) * settings.batch_size // settings.accumulation
-    kept = 1 if settings.gradient_checkpointing else KEPT_A_TOKEN
-    activations = tokens * config.width * config.layers * kept * number_bytes
+    parts = 1 if settings.accumulation == "auto" else settings.accumulation
+    # In float32, as on a CPU, unless bfloat16 is asked for: which machine will train is not known here.
+    found = step_memory(config, settings, settings.batch_size, parts, "cpu")
+    fits = "; train.accumulation=auto divides a step that does not fit" * (settings.accumulation == "auto")
     return (
-        f"memory: about {(state + activations) / GIGABYTE:.1f} GB for the training, beside the libraries' own "
-        f"({state / GIGABYTE:.1f} GB weights and optimizer, {activations / GIGABYTE:.1f} GB activations)"
+        f"memory: about {found.total / GIGABYTE:.1f} GB for the training, beside the libraries' own "
+        f"({found.state / GIGABYTE:.1f} GB weights and optimizer, {found.kept / GIGABYTE:.1f} GB activations{fits})"
     )
 
 
@@ -70,10 +64,7 @@ def _time(run: Run) -> str:
 
 def parameters_of(size: str) -> int:
     """Number of weights of the joint encoder of that size."""
-    import torch
-
-    from fuselip_core.model.fuselip import FuseLIPModel
     from fuselip_core.model.fuselip_config import FuseLIPConfig
+    from fuselip_core.training.memory import parameter_count
 
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in FuseLIPModel(FuseLIPConfig.of_size(size)).parameters())
+    return parameter_count(FuseLIPConfig.of_size(size))

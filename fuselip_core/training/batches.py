@@ -37,10 +37,13 @@ class Batch:
 
 
 class Batches:
-    """Makes the batches of `steps` steps in order; used with `with`, which ends its thread."""
+    """Makes the batches of `steps` steps in order, each in `parts` parts; used with `with`, which ends its thread."""
 
-    def __init__(self, encoder: PairEncoder, store: Store, settings: TrainSettings, world: World, steps: int) -> None:
-        self.encoder, self.store, self.settings, self.world, self.steps = encoder, store, settings, world, steps
+    def __init__(
+        self, encoder: PairEncoder, store: Store, settings: TrainSettings, world: World, steps: int, parts: int
+    ) -> None:
+        self.encoder, self.store, self.settings, self.world = encoder, store, settings, world
+        self.steps, self.parts = steps, parts
         shares = kind_shares(store, settings)
         self.mixture = Mixture(store, shares, settings.batch_size, settings.seed, grouped=settings.grouped)
         device = next(encoder.model.parameters()).device
@@ -70,9 +73,9 @@ class Batches:
         """The batch of `step` with the pairs `rows` (B)."""
         settings = self.settings
         if self.encoder.looks_ahead:
-            self.encoder.expect(rows, self._view_rng(step), settings.accumulation)
+            self.encoder.expect(rows, self._view_rng(step), self.parts)
         view_rng = self._view_rng(step)
-        parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, settings.accumulation)]
+        parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, self.parts)]
         keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored"))
         return Batch(rows, parts, keys.pin_memory() if torch.cuda.is_available() else keys, self.mixture.state_dict())
 

@@ -39,6 +39,7 @@ from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
 from fuselip_core.training.late_look import LateLook, Seen
 from fuselip_core.training.losses import Contrast
+from fuselip_core.training.memory import choose_parts
 from fuselip_core.training.optimizer import build_adamw, set_learning_rate
 from fuselip_core.training.plan import plan_schedule, refuse_empty_parts, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
@@ -49,7 +50,7 @@ LOG_EVERY = 10
 SHOWN_PAIRS = 8
 MAX_LOGIT_SCALE = math.log(100.0)
 # What changes time and memory but not what is computed, so that a run may go on with another choice.
-SAME_VALUES = ("contrast_rows", "gradient_checkpointing", "compile")
+SAME_VALUES = ("contrast_rows", "gradient_checkpointing", "compile", "processes")
 OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses are parts of one sum
 
 Log = Callable[[Mapping[str, float], int], None]  # metrics, step
@@ -99,10 +100,12 @@ class Trainer:
         world: World = World(),  # noqa: B008 - frozen
     ) -> None:
         refuse_empty_parts(settings, world.size)
-        self.encoder, self.model, self.store, self.settings = encoder, encoder.model, store, settings
+        self.encoder, self.model, self.store = encoder, encoder.model, store
         self.checkpoints, self.world = checkpoints, world
         self.log, self.validate = (log, validate) if world.leads else (_quietly, None)
         self.device = next(self.model.parameters()).device
+        self.settings = settings
+        parts = choose_parts(self.model, settings, settings.batch_size // world.size)
         if settings.gradient_checkpointing:
             recompute_blocks(self.model)
         once = settings.equal_targets == "once"
@@ -111,9 +114,9 @@ class Trainer:
         if settings.compile:
             if world.alone:
                 self._contrast_compiled = torch.compile(self._contrast.__call__, dynamic=False)
-            encoder.compile(settings.batch_size // world.size // settings.accumulation)
+            encoder.compile(settings.batch_size // world.size // parts)
         self.schedule = plan_schedule(store, settings)
-        self.batches = Batches(encoder, store, settings, world, self.schedule.steps)
+        self.batches = Batches(encoder, store, settings, world, self.schedule.steps, parts)
         self.late_look = LateLook(self.device)
         self.optimizer = build_adamw(
             [self.model], settings.learning_rate, settings.weight_decay, settings.betas, settings.epsilon
@@ -168,7 +171,7 @@ class Trainer:
             yield
         except torch.OutOfMemoryError as error:
             peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
-            parts = self.settings.accumulation
+            parts = self.batches.parts
             raise FuselipError(
                 f"the GPU's memory does not hold a step of train.batch_size {self.settings.batch_size} in {parts} "
                 f"part{'s' * (parts > 1)} (train.accumulation; {peak / 2**30:.1f} GB were in use): set "
@@ -254,6 +257,7 @@ class Trainer:
             "mixture": self._order_behind,
             "random": self.world.collect(random_state()),
             "processes": self.world.size,
+            "parts": self.batches.parts,
             "pairs": self.pairs,
             "seconds": self._seconds(),
         }
@@ -284,5 +288,7 @@ class Trainer:
             self.average.load_state_dict(state["average"])
         self.batches.mixture.load_state_dict(state["mixture"])
         self.pairs, self.seconds = state["pairs"], state["seconds"]
+        if self.settings.accumulation == "auto":  # as at the start, whatever is free now: other parts hide other tokens
+            self.batches.parts = state["parts"]
         set_random_state(state["random"][self.world.rank])
         logger.info("training: resuming from step %d", self.step)

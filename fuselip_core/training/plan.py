@@ -40,11 +40,12 @@ def pairs_of_epoch(store: Store, settings: TrainSettings) -> float:
 
 def refuse_empty_parts(settings: TrainSettings, processes: int) -> None:
     """Raises FuselipError where some process, or some part of its batch, would have no pair at all."""
-    needed = processes * settings.accumulation
+    parts = 1 if settings.accumulation == "auto" else settings.accumulation
+    needed = processes * parts
     if settings.batch_size < needed:
         raise FuselipError(
             f"train.batch_size {settings.batch_size} gives {processes} processes no pair for each of "
-            f"{settings.accumulation} parts; raise it to {needed}, or lower train.accumulation"
+            f"{parts} parts; raise it to {needed}, or lower train.accumulation"
         )
 
 

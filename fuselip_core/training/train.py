@@ -24,6 +24,7 @@ from fuselip_core.tracking.run import open_run
 from fuselip_core.training.build import build_model, interpolate, trained_weights
 from fuselip_core.training.checkpoint import Checkpoints, History, seed_everything
 from fuselip_core.training.loop import Trainer, Validate, run_folder
+from fuselip_core.training.processes import processes_to_start, train_in_processes
 
 VALIDATION_PAIRS = 512
 
@@ -48,6 +49,8 @@ def train_encoder(settings: Settings, quick_look: QuickLook) -> dict[str, float]
     artifacts = settings.artifacts
     _refuse_other_codebook(artifacts)
     _refuse_own_output(settings)
+    if (processes := processes_to_start(settings)) > 1:
+        return train_in_processes(settings, processes)
     tokenizer = TiTok.load(artifacts / "codebook")
     world, device = join_world(), local_device()
     seed_everything(settings.train.seed)
