@@ -9,7 +9,8 @@ ours        the project's Trainer, whole, on a token store
 floor       every matrix product of one of our steps, at its own shape, forward and backward, and nothing else; what
             attention multiplies is counted at the same rate
 compiled    ours with train.compile
-recomputed  ours with train.gradient_checkpointing; both where --also names them
+replayed    ours with train.compile and train.cuda_graphs
+recomputed  ours with train.gradient_checkpointing; these three where --also names them
 
 All see captions of the same lengths, take turns (measure.py), and count medians. `fraction_of_floor` is the
 floor's time over ours: 1 would be a step without anything but matrix products. `fraction_of_peak` counts the same
@@ -73,6 +74,7 @@ BATCHES = {"tiny": 64, "small": 32, "base": 16, "large": 8}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "compiled": {"compile": True},
+    "replayed": {"compile": True, "cuda_graphs": True},
     "recomputed": {"gradient_checkpointing": True},
 }
 CROP_SCALE = (0.8, 1.0)
@@ -115,6 +117,7 @@ class Bench:
             "checkpoint_every": 10**9,
             "checkpoint_minutes": 1e9,
             "preflight": False,
+            "accumulation": 1,
         }
         settings = self.settings.model_copy(update=fixed | OURS[variant])
         at: dict[int, float] = {}
@@ -123,7 +126,7 @@ class Bench:
             wait_for_gpu()
             at.setdefault(step, time.perf_counter())
 
-        encoder = TokenPairs(self.model_of(variant), self.store, settings.mask_probability)
+        encoder = TokenPairs(self.model_of(variant), self.store, settings.mask_probability, settings.cuda_graphs)
         Trainer(encoder, self.store, settings, Checkpoints(self.folder / "checkpoints"), log).run()
         return at[steps + 1] - at[1]
 
@@ -295,11 +298,11 @@ def figures(middle: dict[str, float], work: float, linear: float, square: float,
         "gflop_per_pair": round(work / pairs / 1e9, 2),
         "matmul_gflops": {"own_shapes": round(linear / middle["floor"] / 1e9, 1), "square": round(peak_rate / 1e9, 1)},
     }
-    rate = _published_rate()
+    rate = published_rate()
     return result | ({"mfu": round(work / middle["ours"] / rate, 3)} if rate else {})
 
 
-def _published_rate() -> float | None:
+def published_rate() -> float | None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((rate for part, rate in PUBLISHED_RATES.items() if part in name), None)
 
@@ -343,7 +346,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="Steps of each variant in a round.")
     parser.add_argument("--threads", type=int, help="Threads of torch; all cores if not given.")
     parser.add_argument("--profile", action="store_true", help="Show where the time of our step goes.")
-    parser.add_argument("--also", nargs="+", choices=("compiled", "recomputed"), default=[], help="Further variants.")
+    parser.add_argument(
+        "--also", nargs="+", choices=[name for name in OURS if name != "ours"], default=[], help="Further variants."
+    )
     parser.add_argument("--child", choices=("published", *OURS), help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -196,6 +196,9 @@ class TokenizeSettings(Section):
     views: Int = Field(1, ge=1, le=64, description="Views an image: the evaluation view, then random crops.")
     crop_scale: tuple[float, float] = Field((0.8, 1.0), description="Area of a random crop, share of the image.")
     batch_size: Int = Field(64, ge=1, description="Images a forward pass.")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="Of the image tokenizer, for random crops; the evaluation view is always in float32."
+    )
     rows_per_shard: Int = Field(4096, ge=1, description="Images tokenized between two points of resumption.")
     seed: Int = Field(0, ge=0, description="Seed of the random crops.")
 
@@ -230,7 +233,14 @@ class TrainSettings(Section):
     gradient_checkpointing: Switch = Field(
         False, description="Compute each block again in the backward pass: far less memory, a third more work."
     )
-    compile: Switch = Field(False, description="Compile the blocks with torch.compile (needs a C++ compiler).")
+    compile: Switch = Field(
+        False, description="Compile forward pass, losses and backward pass with torch.compile (needs a C++ compiler)."
+    )
+    cuda_graphs: Switch = Field(
+        False,
+        description="On CUDA: copy batches ahead on a stream of their own and, with compile, replay CUDA graphs. "
+        "Not measured yet.",
+    )
     learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: Number = Field(0.2, ge=0, description="On matrices only.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of first and second moments.")

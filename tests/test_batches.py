@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuselip_core.encoding.from_codes import TokenPairs
 from fuselip_core.errors import FuselipError
-from fuselip_core.training.batches import Batches
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.late_look import LateLook
 from fuselip_core.training.loop import Trainer
@@ -41,10 +40,10 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def test_a_batch_made_ahead_is_the_one_made_when_it_is_needed(tmp_path: Path) -> None:
-    plain, ahead = (trainer_of(tmp_path, name, grouped=True, accumulation=2).batches for name in ("plain", "ahead"))
-    with ahead:
+    plain, threaded = (trainer_of(tmp_path, name, grouped=True, accumulation=2) for name in ("plain", "ahead"))
+    with threaded.ahead:
         for step in range(6):
-            wanted, found = plain.make(plain.next_rows(), step), ahead.take(step)
+            wanted, found = plain.batches.next(step), threaded.ahead.take(step)
             assert np.array_equal(found.rows, wanted.rows) and torch.equal(found.keys, wanted.keys)
             assert found.mixture == wanted.mixture
             for part, other in zip(found.parts, wanted.parts, strict=True):
@@ -57,8 +56,8 @@ def test_batches_made_ahead_and_values_read_late_train_the_same_weights(
 ) -> None:
     late = trainer_of(tmp_path, "late", late=4, ema=0.5)
     late.run()
-    monkeypatch.setattr(Batches, "take", Batches._next)
     plain = trainer_of(tmp_path, "plain", ema=0.5)
+    monkeypatch.setattr(plain.ahead, "take", plain.batches.next)
     plain.run()
     for name, value in weights_of(plain).items():
         assert torch.equal(late.model.get_parameter(name), value), name
@@ -119,7 +118,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("fields", [{}, {"accumulation": 2, "equal_targets": "once", "ema": 0.9}])
 def test_nothing_in_a_step_waits_for_a_gpu(tmp_path: Path, fields: dict[str, Any]) -> None:
     trainer = trainer_of(tmp_path, "run", late=4, **fields)
-    with trainer.batches:
+    with trainer.ahead:
         trainer._train_step(0)  # its batch is made here, the next in a thread
         with Waits() as waits:
             trainer._train_step(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,8 +42,8 @@ class PairEncoder(Protocol):
     def encode(self, inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Unit-norm embeddings of queries and of targets (B, W), and the mean loss of hidden tokens, 0 without."""
 
-    def compile(self, pairs: int) -> None:
-        """From now on computes with compiled code, as far as inputs of `pairs` pairs go."""
+    def compile(self, pairs: int, graphs: bool) -> None:
+        """From now on computes inputs of `pairs` pairs with compiled code, replayed as CUDA graphs if `graphs`."""
 
 
 class TokenPairs:
@@ -50,17 +51,19 @@ class TokenPairs:
 
     looks_ahead = False
 
-    def __init__(self, model: FuseLIPModel, store: Store, mask_probability: float) -> None:
+    def __init__(self, model: FuseLIPModel, store: Store, mask_probability: float, copies_ahead: bool = False) -> None:
         self.model, self.store, self.mask_probability = model, store, mask_probability
         self.device = next(model.parameters()).device
         self.budgets: TokenBudgets | None = None
         self._compiled = embed_sides
+        self._stream = torch.cuda.Stream(self.device) if copies_ahead and self.device.type == "cuda" else None
 
-    def compile(self, pairs: int) -> None:
+    def compile(self, pairs: int, graphs: bool) -> None:
         """See PairEncoder: one graph a budget of tokens, forward and backward."""
         require_compiler()
         self.budgets = TokenBudgets(pairs, self.model.config.context_length, self.mask_probability)
-        self._compiled = torch.compile(embed_sides, dynamic=False, fullgraph=True)
+        mode = "reduce-overhead" if graphs else None
+        self._compiled = torch.compile(embed_sides, dynamic=False, fullgraph=True, mode=mode)
 
     def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
         """Nothing to do: codes are read in no time."""
@@ -71,13 +74,34 @@ class TokenPairs:
         inputs = prepare_sides(self.model, sides, self.mask_probability, view_rng)
         if self.budgets is not None:
             inputs = self.budgets.pad(inputs)
-        return inputs.each(Tensor.pin_memory) if self.device.type == "cuda" else inputs
+        if self.device.type != "cuda":
+            return inputs
+        inputs = inputs.each(Tensor.pin_memory)
+        if self._stream is None:
+            return inputs
+        with torch.cuda.stream(self._stream):
+            return replace(on_device(inputs, self.device), copied=self._stream.record_event())
 
     def encode(self, inputs: PackedSides) -> tuple[Tensor, Tensor, Tensor]:
         """See PairEncoder."""
+        if inputs.copied is not None:
+            _take_over(inputs)
         embed = self._compiled if inputs.padded else embed_sides
         (query, target), masked = embed(self.model, on_device(inputs, self.device))
         return query, target, masked
+
+
+def _take_over(inputs: PackedSides) -> None:
+    """Lets this stream wait for a copy that another made, and keeps the copy's memory until it has been read here."""
+    assert inputs.copied is not None
+    here = torch.cuda.current_stream()
+    here.wait_event(inputs.copied)
+
+    def hold(tensor: Tensor) -> Tensor:
+        tensor.record_stream(here)
+        return tensor
+
+    inputs.each(hold)
 
 
 class StoredEncoder(ABC):

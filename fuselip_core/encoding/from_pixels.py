@@ -107,7 +107,7 @@ class PicturePairs:
         self.model, self.store, self.pictures = model, store, pictures
         self.looks_ahead = pictures.looks_ahead
 
-    def compile(self, pairs: int) -> None:
+    def compile(self, pairs: int, graphs: bool) -> None:
         """See PairEncoder: block by block, for any number of tokens."""
         compile_blocks(self.model)
 

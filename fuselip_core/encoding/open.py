@@ -51,7 +51,8 @@ def open_training(
     folders = {"": artifacts / "tokens"} | {name: Path(folder) for name, folder in settings.tokens.items()}
     if isinstance(model, FuseLIPModel):
         store = _joined({name: TokenStore(folder, "train") for name, folder in folders.items()})
-        return store, TokenPairs(model, store, settings.mask_probability if settings.mask_weight else 0.0)
+        probability = settings.mask_probability if settings.mask_weight else 0.0
+        return store, TokenPairs(model, store, probability, settings.cuda_graphs)
     stores: dict[str, TokenStore] = {}
     first = 0
     for name, folder in folders.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ class PackedSides:
     """Sides of pairs as packed ids (T) with their layout, and the place in it of each row of all sides.
 
     Where tokens are hidden, `hidden_places` (M) int64 says where, and `labels` (M) int64 what they were. `hidden` is
-    their number. If `padded`, ids are followed by padding, and labels by IGNORED, up to a budget.
+    their number. If `padded`, ids are followed by padding, and labels by IGNORED, up to a budget. `copied` is the event
+    behind a copy to a GPU that may still be under way.
     """
 
     ids: Tensor
@@ -37,12 +38,13 @@ class PackedSides:
     labels: Tensor | None = None
     hidden: int = 0
     padded: bool = False
+    copied: torch.cuda.Event | None = None
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Self:
         """The same with `move` applied to every tensor."""
         names = ("ids", "places", "hidden_places", "labels")
         values = {name: getattr(self, name) for name in names}
-        moved = {name: None if value is None else move(value) for name, value in values.items()}
+        moved: dict[str, Any] = {name: None if value is None else move(value) for name, value in values.items()}
         return replace(self, layout=self.layout.each(move), **moved)
 
 

@@ -35,7 +35,7 @@ class Layout:
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Layout:
         """The same layout with `move` applied to every tensor."""
-        tensors = {name: move(getattr(self, name)) for name in ("positions", "boundaries", "pooled")}
+        tensors: dict[str, Any] = {name: move(getattr(self, name)) for name in ("positions", "boundaries", "pooled")}
         return replace(self, **tensors)
 
 

@@ -148,6 +148,7 @@ AutoProcessor.register(FuseLIPConfig, FuseLIPProcessor)
 AutoProcessor.register(LateFusionConfig, FuseLIPProcessor)
 
 
-def as_pixels(batch: np.ndarray, device: torch.device) -> Tensor:
+def as_pixels(batch: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """uint8 (N, S, S, 3) → float32 (N, 3, S, S) in 0..1 on `device`."""
-    return torch.from_numpy(np.ascontiguousarray(batch)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+    given = batch if isinstance(batch, Tensor) else torch.from_numpy(np.ascontiguousarray(batch))
+    return given.to(device, non_blocking=True).contiguous().permute(0, 3, 1, 2).float().div_(255.0)

@@ -258,7 +258,9 @@ class TiTok(nn.Module):
         """One training pass over pixels (B, 3, S, S) in 0..1."""
         if self.decoder is None:
             raise FuselipError("this tokenizer has no decoder, so it cannot be trained to reconstruct")
-        quantised, codes, commitment, codebook = self.quantize(self.encode(pixels))
+        latents = self.encode(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):  # in half precision near codes would change places
+            quantised, codes, commitment, codebook = self.quantize(latents.float())
         return TiTokOutput(self.decoder(quantised), codes, commitment, codebook)
 
     def save(self, folder: Path) -> None:

@@ -1,12 +1,17 @@
 """The tokenize stage: every view of every image becomes codes once, and every text ids, so that training reads both.
 
-Shard by shard and resumable; decoding runs in threads ahead of the model.
+Shard by shard and resumable, as a pipeline: threads decode ahead of the model, and a shard is written while the next
+one is encoded. What lies between two of them is bounded. Each image is decoded once for all of its views.
 Legend: N images of a shard, V views, K codes an image, S pixels a side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ import torch
 from PIL import Image
 
 from fuselip_core.config import Settings, TokenizeSettings
-from fuselip_core.data.shards.in_order import Draw, pixel_batches
+from fuselip_core.data.shards.in_order import Draw, ahead, pixel_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
@@ -27,6 +32,8 @@ from fuselip_core.model.processing import TextTokenizer, as_pixels
 from fuselip_core.model.titok import TiTok, codebook_id
 from fuselip_core.progress import track
 
+logger = logging.getLogger("fuselip")
+BATCHES_AHEAD = 2  # decoded and waiting for the model
 Shard = tuple[str, int, int]  # split, first row, row after the last
 
 EncodeText = Callable[[str], Sequence[int]]
@@ -47,6 +54,7 @@ def store_identity(
         "views": settings.views,
         "crop_scale": list(settings.crop_scale),
         "view_seed": settings.seed,
+        "precision": settings.precision,
     }
 
 
@@ -100,13 +108,14 @@ class Tokenizing:
         self.prepared, self.tokenizer, self.encode_text = prepared, tokenizer.eval(), encode_text
         self.settings, self.identity, self.target = settings, identity, target
         self.device = next(tokenizer.parameters()).device
+        self.equal_codes: float | None = None  # share of codes that a lower precision leaves as they are
 
     def run(self) -> dict[str, Any]:
         """All splits, then the manifest; returns the number of images and pairs of each split."""
         kinds = kinds_of(self.prepared)
         counts = {split: self._split(split, kinds) for split in self.prepared.splits}
         write_manifest(self.target, self.identity, kinds)
-        return counts
+        return counts if self.equal_codes is None else counts | {"equal_codes": self.equal_codes}
 
     def writer(self, split: str) -> TokenStoreWriter:
         """Where the codes of a split grow."""
@@ -115,37 +124,78 @@ class Tokenizing:
 
     def write_shard(self, writer: TokenStoreWriter, start: int, stop: int) -> None:
         """Codes of the images from `start` to before `stop`, on disk on return."""
-        draw = views_of(self.tokenizer.config.image_size, self.settings)
-        writer.write_codes(start, self._codes(writer.split, draw, start, stop))
+        for first, codes in self._codes(writer.split, [(start, stop)]):
+            writer.write_codes(first, codes)
 
-    def _split(self, split: str, kinds: list[str]) -> dict[str, int]:
+    def _split(self, split: str, kinds: list[str]) -> dict[str, Any]:
         writer, pairs = self.writer(split), self.prepared.pairs(split)
-        counts = {"images": self.prepared.row_count(split), "pairs": pairs.num_rows}
+        counts: dict[str, Any] = {"images": self.prepared.row_count(split), "pairs": pairs.num_rows}
         if writer.finished:
             return counts
         shards = writer.pending(self.settings.rows_per_shard)
-        for start, stop in track(shards, f"tokenizing {split} images, shards"):
-            self.write_shard(writer, start, stop)
+        with ThreadPoolExecutor(1, "codes") as disk:
+            written: Future[None] | None = None
+            for start, codes in track(self._codes(split, shards), f"tokenizing {split} images, shards", len(shards)):
+                if written:
+                    written.result()
+                written = disk.submit(writer.write_codes, start, codes)
+            if written:
+                written.result()
         finish_split(writer, self.prepared, kinds, self.encode_text, self._blank())
         return counts
 
-    def _codes(self, split: str, draw: Draw, start: int, stop: int) -> np.ndarray:
-        """Codes (stop - start, V, K) uint16 of the images from `start` on."""
-        settings = self.settings
-        codes = np.zeros((stop - start, settings.views, self.tokenizer.config.latent_tokens), np.uint16)
-        for first, batch in pixel_batches(self.prepared, split, draw, settings.batch_size, start, stop):
-            codes[first - start : first - start + len(batch)] = self._encode(batch)
-        return codes
+    def _codes(self, split: str, shards: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, codes (N, V, K) uint16) of each shard (first row, row after the last)."""
+        settings, draw = self.settings, views_of(self.tokenizer.config.image_size, self.settings)
+
+        def pixels() -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:
+            for shard in shards:
+                for first, batch in pixel_batches(self.prepared, split, draw, settings.batch_size, *shard):
+                    yield shard, first, batch
+
+        with contextlib.closing(ahead(pixels(), BATCHES_AHEAD)) as batches:
+            for (start, stop), group in itertools.groupby(batches, key=lambda item: item[0]):
+                codes = np.zeros((stop - start, settings.views, self.tokenizer.config.latent_tokens), np.uint16)
+                for _, first, batch in group:
+                    codes[first - start : first - start + len(batch)] = self._encode(batch)
+                yield start, codes
 
     @torch.inference_mode()
     def _encode(self, batch: np.ndarray) -> np.ndarray:
-        """uint8 (N, V, S, S, 3) → codes (N, V, K), a view of all images at a time."""
-        views = [self.tokenizer.codes(as_pixels(batch[:, view], self.device)) for view in range(batch.shape[1])]
+        """uint8 (N, V, S, S, 3) → codes (N, V, K), a view of all images at a time, uploaded once."""
+        pixels = torch.from_numpy(batch).to(self.device)
+        views = [self._view_codes(pixels[:, view], view) for view in range(pixels.shape[1])]
+        if self.equal_codes is None and self.settings.precision != "float32":
+            # View 0 once more in the lower precision, on the first batch: what that changes.
+            self.equal_codes = float((self._view_codes(pixels[:, 0], 1) == views[0]).float().mean())
+            share = 100 * self.equal_codes
+            logger.info(
+                "tokenize.precision=%s: %.1f %% of the codes are those of float32", self.settings.precision, share
+            )
         return torch.stack(views, dim=1).cpu().numpy()
+
+    def _view_codes(self, pixels: torch.Tensor, view: int) -> torch.Tensor:
+        """uint8 (N, S, S, 3) → codes (N, K) int64. Codes are compared in float32, or near ones would change places."""
+        scaled = as_pixels(pixels, self.device)
+        with lower_precision(self.settings.precision if view else "float32", self.device):
+            latents = self.tokenizer.encode(scaled)
+        return self.tokenizer.quantize.nearest(self.tokenizer.quantize.flatten(latents.float()))
 
     def _blank(self) -> np.ndarray:
         size = self.tokenizer.config.image_size
         return self._encode(np.zeros((1, 1, size, size, 3), np.uint8))[0, 0]
+
+
+@contextlib.contextmanager
+def lower_precision(name: str, device: torch.device) -> Iterator[None]:
+    """The precision `name` of `tokenize.precision` for what is multiplied within; codes are compared in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def tokenize_texts(prepared: PreparedData, target: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD, as_pixels
 from fuselip_core.model.titok import TiTok, TiTokOutput
 from fuselip_core.progress import track
 from fuselip_core.tokenizer.patch_start import can_start_from_patches, start_from_patches
+from fuselip_core.training.ahead import Ahead
 from fuselip_core.training.checkpoint import (
     Checkpoints,
     StopSignal,
@@ -37,6 +39,7 @@ from fuselip_core.training.checkpoint import (
     seed_everything,
     set_random_state,
 )
+from fuselip_core.training.late_look import LateLook
 from fuselip_core.training.optimizer import build_adamw, learning_rate_at, set_learning_rate
 
 logger = logging.getLogger("fuselip")
@@ -97,13 +100,16 @@ class CodebookTrainer:
         self.checkpoints, self.log, self.perception = checkpoints, log, perception
         self.device = next(tokenizer.parameters()).device
         self.optimizer = build_adamw([tokenizer], settings.learning_rate, settings.weight_decay, (0.9, 0.95))
+        self.late_look = LateLook(self.device)
+        self.optimizer.found_inf = self.late_look.broken  # type: ignore[attr-defined]  # read by torch's fused step
+        self.ahead = Ahead(self._batch, settings.steps, self.device)
         self.used = torch.zeros(tokenizer.config.codebook_size, dtype=torch.bool, device=self.device)
         self.step = 0
 
     def run(self) -> None:
         """All steps that are still to do."""
         steps = self.settings.steps
-        with StopSignal() as stop:
+        with StopSignal() as stop, self.ahead:
             seed_everything(self.settings.seed)
             self._resume()
             last_save = time.monotonic()
@@ -116,7 +122,9 @@ class CodebookTrainer:
                 if self.step % 20 == 0 or self.step == steps:
                     self.log({name: float(value) for name, value in metrics.items()}, self.step)
                 stopped = stop.received and self.step < steps
-                if stopped or time.monotonic() - last_save > CHECKPOINT_SECONDS:
+                saves = stopped or time.monotonic() - last_save > CHECKPOINT_SECONDS
+                self._look_back(all_steps=saves or self.step == steps)
+                if saves:
                     self.checkpoints.save(self.step, self._state())
                     last_save = time.monotonic()
                 if stopped:
@@ -134,26 +142,40 @@ class CodebookTrainer:
         settings = self.settings
         rate = learning_rate_at(step, settings.steps, settings.learning_rate, settings.warmup_share)
         set_learning_rate(self.optimizer, rate)
-        pixels = as_pixels(self.images.rows(self._batch_rows(step)), self.device)
-        output = self.tokenizer(pixels)
-        loss = self._loss(output, pixels)
+        rows, batch = self.ahead.take(step)
+        pixels = as_pixels(batch, self.device)
+        # On a GPU in bfloat16, but for the choice of codes and the losses.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            output = self.tokenizer(pixels)
+            loss = self._loss(output, pixels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
-        # One look for both: on a GPU every look waits for it. A step on such a gradient would ruin every weight.
-        if not torch.isfinite(loss.detach() + norm):
-            raise FuselipError(
-                f"the image tokenizer's loss is {loss.item()} and its gradient {norm.item()} at step {step}; "
-                "lower codebook.learning_rate"
-            )
+        self.late_look.add(step, rows, {"loss": loss, "gradient": norm})
         self.optimizer.step()
         self._revive(step, output.codes, pixels)
         return {
             "codebook/loss": loss.detach(),
-            "codebook/batch_mse": F.mse_loss(output.pixels.detach().clamp(0, 1), pixels),
+            "codebook/batch_mse": F.mse_loss(output.pixels.detach().float().clamp(0, 1), pixels),
             "codebook/commitment": output.commitment.detach(),
             "codebook/learning_rate": rate,
         }
+
+    def _look_back(self, all_steps: bool) -> None:
+        """Ends the run for a step that was not finite; from that step on no weight has changed, see LateLook."""
+        for seen in self.late_look.due(all_steps):
+            loss, gradient = seen.values["loss"], seen.values["gradient"]
+            if not math.isfinite(loss + gradient):
+                raise FuselipError(
+                    f"the image tokenizer's loss is {loss} and its gradient {gradient} at step {seen.step}; "
+                    "lower codebook.learning_rate"
+                )
+
+    def _batch(self, step: int) -> tuple[np.ndarray, Tensor]:
+        """Rows (B) and pixels uint8 (B, S, S, 3) of the batch of `step`."""
+        rows = self._batch_rows(step)
+        pixels = torch.from_numpy(self.images.rows(rows))
+        return rows, pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     def _loss(self, output: TiTokOutput, pixels: Tensor) -> Tensor:
         settings = self.settings

@@ -1,15 +1,14 @@
-"""The batches of a run, of which the next is made in a thread while a step computes.
+"""The batches of a run.
 
-All that is random in a batch is drawn from the seed, its step and its process, so that neither the thread nor a
-resumed run changes what is in it. Legend: B pairs.
+All that is random in a batch is drawn from the seed, its step and its process, so that neither a thread that makes it
+ahead nor a resumed run changes what is in it. Legend: B pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,32 +36,16 @@ class Batch:
 
 
 class Batches:
-    """Makes the batches of `steps` steps in order, each in `parts` parts; used with `with`, which ends its thread."""
+    """Makes the batches of a run, each in `parts` parts."""
 
-    def __init__(
-        self, encoder: PairEncoder, store: Store, settings: TrainSettings, world: World, steps: int, parts: int
-    ) -> None:
-        self.encoder, self.store, self.settings, self.world = encoder, store, settings, world
-        self.steps, self.parts = steps, parts
+    def __init__(self, encoder: PairEncoder, store: Store, settings: TrainSettings, world: World, parts: int) -> None:
+        self.encoder, self.store, self.settings, self.world, self.parts = encoder, store, settings, world, parts
         shares = kind_shares(store, settings)
         self.mixture = Mixture(store, shares, settings.batch_size, settings.seed, grouped=settings.grouped)
-        device = next(encoder.model.parameters()).device
-        # A thread of its own has a GPU of its own, the first, until it is told another.
-        use_gpu = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
-        self._thread = ThreadPoolExecutor(1, "batches", **use_gpu)
-        self._coming: Future[Batch] | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
-
-    def take(self, step: int) -> Batch:
-        """The batch of `step`; the thread then begins with the next. Steps are asked for in order, each once."""
-        batch = self._coming.result() if self._coming else self._next(step)
-        self._coming = self._thread.submit(self._next, step + 1) if step + 1 < self.steps else None
-        return batch
+    def next(self, step: int) -> Batch:
+        """The batch of `step`; steps are asked for in order, each once."""
+        return self.make(self.next_rows(), step)
 
     def next_rows(self) -> np.ndarray:
         """This process's pairs (B) of the next batch."""
@@ -78,9 +61,6 @@ class Batches:
         parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, self.parts)]
         keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored"))
         return Batch(rows, parts, keys.pin_memory() if torch.cuda.is_available() else keys, self.mixture.state_dict())
-
-    def _next(self, step: int) -> Batch:
-        return self.make(self.next_rows(), step)
 
     def _view_rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed, step, *([self.world.rank] if self.world.rank else [])])

@@ -25,6 +25,7 @@ from fuselip_core.encoding.from_codes import PairEncoder
 from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.model.compiled import graphs_compiled
 from fuselip_core.progress import track
+from fuselip_core.training.ahead import Ahead
 from fuselip_core.training.batches import Batch, Batches
 from fuselip_core.training.build import recompute_blocks
 from fuselip_core.training.checkpoint import (
@@ -50,7 +51,7 @@ LOG_EVERY = 10
 SHOWN_PAIRS = 8
 MAX_LOGIT_SCALE = math.log(100.0)
 # What changes time and memory but not what is computed, so that a run may go on with another choice.
-SAME_VALUES = ("contrast_rows", "gradient_checkpointing", "compile", "processes")
+SAME_VALUES = ("contrast_rows", "gradient_checkpointing", "compile", "cuda_graphs", "processes")
 OF_EACH_PROCESS = ("loss", "contrastive")  # averaged for the log; masked losses are parts of one sum
 
 Log = Callable[[Mapping[str, float], int], None]  # metrics, step
@@ -114,9 +115,11 @@ class Trainer:
         if settings.compile:
             if world.alone:
                 self._contrast_compiled = torch.compile(self._contrast.__call__, dynamic=False)
-            encoder.compile(settings.batch_size // world.size // parts)
+            # A replayed graph overwrites what it returned before, which the first pass over parts still needs.
+            encoder.compile(settings.batch_size // world.size // parts, settings.cuda_graphs and parts == 1)
         self.schedule = plan_schedule(store, settings)
-        self.batches = Batches(encoder, store, settings, world, self.schedule.steps, parts)
+        self.batches = Batches(encoder, store, settings, world, parts)
+        self.ahead = Ahead(self.batches.next, self.schedule.steps, self.device)
         self.late_look = LateLook(self.device)
         self.optimizer = build_adamw(
             [self.model], settings.learning_rate, settings.weight_decay, settings.betas, settings.epsilon
@@ -128,7 +131,7 @@ class Trainer:
 
     def run(self) -> TrainingSummary:
         """All steps that are still to do; raises Interrupted after saving when SIGTERM arrives."""
-        with StopSignal() as stop, self.batches, self._memory_named():
+        with StopSignal() as stop, self.ahead, self._memory_named():
             seed_everything(self.settings.seed + self.world.rank)
             self.world.broadcast(self.model)
             self._resume()
@@ -180,7 +183,7 @@ class Trainer:
 
     def _train_step(self, step: int) -> dict[str, Tensor]:
         """One step, in which nothing waits for a GPU → what it found, scalars; see LateLook for those not finite."""
-        batch = self.batches.take(step)
+        batch = self.ahead.take(step)
         set_learning_rate(self.optimizer, self.schedule.rate(step))
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.compute_gradients(batch)

@@ -6,10 +6,14 @@ Legend: N images, V views, S pixels a side.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,6 +25,7 @@ from fuselip_core.files import take_space
 from fuselip_core.images import decode, to_pixels
 from fuselip_core.progress import track
 
+Item = TypeVar("Item")
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
 MOST_THREADS = 32
 Encoded = tuple[bytes, Edit | None]  # an image file, and the edit that makes a made image of it
@@ -34,6 +39,39 @@ def decoding_threads() -> ThreadPoolExecutor:
 def evaluation_view(size: int) -> Draw:
     """The published evaluation preprocessing as the only view."""
     return lambda image, row: to_pixels(image, size)[None]
+
+
+def ahead(items: Iterator[Item], most: int) -> Iterator[Item]:
+    """The same items, of which a thread takes up to `most` before they are asked for."""
+    waiting: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(most)
+    stopped = threading.Event()
+
+    def put(item: Item | None, error: BaseException | None = None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                waiting.put((item, error), timeout=0.1)
+                return
+
+    def take_all() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised again where the items are asked for
+            put(None, error)
+
+    thread = threading.Thread(target=take_all, name="ahead", daemon=True)
+    thread.start()
+    try:
+        while (found := waiting.get())[0] is not None:
+            yield found[0]
+        if found[1] is not None:
+            raise found[1]
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def pixel_batches(
