@@ -10,7 +10,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -41,7 +41,7 @@ def evaluation_view(size: int) -> Draw:
     return lambda image, row: to_pixels(image, size)[None]
 
 
-def ahead(items: Iterator[Item], most: int) -> Iterator[Item]:
+def ahead(items: Iterator[Item], most: int) -> Generator[Item, None, None]:
     """The same items, of which a thread takes up to `most` before they are asked for."""
     waiting: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(most)
     stopped = threading.Event()
