@@ -23,22 +23,6 @@ RETRY_AFTER_SECONDS = 60.0
 logger = logging.getLogger("fuselip")
 
 
-class Tracker(Protocol):
-    """What the stages see."""
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Settings of the run; nested mappings become dotted names."""
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Numbers at a step; call with many values at once rather than often."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """A file or folder to keep with the run, below `folder` there."""
-
-    def results(self, values: Mapping[str, float]) -> None:
-        """All numbers of a finished run; a table with a row for each metric."""
-
-
 class Service(Protocol):
     """A tracking service that follows the events on disk."""
 
@@ -49,7 +33,7 @@ class Service(Protocol):
 
 
 class EventLog:
-    """Tracker that appends to a run's events.jsonl and lets services follow.
+    """Appends to a run's events.jsonl and lets services follow.
 
     Files in `folder`: events.jsonl, and run.json with the run's name, tags, ids and, per service, the bytes delivered.
     """
@@ -67,16 +51,20 @@ class EventLog:
         self._keep_run()
 
     def params(self, values: Mapping[str, Any]) -> None:
+        """Settings of the run; nested mappings become dotted names."""
         self._append({"type": "params", "values": dict(flat(values))})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Numbers at a step; call with many values at once rather than often."""
         numbers = {name: float(value) for name, value in values.items()}
         self._append({"type": "metrics", "values": numbers, "step": step, "time": int(time.time() * 1000)})
 
     def artifact(self, path: Path, folder: str = "") -> None:
+        """A file or folder to keep with the run, below `folder` there."""
         self._append({"type": "artifact", "path": os.path.relpath(path, self.folder), "folder": folder})
 
     def results(self, values: Mapping[str, float]) -> None:
+        """All numbers of a finished run; a table with a row for each metric."""
         self._append({"type": "results", "values": {name: float(value) for name, value in values.items()}})
 
     def data(self, name: str, digest: str, source: str, counts: Mapping[str, Any]) -> None:
