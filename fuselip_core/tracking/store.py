@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import sqlite3
@@ -111,7 +110,7 @@ def require_answer(uri: str) -> None:
         raise
     # A wrong address fails in as many ways as there are servers, drivers and schemes.
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # has a sentence of its own
+        if isinstance(error, OSError) and uri.startswith(SQLITE):  # has a sentence of its own
             raise
         reason = one_line(error)[:200]
         raise FuselipError(

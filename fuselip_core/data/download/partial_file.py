@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fuselip_core.data.download.retries import DownloadError
-from fuselip_core.files import CHUNK_BYTES, write_json
+from fuselip_core.files import CHUNK_BYTES, find_json, write_json
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Partial:
     def _take_up(self) -> None:
         """Goes on with what an earlier run left, where that provably belongs to the same version of the file."""
         try:
-            note = json.loads(self.note.read_text(encoding="utf-8"))
+            note = find_json(self.note)
             same = (note["size"], note["checksum"]) == (self.file.size, self.file.checksum)
             if not same or not (note["etag"] or self.file.checksum):
                 return

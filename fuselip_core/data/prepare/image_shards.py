@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from fuselip_core.data.prepare.image_reader import ImageReader
 from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, HeldOutIndex, fingerprint
 from fuselip_core.data.prepare.tables import row_hash
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA, table_of
-from fuselip_core.files import atomic_write, sha256_of, write_json
+from fuselip_core.files import atomic_write, read_json, sha256_of, write_json
 from fuselip_core.images import UnreadableImage, decode, quiet_decoders
 from fuselip_core.progress import track
 
@@ -117,7 +116,7 @@ def _save_fingerprints(path: Path, prints: list[Fingerprint]) -> None:
 
 
 def _read_result(sidecar: Path) -> ShardResult:
-    content = json.loads(sidecar.read_text(encoding="utf-8"))
+    content = read_json(sidecar, "delete its folder and run the same command again")
     set_aside = tuple(SetAside(**item) for item in content.pop("set_aside"))
     return ShardResult(**content, set_aside=set_aside)
 

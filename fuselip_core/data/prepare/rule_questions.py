@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+
+from fuselip_core.files import read_json
 
 OPEN_QUESTIONS = {
     "modality": "What imaging modality is this?",
@@ -99,4 +100,4 @@ def _patterns() -> dict[str, tuple[dict[str, str], re.Pattern[str], re.Pattern[s
 @functools.cache
 def _words() -> dict[str, dict[str, Any]]:
     path = Path(__file__).with_name("question_words.json")
-    return cast(dict[str, dict[str, Any]], json.loads(path.read_text(encoding="utf-8")))
+    return read_json(path)

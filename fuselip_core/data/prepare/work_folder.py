@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,7 @@ from pathlib import Path
 from fuselip_core.config import PrepareSettings
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.prepare.splits import Plan
-from fuselip_core.files import write_json
+from fuselip_core.files import find_json, write_json
 from fuselip_core.lock import sole_process
 
 MANIFEST, KEY = "manifest.json", "key.json"
@@ -47,9 +45,8 @@ def _holds_something_else(folder: Path) -> bool:
 def open_work(work: Path, key: str) -> None:
     """Keeps what an earlier run with the same `key` left in `work`, and nothing else; raises DataError."""
     path, content = work / KEY, {"key": key}
-    with contextlib.suppress(OSError, ValueError):  # a damaged key is no key of ours
-        if json.loads(path.read_text(encoding="utf-8")) == content:
-            return
+    if find_json(path) == content:
+        return
     if _holds_something_else(work):
         raise DataError(f"{work} is needed for unfinished shards but holds something else; move that away")
     shutil.rmtree(work, ignore_errors=True)
