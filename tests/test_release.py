@@ -108,3 +108,10 @@ def test_a_release_pushes_every_image(repository: Path) -> None:
     assert {"checks", "audit"} <= set(jobs["images"]["needs"]) and "images" in jobs["release"]["needs"]
     (build,) = [step["run"] for step in jobs["images"]["steps"] if "buildx build" in step.get("run", "")]
     assert "--sbom=true" in build and "--provenance=mode=max" in build
+
+
+def test_a_windows_clone_keeps_the_line_ends_that_shells_need(repository: Path) -> None:
+    names = ["Makefile", ".ci/run", "docker/backup.sh", "docker/entrypoint.sh", "requirements.lock"]
+    asked = ["git", "check-attr", "eol", *names]
+    said = subprocess.run(asked, cwd=repository, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [f"{name}: eol: lf" for name in names]
