@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,20 @@ def test_what_is_not_named_adapts_to_rocov2(workspace: Path, words: list[str], r
     assert (settings.recipe, settings.model.size, name) == (recipe, size, f"fuselip-rocov2-{size}")
     published = {"small": "chs20/FuseLIP-S-CC12M-MM", "base": "chs20/FuseLIP-B-CC12M-MM"}
     assert settings.train.init == published.get(size)
+
+
+def test_the_documented_words_are_understood(
+    workspace: Path, repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the table in docs/containers.md; what each runs is tried elsewhere in this file."""
+    monkeypatch.setattr(container, "_run", lambda *_: None)
+    text = (repository / "docs" / "containers.md").read_text()
+    rows = text.partition("| Words behind")[2].partition("\n\n")[0].splitlines()[2:]
+    documented = [words.split() for row in rows for words in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(documented) >= 9
+    for words in documented:
+        container._command("train", [*words, "--help"] if words[0] in ("embed", "sync") else words)
+    assert "bacor_fuselip_train sync" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
