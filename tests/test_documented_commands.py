@@ -232,7 +232,7 @@ def checkout(demo_checkout: Path, demo: subprocess.CompletedProcess[str]) -> Ite
         yield found
 
 
-@pytest.mark.parametrize("command", parameters())
+@pytest.mark.parametrize("command", [*parameters()])
 def test_a_documented_command_does_what_it_says(command: Documented, checkout: Checkout) -> None:
     rule = rule_of(command)
     assert rule is not None, "RULES has no rule for it: say how it is tried"

@@ -33,6 +33,10 @@ def validation_split(splits: Collection[str]) -> str:
     raise DataError("the prepared data has no dev or valid split; set prepare.dev_share above 0")
 
 
+def _of_raw(folder: Path) -> str:
+    return f"if it is raw data, run `fuselip data prepare --root {folder}` and name its output"
+
+
 class PreparedData:
     """The folder that `prepare_data` wrote. Row i of a split's images is row i of its token store."""
 
@@ -43,15 +47,17 @@ class PreparedData:
         if not (self.folder / MANIFEST).is_file():
             # Raw data must not be named as --out: prepared data replaces what stands there.
             raw = self.folder.is_dir() and any(self.folder.iterdir())
-            remedy = (
-                f"if it is raw data, run `fuselip data prepare --root {folder}` and name its output" if raw else FIRST
+            raise DataError(
+                f"{folder} holds no prepared data (it has no {MANIFEST}); {_of_raw(folder) if raw else FIRST}"
             )
-            raise DataError(f"{folder} holds no prepared data (it has no {MANIFEST}); {remedy}")
         self.manifest = read_json(self.folder / MANIFEST, AGAIN)
         counts, shards = self.manifest.get("counts"), self.manifest.get("shards")
         listed = isinstance(shards, list) and all(isinstance(shard, dict) and "path" in shard for shard in shards)
         if not (isinstance(counts, dict) and listed and "data_version" in self.manifest):
-            raise DataError(f"{self.folder / MANIFEST} is damaged (it lacks counts, shards or data_version); {AGAIN}")
+            raise DataError(
+                f"{self.folder / MANIFEST} is damaged or foreign (it lacks counts, shards or data_version); "
+                f"{AGAIN}, or {_of_raw(folder)}"
+            )
         missing = [shard["path"] for shard in self.manifest["shards"] if not (self.folder / shard["path"]).is_file()]
         if missing:
             raise DataError(f"{folder} lacks {missing[0]}, which its manifest names; {AGAIN}")
