@@ -20,7 +20,7 @@ from fuselip_core.files import atomic_write, read_json
 from fuselip_core.registry.register import fetch_state
 from fuselip_core.registry.state import OF_REPOSITORY, OF_RUN, PATCH
 
-# Where a run lives that was made without DVC, in the training image.
+# Folder of a run that the training image made, without DVC.
 NEW_RUN = "runs/reproduced"
 
 
@@ -105,7 +105,7 @@ def _point_to(folder: Path, root: Path) -> None:
 
 
 def _share_cache(repository: Path, target: Path) -> None:
-    """DVC's cache and remotes as `repository` has them now, so that nothing is kept or asked for twice."""
+    """Uses the cache and remotes of `repository`, so that data is stored only once."""
     for name in ("config", "config.local"):
         if (repository / ".dvc" / name).exists():
             shutil.copyfile(repository / ".dvc" / name, target / ".dvc" / name)
@@ -124,7 +124,7 @@ def _share_cache(repository: Path, target: Path) -> None:
 
 
 def _bring_data(repository: Path, target: Path, folder: Path) -> None:
-    """The raw data under the path that the settings name: from DVC, drawn again, or where it always was."""
+    """Puts the raw data where the settings expect it: from DVC, drawn again, or found there."""
     prepare = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["prepare"]
     root = Path(prepare["root"])
     if (target / "data.dvc").exists() and (target / root).is_relative_to(target / "data"):
@@ -146,7 +146,7 @@ def _draw_sample(target: Path) -> None:
     done = _run([sys.executable, "-m", "fuselip_core", "sample", "--out", "data"], target)
     if done.returncode:
         raise FuselipError(f"the sample can't be drawn ({_last(done)})")
-    # `dvc status` would not do: without the recorded bytes in its cache it says just that, whatever lies in data/.
+    # `dvc status` does not help: it only reports that the recorded bytes are missing from its cache.
     _dvc(target, "commit", "--quiet", "--force", "data.dvc")
     if (target / "data.dvc").read_bytes() != recorded:
         raise FuselipError(

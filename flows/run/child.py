@@ -54,7 +54,7 @@ def stream(
         _read(reader, on_line, echo=terminal)
         return child.wait()
     except BaseException:
-        # What the child still says is read on, or it would block on a full pipe instead of saving its state.
+        # Keep reading: with a full pipe the child would block instead of saving its state.
         rest = threading.Thread(target=_read, args=(reader, on_line, terminal), daemon=True)
         rest.start()
         _stop(child)
@@ -94,7 +94,7 @@ def _block(reader: int) -> bytes:
 
 
 def _pass_on(line: bytes, on_line: OnLine) -> None:
-    """Of a line that a progress bar has overwritten many times, the last state."""
+    """The last state of a line that a progress bar has overwritten."""
     text = CONTROL.sub("", line.decode("utf-8", "replace")).rstrip("\r\n ")
     if text := text.rpartition("\r")[2]:
         on_line(text)

@@ -33,7 +33,7 @@ KINDS = {"prepare": "download", "data": "download", "embed": "search", "index": 
 # A stage saves its state in this time; less than flows/run/child.py waits for this process.
 GRACE_SECONDS = 45
 ENTRYPOINT = ("/usr/local/bin/entrypoint", "python", "-m", "fuselip_core.container", "fuselip")
-# Beside what a stage is told: what decides how numbers are summed, so that a container makes the same bytes.
+# Also thread counts, which decide the order of sums, so that a container makes the same bytes.
 PASSED_ON = (
     "FUSELIP_",
     "MLFLOW_",
@@ -179,7 +179,7 @@ def run_container(client: DockerClient, request: ContainerRequest, on_line: OnLi
     before = signal.signal(signal.SIGTERM, stop)
     try:
         _start(container)
-        # What came before the start found nothing to stop.
+        # A signal before the start found nothing to stop.
         if stopping.is_set():
             _stop_beside(container)
         for line in _lines(container):
@@ -197,7 +197,7 @@ def run_container(client: DockerClient, request: ContainerRequest, on_line: OnLi
 def sweep(client: DockerClient, repository: Path, on_line: OnLine) -> int:
     """Stops and removes what killed runs of this repository left; returns how many that were.
 
-    Stages hold the repository's lock, but a download may run beside them: what a living process waits for stays.
+    Containers whose process still runs stay: a download may run beside a stage.
     """
     from docker.errors import NotFound
 
@@ -222,7 +222,7 @@ def _is_attended(container: Container) -> bool:
 def volumes_of(
     repository: Path, settings: Settings | None, environment: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
-    """Folders that a stage reads and writes, each under its own path, so that every path means the same inside."""
+    """Folders that a stage reads and writes, mounted under their own paths."""
     volumes = {str(repository): {"bind": str(repository), "mode": "rw"}}
     if settings:
         for given in (settings.prepare.root, settings.codebook.init, settings.train.init):
@@ -279,7 +279,7 @@ def _start(container: Container) -> None:
 
 
 def _stop_beside(container: Container) -> None:
-    """In a thread of its own: this one goes on reading what the container still says."""
+    """Stops in a thread, so that this one can read the container's last lines."""
     threading.Thread(target=container.stop, kwargs={"timeout": GRACE_SECONDS}, daemon=True).start()
 
 
@@ -294,7 +294,7 @@ def _lines(container: Container) -> Any:
 
 
 def _passed_on(repository: Path) -> dict[str, str]:
-    """The part of this process's environment that a stage may need, its own code first."""
+    """The variables of this process that a stage may need."""
     passed = {name: value for name, value in os.environ.items() if name.upper().startswith(PASSED_ON)}
     # The image has no git to say which code it runs.
     if commit := commit_of(repository):

@@ -50,7 +50,7 @@ def gpu_slot(stage: str, on_line: OnLine) -> Iterator[None]:
         name,
         lease_duration=LEASE_SECONDS,
         holder=ConcurrencyLeaseHolder(type="flow_run", id=UUID(run_id)) if run_id else None,
-        # A server that is away for a while costs the slot, not the work of days.
+        # If the server cannot be reached for a while, the run loses its slot and not its work.
         raise_on_lease_renewal_failure=False,
     ):
         yield

@@ -39,11 +39,11 @@ from fuselip_core.errors import run_to_exit, sentence_of
 
 RECOVERIES = "fuselip.recoveries"
 POOL = "process"
-# Beyond so many starts a run is left alone: it crashes by itself.
+# After this many starts a run is given up: it crashes by itself.
 MOST_STARTS = 5
-# A worker that takes a run starts its process within seconds; one that was killed in between never does.
+# A worker starts the process of a run within seconds, unless it is killed in between.
 PENDING_SECONDS = 180.0
-# A worker that lives reports the end of a process itself, twice and with some delay: it goes first.
+# A live worker reports the end of a process itself, twice and with a delay; it goes first.
 SETTLE_SECONDS = 20.0
 FIRST_DELAY_SECONDS = 5.0
 STOP_SECONDS = 90.0
@@ -51,7 +51,7 @@ STATES = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.
 
 
 def recover(on_line: OnLine, gone: Collection[str] = (), settle_seconds: float = SETTLE_SECONDS) -> list[FlowRun]:
-    """Schedules the runs that have lost their process again, and returns them; `gone` names machines given up."""
+    """Reschedules and returns runs whose process has ended; `gone` lists machines that will not come back."""
     recovered = []
     home = Path(os.environ.get("PREFECT_HOME", DEFAULTS["PREFECT_HOME"]))
     home.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def _loss(run: FlowRun, gone: Collection[str], on_line: OnLine) -> str | None:
 
 
 def _finish_cancelling(client: SyncPrefectClient, run: FlowRun, on_line: OnLine) -> None:
-    """Ends a run that is to be cancelled and whose worker is gone: nobody else would do it."""
+    """Ends a cancelling run whose worker has ended; nothing else would."""
     process = _process_of(run)
     if process is None or not process.is_here or not process.lives or not _is_orphan(process):
         # Its worker does it, or, where that is gone too, the server's own clock.
@@ -117,7 +117,7 @@ def _schedule(client: SyncPrefectClient, run: FlowRun, reason: str) -> None:
     assert run.state is not None
     if not run.state.is_crashed():
         client.set_flow_run_state(run.id, Crashed(message=reason), force=True)
-    # The next process has not signed yet when it starts: it must not be taken for the old one.
+    # The next process has not recorded itself yet; it must not be taken for the old one.
     client.update_flow_run_labels(run.id, {LABEL: "", RECOVERIES: str(_recoveries(run) + 1)})
     delay = min(FIRST_DELAY_SECONDS * 2 ** _recoveries(run), 300.0)
     when = now("UTC") + timedelta(seconds=delay)

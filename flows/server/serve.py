@@ -58,7 +58,7 @@ def main(
 
 @contextlib.contextmanager
 def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
-    """Starts everything, says where it is, and ends it."""
+    """Starts all processes, prints their addresses, waits, and ends them."""
     for each, option in ((port, "--port"), (mlflow_port, "--mlflow-port")):
         require_free(each, f".venv/bin/python -m flows.server.serve {option} {each + 1}")
     prefect, mlflow = f"http://{HOST}:{port}", f"http://{HOST}:{mlflow_port}"
@@ -81,7 +81,7 @@ def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
         _say_where(console, prefect, mlflow, stack.log_folder)
         yield stack
     finally:
-        # First of all: a second one must not leave half of it running.
+        # First, so that a second server that is refused has started nothing.
         for number in ENDING:
             signal.signal(number, signal.SIG_IGN)
         with console.status("ending; running stages save their state"):

@@ -26,17 +26,17 @@ STOP_SECONDS = 90.0
 
 @dataclass
 class Part:
-    """One process of the whole, named in messages."""
+    """A process of the stack, and its name in messages."""
 
     name: str
     command: tuple[str, ...]
     process: subprocess.Popen[bytes]
-    # Another one takes its place if it ends: a worker holds nothing that its successor would miss.
+    # Restarted if it ends; a worker keeps no state.
     replaceable: bool = False
 
 
 class Stack:
-    """Processes that live and end together, the last started first."""
+    """Processes that start and end together; the last started ends first."""
 
     def __init__(self, environment: Mapping[str, str], log_folder: Path) -> None:
         self._environment = dict(environment)
@@ -87,7 +87,7 @@ class Stack:
         raise FuselipError(f"{url} does not answer; see the logs in {self.log_folder}")
 
     def check(self) -> list[str]:
-        """Replaces what has ended and may be, and says what; raises FuselipError if something else has ended."""
+        """Restarts what may be restarted and returns its names; raises FuselipError if something else has ended."""
         replaced = []
         for part in self._parts:
             if part.process.poll() is None:
