@@ -365,7 +365,7 @@ def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) ->
     assert "--out" not in str(said.value)  # which would replace the raw data
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "manifest.json").write_text('{"name": "of a web page"}')
-    with pytest.raises(DataError, match="is damaged or foreign .* if it is raw data, run `fuselip data prepare"):
+    with pytest.raises(DataError, match=r"is damaged or foreign .* if it is raw data, run `fuselip data prepare"):
         PreparedData(tmp_path / "foreign")
     prepare_data(settings(raw), tmp_path / "prepared")
     prepared = PreparedData(tmp_path / "prepared")
