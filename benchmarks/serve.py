@@ -6,13 +6,16 @@ request when it has the answer to the one before: a row with a text, an image, o
 
 from __future__ import annotations
 
+import sys
+
+sys.path.append(sys.path.pop(0))  # behind Python's own modules, one of which is called tokenize
+
 import argparse
 import asyncio
 import base64
 import io
 import statistics
 import subprocess
-import sys
 import time
 from typing import Any
 

@@ -328,6 +328,9 @@ def test_update_adds_for_the_same_model_and_builds_for_another(tmp_path: Path) -
     other: Any = StandIn(digest="b" * 64)
     assert build.update(table, tmp_path / "index", other).rows == 3
     assert Index.open(tmp_path / "index").model_digest == other.digest
+    (tmp_path / "damaged" / "pictures.lance").mkdir(parents=True)
+    with pytest.raises(FuselipError, match="cannot be read"):
+        build.update(table, tmp_path / "damaged", EMBEDDER)
 
 
 def test_a_reader_notices_an_index_of_another_model(tmp_path: Path) -> None:

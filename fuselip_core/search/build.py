@@ -27,7 +27,7 @@ from fuselip_core.lock import sole_process
 from fuselip_core.registry.address import pin_version
 from fuselip_core.search.dicomweb import fetch_studies, is_address
 from fuselip_core.search.embed import UNCHANGED, Embedded, Judge, Outcome, Parts
-from fuselip_core.search.index import ANN_ROWS, TABLE, Index, connect, drop_map, is_remote, quoted, schema_of
+from fuselip_core.search.index import ANN_ROWS, TABLE, Index, NoIndex, connect, drop_map, is_remote, quoted, schema_of
 from fuselip_core.search.inputs import Archive, Row
 from fuselip_core.search.originals import note_place
 
@@ -95,7 +95,7 @@ def update(source: Path | str, folder: str | Path, embedder: Embedder, kind: str
     """Brings an index up to date: as `add`, or as `build` where it is of another model, or not there yet."""
     try:
         same = Index.open(folder).model_digest == embedder.digest
-    except FuselipError:
+    except NoIndex:
         same = False
     return (add if same else build)(source, folder, embedder, kind)
 

@@ -131,6 +131,10 @@ def drop_map(database: Any) -> None:
         database.drop_table(MAP_TABLE)
 
 
+class NoIndex(FuselipError):
+    """There is no index yet."""
+
+
 class ReplacedIndex(FuselipError):
     """The index was built again with another model, so it is another one."""
 
@@ -156,7 +160,7 @@ class Index:
         try:
             database = connect(folder) if is_remote(folder) or Path(folder).is_dir() else None
             if database is None or TABLE not in database.list_tables().tables:
-                raise FuselipError(f"there is no index in {folder}; {remedy}")
+                raise NoIndex(f"there is no index in {folder}; {remedy}")
             return cls(folder, database.open_table(TABLE), in_memory)
         except FuselipError:
             raise
