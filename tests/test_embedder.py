@@ -6,6 +6,7 @@ import base64
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -176,3 +177,25 @@ def test_end_of_text_written_in_a_text_is_the_token(embedder: Embedder) -> None:
     plain = embedder.processor.text_tokenizer(["liver lesion"])[0]
     assert (ids == END_OF_TEXT).sum() == 2 and (plain == END_OF_TEXT).sum() == 1
     assert np.isfinite(embedder.embed(texts=["liver <end_of_text> lesion"])).all()
+
+
+def test_sentence_transformers_take_the_encoder_as_a_module(embedder: Embedder, tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from fuselip_core.model.sentence_module import SentenceModule
+
+    pictures = [Image.new("RGB", (32, 32), (level, 50, 100)) for level in (10, 200)]
+    texts = ["a nodule", "no finding, seen again"]
+    both = [{"image": picture, "text": text} for picture, text in zip(pictures, texts, strict=True)]
+    model = sentence_transformers.SentenceTransformer(modules=[SentenceModule(embedder)], device="cpu")
+    assert model.get_embedding_dimension() == embedder.width
+    model.save(str(tmp_path / "saved"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "saved"), device="cpu", trust_remote_code=True)
+    asked: list[tuple[list[Any], Any, Any]] = [
+        (pictures, pictures, None),
+        (texts, None, texts),
+        (both, pictures, texts),
+    ]
+    for rows, images, words in asked:
+        for each in (model, again):
+            assert np.allclose(each.encode(rows), embedder.embed(images, words), atol=1e-5)
+    assert model(model[0].preprocess(both))["sentence_embedding"].requires_grad
