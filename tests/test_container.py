@@ -88,6 +88,17 @@ def test_too_little_memory_is_said_before_anything_starts(workspace: Path, small
     )
 
 
+def test_a_read_only_container_names_the_option_that_helps(repository: Path, tmp_path: Path) -> None:
+    """As with `docker run --read-only` alone: nothing can be written to the folder for temporary files."""
+    environment = {"PATH": os.defpath, "HOME": str(tmp_path), "TMPDIR": "/proc/read-only"}
+    command = ["sh", str(repository / "docker" / "entrypoint.sh"), "true"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    wanted = "error: nothing can be written to /proc/read-only; with --read-only add --tmpfs /tmp\n"
+    assert done.stderr == wanted
+    assert not subprocess.run(command, env={**environment, "TMPDIR": str(tmp_path / "tmp")}).returncode
+
+
 @pytest.fixture
 def small_memory() -> Iterator[list[str]]:
     """Words before a command that give it 600 MB."""
