@@ -49,7 +49,7 @@ def main(
     root: Annotated[Path | None, typer.Option(help="Folder of the raw data set. Empty: the recorded one.")] = None,
     tolerance: Annotated[float, typer.Option(help="Largest difference of a metric that counts as none.")] = 0.0,
 ) -> None:
-    """Make a registered model once more from its recorded state, and compare."""
+    """Train a registered model again from its recorded state, and compare."""
     # Ending this process ends the stage it waits for: an exception does, the signal's default would not.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory() as folder:

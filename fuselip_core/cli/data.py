@@ -55,7 +55,7 @@ def download(
     verify: Annotated[bool, typer.Option("--verify", help="Check the checksums of files that are there.")] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Ask the host for a newer version.")] = False,
 ) -> None:
-    """Fetch a data set whole; goes on where an earlier call stopped."""
+    """Download a data set; resumes after an interruption."""
     from fuselip_core.data.download.download import DownloadSettings
     from fuselip_core.data.download.download import download as fetch
     from fuselip_core.data.download.hosts import folder_name_of

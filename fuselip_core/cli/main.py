@@ -157,7 +157,7 @@ def embed(
     kind: index_cli.KindOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
 ) -> None:
-    """Embed all pictures and texts of an archive; goes on where a killed call stopped."""
+    """Embed all pictures and texts of an archive; resumes after an interruption."""
     from fuselip_core.search.embed import embed_archive
 
     typer.echo(f"{out}: {embed_archive(archive, out, index_cli.load(model), batch_size, kind).sentence()}")
@@ -197,7 +197,7 @@ def sample(
 
 @app.command()
 def sync(artifacts: ArtifactsOption = None) -> None:
-    """Send what MLflow and wandb missed while they were away."""
+    """Send what MLflow and wandb missed while they could not be reached."""
     from fuselip_core.tracking.run import sync as send
 
     if unsent := send(artifacts or Path("artifacts")):
@@ -206,7 +206,7 @@ def sync(artifacts: ArtifactsOption = None) -> None:
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    help="Make a registered model once more from its recorded state, and compare: reproduce models:/NAME@champion.",
+    help="Train a registered model again from its recorded state, and compare: reproduce models:/NAME@champion.",
 )
 def reproduce(context: typer.Context) -> None:
     """Hands over to the flows, which know DVC; a process of its own, since the core knows nothing of them."""

@@ -23,7 +23,7 @@ def _verbs() -> None:
 @app.command()
 def generate(
     captions: Annotated[Path, typer.Argument(help="Prepared data, or a CSV table with the columns path,caption.")],
-    out: Annotated[Path, typer.Option(help="Folder of the questions; the same again goes on there.")],
+    out: Annotated[Path, typer.Option(help="Folder of the questions; the same command resumes there.")],
     generator: Annotated[
         Literal["model", "concepts"],
         typer.Option(help="An instruction model, or rules over concepts and words of the caption."),

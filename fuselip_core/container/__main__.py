@@ -153,12 +153,12 @@ def _add_verb(verb: str, stages: Sequence[str], what: str) -> None:
 
 _add_verb("train", config.STAGES, "Run all stages on the mounted data set; finished ones are skipped.")
 _add_verb("tokenize", config.STAGES[:3], "Prepare and tokenize the mounted data set; a later `train` continues there.")
-_add_verb("evaluate", ("evaluate",), "Measure a trained model once more; size and recipe as for `train`.")
+_add_verb("evaluate", ("evaluate",), "Measure a trained model again; size and recipe as for `train`.")
 
 
 @train_image.command()
 def sync() -> None:
-    """Send what MLflow and wandb missed while they were away; correct the addresses in a store that has moved."""
+    """Send what MLflow and wandb could not receive; correct the addresses in a store that has moved."""
     require_writable(_workspace() / "logs", LOGS_VOLUME, _in_container())
     _set_tracking_uri()
     from fuselip_core.tracking.run import sync as send

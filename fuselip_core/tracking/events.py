@@ -102,7 +102,7 @@ class EventLog:
             return True
         try:
             service.send(self.run, events)
-        # A service may fail in any way it likes: the run on disk is complete and goes on.
+        # A service may fail in any way: the run on disk is complete and continues.
         except Exception as error:
             self._note_failure(service, error)
             return False
@@ -119,7 +119,7 @@ class EventLog:
             reason = one_line(error)[:400] or type(error).__name__
             what = reason if isinstance(error, FuselipError) else f"{service.name} does not answer ({reason})"
             logger.warning(
-                "%s. The run goes on; its events stay in %s, and `fuselip sync` sends them later", what, self.folder
+                "%s. The run continues; its events stay in %s, and `fuselip sync` sends them later", what, self.folder
             )
         self._paused_until[service.name] = time.monotonic() + RETRY_AFTER_SECONDS
 
@@ -141,7 +141,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_events(path: Path, start: int) -> tuple[list[Event], int]:
     """Events of the whole lines from byte `start` on, and the byte after the last of them; damaged lines are left out.
 
-    A full disk leaves half a line, and the run that goes on later must not fall over it.
+    A full disk leaves half a line; the resumed run must not fail on it.
     """
     with path.open("rb") as stream:
         stream.seek(start)

@@ -68,7 +68,7 @@ def download(source: str, target: Path, settings: DownloadSettings | None = None
     """Brings the files of `source` into `target` and returns the manifest, also written to ``target/download.json``.
 
     `source` is a name of ``origins.json``, ``hub:OWNER/NAME[@REVISION]``, ``zenodo:RECORD`` or an address. Raises
-    DownloadError with the remedy; what had come by then is kept and the next call goes on from it.
+    DownloadError with the remedy; what has arrived is kept, and the next call resumes from it.
     """
     settings = settings or DownloadSettings()
     origin = origin_of(source)

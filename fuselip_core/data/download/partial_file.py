@@ -1,7 +1,7 @@
 """A partly downloaded file: its bytes and digests so far; it gets its name when it is complete.
 
 Bytes gather in ``.<name>.partial`` beside the final path; ``.<name>.partial.json`` remembers which version of the file
-they belong to, so that a later process goes on where a killed one stopped.
+they belong to, so that a later process can resume.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from fuselip_core.data.download.retries import (
     refuse_status,
 )
 
-# A file that arrives damaged is fetched once more from the start; twice damaged is damaged at its source.
+# A file that arrives damaged is fetched again from the start; after a second time it is damaged at its source.
 MISMATCHES_ALLOWED = 1
 
 

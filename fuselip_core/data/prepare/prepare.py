@@ -63,7 +63,7 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
     """Prepares the data set that `settings` name into the folder `target` and returns its manifest.
 
     Finished shards wait in `work` (beside `target` by default, on the same disk in any case) until all are there; a
-    run that was killed goes on with the first unfinished one. Single bad samples are set aside with their reason.
+    killed run resumes with the first unfinished one. Single bad samples are set aside with their reason.
     Raises FuselipError if the data set as a whole cannot be used: no pair or no image of a split is left, or more is
     lost than `prepare.most_set_aside` allows.
     """
