@@ -1,6 +1,6 @@
 """Every command that a page names, a message prints or a run ends with is executed, in a shell without an environment.
 
-One small `make demo` serves all of them; RULES says for each how it is tried. Run in order, they take about 3 minutes.
+One small `make demo` serves all of them; RULES says for each how it is tried. What takes longer is marked `slow`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ RULES: dict[str, Rule] = {
     r"make serve-model MODEL=\S+": Rule(more="PORT={port}", asks="/ping", slow=True),
     r"PATH=\S+ MLFLOW_\S+ mlflow models serve .*": Rule(swap={"5001": "{port}"}, asks="/ping", slow=True),
     r"curl .*/invocations .*": Rule(
-        swap={"5001": "{port}", "-s": "-s --fail-with-body"}, server=f"make serve-model MODEL={MODEL} PORT={{port}}"
+        swap={"5001": "{port}", "-s": "-s --fail-with-body"},
+        server=f"make serve-model MODEL={MODEL} PORT={{port}}",
+        slow=True,
     ),
     r"\.venv/bin/fuselip app --compare-index \S+": Rule(
         swap={"index-base": "index"}, before=(INDEX,), more="--port {port}", asks="/ready", slow=True
@@ -110,6 +112,7 @@ RULES: dict[str, Rule] = {
     r".*fuselip index build /.*": Rule(swap=MINE, more="--index other"),
     r".*fuselip index search --image scan\.png": Rule(before=(INDEX,), slow=True),
     r"fuselip index build ARCHIVE.*": Rule(swap={"ARCHIVE": "path/to/archive", "HOLE": "other"}, slow=True),
+    r"\.venv/bin/fuselip index add .*": Rule(swap=MINE, before=(INDEX,), slow=True),
     r"\.venv/bin/fuselip index \w+.*": Rule(swap={**MINE, "case-0123456789abcdef0123": "{case}"}, before=(INDEX,)),
     r"\.venv/bin/fuselip embed .*": Rule(swap=MINE),
     # Models and tracking
@@ -128,7 +131,9 @@ RULES: dict[str, Rule] = {
     r"\.venv/bin/fuselip evaluate --recipe .*": Rule(  # no Hub in reach
         swap={"artifacts/compared": "artifacts"}, fails="OWNER/NAME", slow=True
     ),
-    r"(\.venv/bin/)?fuselip reproduce .*": Rule(instead=".venv/bin/fuselip reproduce --help"),  # test_reproduce.py
+    r"(\.venv/bin/)?fuselip reproduce .*": Rule(  # test_reproduce.py
+        instead=".venv/bin/fuselip reproduce --help", slow=True
+    ),
     # What checks the project
     r"make (docs|lint)": Rule(slow=True),
     r"make test TESTS=.*|make test(-long)?|make test-docker": Rule(instead="make test TESTS=tests/test_errors.py"),
@@ -273,22 +278,15 @@ def a_case(checkout: Checkout) -> str:
     return str(pq.read_table(table, columns=["case"])["case"][0])
 
 
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_commands_at_the_end_of_a_run_work(
-    checkout: Checkout, demo: subprocess.CompletedProcess[str], request: pytest.FixtureRequest
+    checkout: Checkout, demo: subprocess.CompletedProcess[str], slow: bool
 ) -> None:
-    """All but the one that trains longer are documented too, and are tried as such."""
     commands = next_commands(demo.stdout)
     assert len(commands) == 5, demo.stdout
+    documented = {command.text for command in documented_commands(REPOSITORY)}
     for text in commands:
         rule = rule_of(Documented("the end of a run", text, False))
         assert rule is not None, text
-        if not rule.slow:
-            try_it(text, rule, checkout)
-
-
-@pytest.mark.long
-def test_the_slow_commands_at_the_end_of_a_run_work(checkout: Checkout, demo: subprocess.CompletedProcess[str]) -> None:
-    for text in next_commands(demo.stdout):
-        rule = rule_of(Documented("the end of a run", text, False))
-        if rule and rule.slow:
+        if rule.slow == slow and text not in documented:
             try_it(text, rule, checkout)
