@@ -44,6 +44,10 @@ class Rule(NamedTuple):
 INDEX = ".venv/bin/fuselip index build artifacts/prepared"
 PREPARED = ".venv/bin/fuselip data prepare --source rocov2 --root ROCOv2_data --out prepared/rocov2"
 LOGS = "mkdir -p logs && cp -r mlflow logs/"  # a container's store lies in logs/mlflow, made elsewhere
+DELETED = (  # the run that a model was registered from
+    'RUN=$(sed -n \'s/.*"mlflow_run_id": "\\(.*\\)".*/\\1/p\' artifacts/tracking/train/run.json) && '
+    "MLFLOW_TRACKING_URI=sqlite:///mlflow/mlflow.db .venv/bin/mlflow runs delete --run-id $RUN"
+)
 MODEL = "models:/fuselip-sample-tiny@champion"
 MINE = {"models:/fuselip-rocov2-small@champion": MODEL, "/data/archive-2026": "path/to/pictures", "/data/": "path/to/"}
 FEW = 'SET="codebook.steps=2 train.steps=2 train.batch_size=8 train.validate_every=2 evaluate.examples=1"'
@@ -126,7 +130,7 @@ RULES: dict[str, Rule] = {
         slow=True,
     ),
     r"MLFLOW_TRACKING_URI=HOLE \.venv/bin/mlflow runs restore .*": Rule(
-        swap={"HOLE .": "sqlite:///mlflow/mlflow.db .", "HOLE": "0"}, fails="not found", slow=True
+        swap={"HOLE .": "sqlite:///mlflow/mlflow.db .", "HOLE": "$RUN"}, instead=f"{DELETED} && {{command}}", slow=True
     ),
     r"\.venv/bin/fuselip evaluate --recipe .*": Rule(  # no Hub in reach
         swap={"artifacts/compared": "artifacts"}, fails="OWNER/NAME", slow=True
