@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.encoding.from_codes import TokenPairs, embed_sides
-from fuselip_core.encoding.packed_sides import PackedSides
+from fuselip_core.encoding.packed_sides import PackedSides, TokenBudgets
+from fuselip_core.model.compiled import compiled_in_little_memory
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
 from fuselip_core.model.packed import pack
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT
@@ -35,7 +38,7 @@ def random_sides(config: FuseLIPConfig, pairs: int, hidden: int) -> PackedSides:
     return PackedSides(ids, layout, order, (pairs, pairs), places, ids[places], hidden)
 
 
-def bytes_kept(model: FuseLIPModel, inputs: PackedSides, half: bool) -> int:
+def bytes_kept(model: FuseLIPModel, inputs: PackedSides, half: bool, embed: Any = embed_sides) -> int:
     """What a forward pass keeps for the backward pass, each storage once and without the weights themselves."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}  # a fake tensor has no pointer to data
     kept: dict[int, torch.UntypedStorage] = {}
@@ -47,7 +50,7 @@ def bytes_kept(model: FuseLIPModel, inputs: PackedSides, half: bool) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            (query, target), masked = embed_sides(model, inputs)
+            (query, target), masked = embed(model, inputs)
         assert (query.sum() + target.sum() + masked).requires_grad
     return sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
 
@@ -92,6 +95,27 @@ def test_the_estimate_is_what_a_gpu_keeps_which_is_known_without_one() -> None:
             torch.set_autocast_dtype("cuda", before[1])
     estimated = step_memory(config, settings, 16, 1, "cuda", tokens=len(inputs.ids)).kept
     assert estimated == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.long  # traces the whole model
+def test_compiled_code_keeps_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without writing C++: torch decides what is kept before that."""
+    config = FuseLIPConfig(width=128, heads=4, layers=6, codebook_size=512, mask_token=False)
+    inputs = random_sides(config, 16, 0)
+    inputs = TokenBudgets(16, config.context_length, 0.0).pad(
+        PackedSides(inputs.ids, inputs.layout, inputs.places, inputs.sizes)
+    )
+    assert inputs.padded
+    backend = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: backend(function, **options))
+    kept = bytes_kept(FuseLIPModel(config), inputs, True, compiled_in_little_memory(embed_sides, graphs=False))
+    settings = TrainSettings(batch_size=16, precision="bfloat16", mask_weight=0.0)
+    tokens = float(len(inputs.ids))
+    compiled, eager = (
+        step_memory(config, settings.model_copy(update={"compile": choice}), 16, 1, "cpu", tokens).kept
+        for choice in (True, False)
+    )
+    assert compiled == pytest.approx(kept, rel=0.1) and compiled < 0.65 * eager
 
 
 def test_parts_recomputation_and_larger_batches_change_the_estimate_as_they_should() -> None:

@@ -61,7 +61,7 @@ def step_memory(
         tokens = part * (config.codes_per_image + TEXT_TOKENS + 4)
     hidden = tokens * settings.mask_probability * bool(settings.mask_weight)
     read = 2 * part + hidden
-    into, behind = _kept_of_block(config, number, device)
+    into, behind = _kept_of_block(config, number, device, settings.compile)
     if settings.gradient_checkpointing:
         blocks = 4 * width * tokens * config.layers + tokens * (into + behind)
     else:
@@ -75,11 +75,13 @@ def step_memory(
     return StepMemory(STATE_BYTES * parameter_count(config), blocks + cast + head + contrast, passing)
 
 
-def _kept_of_block(config: FuseLIPConfig, number: int, device: str) -> tuple[float, float]:
+def _kept_of_block(config: FuseLIPConfig, number: int, device: str, compiled: bool) -> tuple[float, float]:
     """Bytes a token that a block keeps: up to the attended values, and behind them. The residual path is float32."""
-    width = config.width
+    width, heads = config.width, 4 * config.heads
+    if compiled:  # what products and attention gave, see compiled_in_little_memory
+        return number * width * 5 + heads, number * width * (config.mlp_ratio + 1)
     joined = number * width * (device == "cpu")  # runs of equal lengths are attended apart, and then joined
-    into = 4 * width + 8 + number * width + 3 * number * width + number * width + joined + 4 * config.heads
+    into = 4 * width + 8 + number * width + 3 * number * width + number * width + joined + heads
     behind = 4 * width + 8 + number * width + 2 * number * width * config.mlp_ratio
     return into, behind
 
