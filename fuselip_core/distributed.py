@@ -117,5 +117,5 @@ def local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # Batches of ever other sizes would leave memory in pieces of which none is large enough for the next.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
