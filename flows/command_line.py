@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from prefect import Flow
@@ -77,7 +77,8 @@ def _option(name: str, field: Any) -> inspect.Parameter:
         text = "Any other setting; may be repeated. `fuselip recipes show NAME` lists them."
         return _parameter(name, list[str] | None, None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help=text))
     flag = f"--{name.replace('_', '-')}"
-    kinds = [each for each in (get_args(field.annotation) or (field.annotation,)) if each is not type(None)]
+    variants = () if get_origin(field.annotation) is Literal else get_args(field.annotation)
+    kinds = [each for each in (variants or (field.annotation,)) if each is not type(None)]
     base = field.annotation if isinstance(field.default, bool | tuple) else kinds[0]
     text = field.description
     if isinstance(field.default, bool):

@@ -43,14 +43,23 @@ INTERRUPTED = "Interrupted"
 RETRY_AFTER: list[float] = [10, 60, 300]
 
 
-def run_stages(request: Request, stages: Sequence[str], runner_name: RunnerName) -> Ending:
-    """Runs `stages` in order until one fails; called from within a flow. Another flow on the same run waits."""
+def run_stages(
+    request: Request,
+    stages: Sequence[str],
+    runner_name: RunnerName,
+    base: Run | None = None,
+    wrap: Callable[[Runner], Runner] | None = None,
+) -> Ending:
+    """Runs `stages` in order until one fails; called from within a flow. Another flow on the same run waits.
+
+    A new run starts from the results of `base`; `wrap` may put something around the runner.
+    """
     sign()
     # Until the run is known, and for good if the request is wrong.
     name_flow_run(str(flow_run.get_flow_name()), _asked_for(request))
     owner = f"flow run {flow_run.get_name()} (process {os.getpid()})"
     try:
-        run = plan(REPOSITORY, request).run
+        run = plan(REPOSITORY, request, base).run
         if isinstance(request, RunRequest) and request.dry_run:
             name_flow_run("dry-run", run_name(run, with_data=False))
             create_markdown_artifact(key="dry-run", markdown=preview(run), description=f"What {run.name} would be")
@@ -58,7 +67,8 @@ def run_stages(request: Request, stages: Sequence[str], runner_name: RunnerName)
         check_run(run.settings, stages, REPOSITORY)
         with run_lock(REPOSITORY, run.folder, owner, get_run_logger().info):
             # Planned again: the flow that held the lock may have changed the run.
-            return _run_stages(plan(REPOSITORY, request).write(), stages, make_runner(runner_name))
+            runner = make_runner(runner_name)
+            return _run_stages(plan(REPOSITORY, request, base).write(), stages, wrap(runner) if wrap else runner)
     except (FuselipError, OSError) as wrong:
         return Ending(None, (), sentence_of(wrong))
 

@@ -118,6 +118,15 @@ def s3_store(folder: Path) -> Iterator[Stack]:
 
 
 @contextlib.contextmanager
+def database(folder: Path) -> Iterator[str]:
+    """The address of an empty PostgreSQL database."""
+    stack = Stack(folder, _free_ports("database"), _made_up_values())
+    with _database(stack):
+        password, port = stack.values["POSTGRES_PASSWORD"], stack.ports["database"]
+        yield f"postgresql+psycopg2://fuselip:{password}@127.0.0.1:{port}/mlflow"
+
+
+@contextlib.contextmanager
 def whole_stack(folder: Path) -> Iterator[Stack]:
     """PostgreSQL, the store, MLflow's server and Prefect's server, all answering."""
     with s3_store(folder) as stack, _database(stack):
@@ -150,8 +159,10 @@ def _database(stack: Stack) -> Iterator[None]:
             owner = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         (folder / "password").write_text(stack.values["POSTGRES_PASSWORD"])
         (folder / "password").chmod(0o644)
-        command = [programs / "initdb", "-D", folder / "data", "-U", "fuselip", "--pwfile", folder / "password"]
-        made = subprocess.run([*command, *INITDB], cwd=folder, capture_output=True, text=True, **owner)
+        command = ["-D", folder / "data", "-U", "fuselip", "--pwfile", folder / "password", *INITDB]
+        made = subprocess.run(
+            [programs / "initdb", *map(str, command)], cwd=folder, capture_output=True, text=True, **owner
+        )
         assert made.returncode == 0, made.stderr
         options = ["-clisten_addresses=127.0.0.1", f"-cport={stack.ports['database']}", "-cunix_socket_directories="]
         server = subprocess.Popen(

@@ -65,10 +65,10 @@ class Plan:
 
     run: Run
     values: dict[str, Any] | None = None
-    like_root: Settings | None = None
+    start_from: Run | None = None
 
     def write(self) -> Run:
-        """Writes the run folder's files; a variant of the root's pipeline starts from the root's results."""
+        """Writes the run folder's files; a variant of another run, such as the root's, starts from its results."""
         run = self.run
         if self.values is None:
             return run
@@ -82,23 +82,24 @@ class Plan:
         values["prepare"] = {**values["prepare"], "root": str(run.settings.prepare.root)}
         _write_if_changed(written, yaml.safe_dump({**steering, **values}, sort_keys=False).encode())
         _write_if_changed(run.folder / "dvc.yaml", (run.repository / "dvc.yaml").read_bytes())
-        if self.like_root:
-            _start_from_root(run, str(self.like_root.artifacts))
+        if self.start_from:
+            _start_from(run, self.start_from)
         return run
 
 
-def plan(repository: Path, request: Request) -> Plan:
+def plan(repository: Path, request: Request, base: Run | None = None) -> Plan:
     """The run that `request` means: the root's pipeline, or a folder runs/<name>/; checked, and not written yet.
 
+    A new run starts from the results of `base`, or from the root's where it is a variant of that.
     Raises SettingsError for wrong settings and FuselipError for a run or data folder that is missing.
     """
     if isinstance(request, StageRequest):
         return _plan_again(repository, request)
     assert isinstance(request, RunRequest)
-    return _plan_run(repository, request)
+    return _plan_run(repository, request, base)
 
 
-def _plan_run(repository: Path, request: RunRequest) -> Plan:
+def _plan_run(repository: Path, request: RunRequest, base: Run | None = None) -> Plan:
     root = load_settings(repository / "params.yaml")
     same_source = request.source in (None, root.prepare.source) and request.recipe in (None, root.recipe)
     if same_source and not request.corrections() and request.root is None and request.name is None:
@@ -108,7 +109,8 @@ def _plan_run(repository: Path, request: RunRequest) -> Plan:
         folder = _run_folder(repository, request.name or "-".join(filter(None, (kind, request.size))))
         values = _corrections(repository, request, root, same_source)
         values["artifacts"] = str(folder.relative_to(repository) / "artifacts")
-        planned = Plan(_checked(repository, folder, values), values, root if same_source else None)
+        start = base or (Run(repository, repository, root) if same_source else None)
+        planned = Plan(_checked(repository, folder, values), values, start)
     settings = planned.run.settings.prepare
     if settings.source != "phantom" and not (repository / settings.root).is_dir():
         example = "" if field_of("root") != "--root" else f" (make demo SOURCE={settings.source} ROOT=...)"
@@ -166,33 +168,33 @@ def _corrections(repository: Path, request: RunRequest, root_settings: Settings,
     return merge(values, request.corrections())
 
 
-def _start_from_root(run: Run, root_artifacts: str) -> None:
-    """Takes over the root pipeline's results, so that a changed parameter runs only the stages behind it.
+def _start_from(run: Run, base: Run) -> None:
+    """Takes over the results of `base`, so that a changed parameter runs only the stages behind it.
 
-    The root's recorded hashes become those of this run's stages; DVC compares them with this run's settings, finds
-    the stages that differ, and fetches the outputs of the others from its cache.
+    Its recorded hashes become those of this run's stages; DVC compares them with this run's settings, finds the stages
+    that differ, and fetches the outputs of the others from its cache.
     """
     from dvc.exceptions import DvcException
 
-    if (run.folder / "dvc.lock").exists() or not (run.repository / "dvc.lock").exists():
+    if (run.folder / "dvc.lock").exists() or not (base.folder / "dvc.lock").exists():
         return
     settings, artifacts = str((run.folder / "params.yaml").relative_to(run.repository)), f"{run.settings.artifacts}/"
 
-    def at_root(path: str) -> str:
+    def at_base(path: str) -> str:
         if path.startswith(artifacts):
-            return f"{root_artifacts}/{path.removeprefix(artifacts)}"
-        return "params.yaml" if path == settings else path
+            return f"{base.settings.artifacts}/{path.removeprefix(artifacts)}"
+        return str((base.folder / "params.yaml").relative_to(base.repository)) if path == settings else path
 
     with dvc_lock(run.repository, str(run.folder), logger.info), dvc_repo(run.repository) as repo:
         try:
-            done = {stage.name: stage for stage in repo.stage.load_all(str(run.repository / "dvc.yaml"))}
+            done = {stage.name: stage for stage in repo.stage.load_all(str(base.folder / "dvc.yaml"))}
             for stage in repo.stage.load_all(str(run.folder / "dvc.yaml")):
-                root = done[stage.name]
-                if root.cmd_changed or not all(out.hash_info for out in root.outs):
+                before = done[stage.name]
+                if before.cmd_changed or not all(out.hash_info for out in before.outs):
                     continue
-                recorded = {item.def_path: item for item in (*root.deps, *root.outs)}
+                recorded = {item.def_path: item for item in (*before.deps, *before.outs)}
                 for item in (*stage.deps, *stage.outs):
-                    if its := recorded.get(at_root(item.def_path)):
+                    if its := recorded.get(at_base(item.def_path)):
                         item.meta, item.hash_info = its.meta, its.hash_info
                 stage.dump(update_pipeline=False)
         except Exception as error:  # what DVC raises on a damaged file is not always its own

@@ -45,21 +45,21 @@ def empty(description: str, **limits: Any) -> Any:
     return Field(None, description=description, json_schema_extra=without_null, **limits)
 
 
-def _nested(given: dict[str, Any]) -> dict[str, Any]:
+def nested(given: dict[str, Any]) -> dict[str, Any]:
     """``{"train.steps": 5}`` and ``{"train": {"steps": 5}}`` mean the same."""
-    nested: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
     for name, value in given.items():
         *sections, field = name.split(".")
         part: Any = {field: value}
         for section in reversed(sections):
             part = {section: part}
-        nested = merge(nested, part, whole=())
-    return nested
+        whole = merge(whole, part, whole=())
+    return whole
 
 
 AnySettings = Annotated[
     dict[str, Any],
-    AfterValidator(_nested),
+    AfterValidator(nested),
     Field(
         description='Any other settings, such as {"train.batch_size": 64, "prepare.limit": 1000}; these win. '
         "`fuselip recipes show NAME` lists them."

@@ -133,7 +133,11 @@ def _describe(settings: Settings, name: str) -> dict[str, Any]:
         "dvc_data": dvc_version(settings.prepare.root),
         **_git_tags(),
     }
-    for tag, variable in (("prefect_flow_run", "FUSELIP_FLOW_RUN"), ("prefect_flow_url", "FUSELIP_FLOW_URL")):
+    for tag, variable in (
+        ("prefect_flow_run", "FUSELIP_FLOW_RUN"),
+        ("prefect_flow_url", "FUSELIP_FLOW_URL"),
+        ("mlflow.parentRunId", "FUSELIP_PARENT_RUN"),  # a trial of a sweep
+    ):
         if value := os.environ.get(variable):
             tags[tag] = value
     return {
