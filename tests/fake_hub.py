@@ -6,6 +6,7 @@ object store that the Hub redirects large files to.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import socket
@@ -70,6 +71,8 @@ class FakeHub:
         self.lock = threading.Lock()
         self.token = "hf_secret_token_of_the_user"
         self.wrong_checksums: set[str] = set()
+        self.uploads: dict[str, bytes] = {}
+        self.commits = 0
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self)) for _ in range(2)]
         self.url, self.store_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
 
@@ -130,6 +133,12 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
         def do_HEAD(self) -> None:
             self.answer()
 
+        def do_POST(self) -> None:
+            self.sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.answer()
+
+        do_PUT = do_POST
+
         def answer(self) -> None:
             with hub.lock:
                 headers = {name.title(): value for name, value in self.headers.items()}
@@ -147,8 +156,12 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
 
         def route(self, route: list[str]) -> None:
-            if route[:2] == ["api", "datasets"]:
+            if self.command in ("POST", "PUT"):
+                self.take(route)
+            elif route[:2] in (["api", "datasets"], ["api", "models"]):
                 self.hub_api("/".join(route[2:4]), route[4:])
+            elif len(route) > 3 and route[2] == "resolve":
+                self.resolve("/".join(route[:2]), route[3], "/".join(route[4:]))
             elif route[0] == "datasets" and route[3] == "resolve":
                 self.resolve("/".join(route[1:3]), route[4], "/".join(route[5:]))
             elif route[0] == "store":
@@ -266,6 +279,52 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
                         self.file(content, f'"{hashlib.md5(content).hexdigest()}-1"')
                         return
             self.reply(404, b"no such key")
+
+        # -- uploads --------------------------------------------------------------------------------------------------
+
+        def take(self, route: list[str]) -> None:
+            if self.headers.get("Authorization") != f"Bearer {hub.token}" and route[0] != "uploads":
+                self.reply(401, b'{"error": "Invalid credentials"}')
+            elif route[0] == "uploads":
+                hub.uploads[route[1]] = self.sent
+                self.reply(200, b"")
+            elif route == ["api", "validate-yaml"]:
+                self.json({"errors": [], "warnings": []})
+            elif route == ["api", "repos", "create"]:
+                asked = json.loads(self.sent)
+                name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                if name in hub.repos:
+                    self.reply(409, b'{"error": "You already created this model repo"}')
+                    return
+                hub.add_repo(name, {}, set(), private=bool(asked.get("private")))
+                self.json({"url": f"{hub.url}/{name}", "name": name, "id": "65f2"})
+            elif route[-2:] == ["objects", "batch"]:
+                objects = [
+                    {**each, "actions": {"upload": {"href": f"{hub.store_url}/uploads/{each['oid']}"}}}
+                    for each in json.loads(self.sent)["objects"]
+                ]
+                self.json({"transfer": "basic", "objects": objects})
+            elif route[4] == "preupload":
+                modes = [
+                    {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular"}
+                    for each in json.loads(self.sent)["files"]
+                ]
+                self.json({"files": [{**each, "shouldIgnore": False} for each in modes]})
+            else:
+                self.commit("/".join(route[2:4]))
+
+        def commit(self, name: str) -> None:
+            repo, large = hub.repos[name], set(hub.repos[name].large)
+            for line in map(json.loads, self.sent.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    repo.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    repo.files[value["path"]] = hub.uploads[value["oid"]]
+                    large.add(value["path"])
+            repo.large = frozenset(large)
+            hub.commits += 1
+            self.json({"success": True, "commitOid": COMMIT, "commitUrl": f"{hub.url}/{name}/commit/{COMMIT}"})
 
         # -- Zenodo ---------------------------------------------------------------------------------------------------
 

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
 import pyarrow.parquet as pq
 import pytest
+import torch
+from fake_hub import FakeHub
 from huggingface_hub import DatasetCard, ModelCard
 
 from fuselip_core.cards.data_card import cell, data_card
 from fuselip_core.cards.model_card import cards_of, model_card, write_cards
+from fuselip_core.cards.push import push_model
 from fuselip_core.config import Settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import read_json, write_json
+from fuselip_core.model.hub import load_pretrained
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with FakeHub().running() as running:
+        yield running
 
 
 def edit(path: Path, **values: object) -> None:
@@ -114,3 +128,75 @@ def test_the_registered_model_brings_its_cards(finished_run: Settings, monkeypat
     for name in ("README.md", "DATA_CARD.md"):
         assert (folder / name).read_text() == (finished_run.artifacts / "cards" / name).read_text()
     mlflow.set_tracking_uri(None)
+
+
+def cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`fuselip` with its words, in an environment that knows nothing of a user's own token."""
+    known = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    command = [sys.executable, "-m", "fuselip_core", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=known | environment, timeout=200)
+
+
+def test_what_is_pushed_loads_without_remote_code(run: Settings, hub: FakeHub, tmp_path: Path) -> None:
+    write_cards(run)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    done = cli("push", str(run.artifacts / "model"), "me/encoder", **environment, HF_TOKEN=hub.token)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{hub.url}/me/encoder/commit/0123456789abcdef0123456789abcdef01234567"
+    assert hub.commits == 1
+    files = hub.repos["me/encoder"].files
+    assert {"config.json", "model.safetensors", "processor_config.json", "README.md", "DATA_CARD.md"} <= set(files)
+    assert bytes(files["README.md"]) == (run.artifacts / "cards" / "README.md").read_bytes()  # type: ignore[arg-type]
+    code = f"""
+import sys, torch, fuselip_core
+from transformers import AutoModel, AutoProcessor
+from fuselip_core import load_model
+model = AutoModel.from_pretrained("me/encoder", trust_remote_code=False).eval()
+processor = AutoProcessor.from_pretrained("me/encoder", trust_remote_code=False)
+published, _, tokenizer = load_model("me/encoder", device="cpu")
+ids = processor(text=["liver lesion"])["input_ids"]
+assert torch.equal(ids, tokenizer(["liver lesion"]))
+with torch.inference_mode():
+    first, second = model.encode_text(ids), published.encode_text(ids)
+assert torch.equal(first, second)
+torch.save(first, {str(tmp_path / "embedding.pt")!r})
+"""
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=200
+    )
+    assert loaded.returncode == 0, loaded.stderr[-2000:]
+    model, processor = load_pretrained(run.artifacts / "model", "cpu")
+    with torch.inference_mode():
+        expected = model.encode_text(processor(text=["liver lesion"])["input_ids"])
+    assert torch.equal(torch.load(tmp_path / "embedding.pt", weights_only=True), expected)
+
+
+def test_what_cannot_be_pushed_is_one_sentence(run: Settings, hub: FakeHub, tmp_path: Path) -> None:
+    model = str(run.artifacts / "model")
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    for words, given, sentence in (
+        (("push", model, "me/encoder"), {}, "has no model card; run `fuselip card`"),
+        (("push", model, "encoder"), {}, "'encoder' is no name of a repository; give OWNER/NAME"),
+    ):
+        done = cli(*words, **environment, **given)
+        assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    write_cards(run)
+    for given, sentence in (
+        ({}, "run `hf auth login` with a token that may write"),
+        ({"HF_TOKEN": "hf_another"}, "the Hub refuses to take me/encoder (401); run `hf auth login`"),
+        (
+            {"HF_TOKEN": hub.token, "HF_ENDPOINT": "http://127.0.0.1:9"},
+            "the Hub cannot be reached (http://127.0.0.1:9)",
+        ),
+    ):
+        done = cli("push", model, "me/encoder", **{**environment, **given})
+        assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "me/encoder" not in hub.repos
+
+
+def test_damaged_weights_are_not_published(run: Settings) -> None:
+    write_cards(run)
+    weights = run.artifacts / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FuselipError, match=r"model\.safetensors"):
+        push_model(run.artifacts / "model", "me/encoder")

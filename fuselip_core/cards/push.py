@@ -1,0 +1,49 @@
+"""A model with its processor and cards onto the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fuselip_core.cards.model_card import cards_of
+from fuselip_core.errors import FuselipError
+from fuselip_core.model.fetch import HUB_ID, fetch
+from fuselip_core.model.hub import load_pretrained
+
+FILES = ["*.json", "*.safetensors"]
+
+
+def push_model(model: str | Path, repository: str, private: bool = False) -> str:
+    """Uploads the model in one commit and returns its address; HF_ENDPOINT is heeded.
+
+    The model is loaded first, so that nothing damaged is published. Raises FuselipError where it has no card, where the
+    Hub refuses, or where it cannot be reached.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise FuselipError(f"'{repository}' is no name of a repository; give OWNER/NAME")
+    folder = fetch(model)
+    cards = cards_of(folder)
+    load_pretrained(folder, "cpu")
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
+
+    files = [*(path for pattern in FILES for path in folder.glob(pattern)), *cards.glob("*.md")]
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(path.name, path) for path in sorted(files)],
+            commit_message="Model, processor and cards",
+        )
+    except errors.LocalTokenNotFoundError as error:
+        raise FuselipError("you are not logged in; run `hf auth login` with a token that may write") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        remedy = "run `hf auth login` with a token that may write there" if status in (401, 403) else "try again later"
+        raise FuselipError(f"the Hub refuses to take {repository} ({status}); {remedy}") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+            raise
+        raise FuselipError(
+            f"the Hub cannot be reached ({api.endpoint}); check the connection and HF_ENDPOINT"
+        ) from error
+    return str(commit.commit_url)
