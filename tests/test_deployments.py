@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -24,7 +23,7 @@ from prefect.utilities.schema_tools import validate
 from prefect_stack import Served, wait_until
 from repository_copy import copy_of, dvc
 
-from flows.run.gpu import limit_name
+from flows.run.gpu import WAITING, limit_name
 from flows.run.processes import Process, processes_of
 
 # Whichever test comes first waits for the start of everything.
@@ -78,18 +77,6 @@ def test_what_a_pod_gets_is_known_to_its_pool() -> None:
     spec = template["job_configuration"]["job_manifest"]["spec"]
     assert (spec["completions"], spec["parallelism"]) == (1, 1)
     assert spec["template"]["spec"]["containers"][0]["name"] == "prefect-job"
-
-
-def test_the_kubernetes_worker_takes_the_pools_template() -> None:
-    """By the library's own check, which this project's environment lacks; `pip install prefect-kubernetes` for it."""
-    worker = pytest.importorskip("prefect_kubernetes.worker")
-    deployment = next(each for each in DEPLOYMENTS if each["work_pool"]["name"] == "kubernetes")
-    values = deployment["work_pool"]["job_variables"]
-    made = asyncio.run(
-        worker.KubernetesWorkerJobConfiguration.from_template_and_values(json.loads(POD.read_text()), values)
-    )
-    container = made.job_manifest["spec"]["template"]["spec"]["containers"][0]
-    assert container["image"] == "bacor_fuselip_worker" and container["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 # A worker that serves a copy with stand-ins for the stages
@@ -273,9 +260,15 @@ def test_two_runs_take_turns_on_one_gpu(served: Served, tmp_path: Path, template
         with train_in(second, served, "codebook slow 3") as two:
             wait_until(lambda: "waiting for a GPU" in (second / "said").read_text(), "the second run's coming to wait")
             assert not (second / "ticks").exists()
+            # What a person sees in the list of runs: which one waits, and for whom.
+            wanted = {"flow_runs": {"state": {"name": {"any_": [WAITING]}}}}
+            (waiting,) = wait_until(lambda: served.post("flow_runs/filter", wanted), "the waiting run's state")
+            (working,) = served.post("flow_runs/filter", {"flow_runs": {"state": {"name": {"any_": ["Running"]}}}})
+            assert f"{working['name']} has all of {limit_name()} (1)" in waiting["state"]["message"]
             one.terminate()
             assert one.wait(600) != 0 and (first / "saved").exists()
             assert two.wait(600) == 0, (second / "said").read_text()[-3000:]
+            assert served.run(waiting["id"])["state"]["name"] == "Completed"
     assert times(first)[-1] <= times(second)[0], "both were at work at the same time"
 
 

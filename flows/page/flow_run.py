@@ -9,10 +9,8 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
 from flows.run.folder import Run
-from flows.run.processes import Process
+from flows.run.processes import LABEL, Process
 from fuselip_core.files import find_json
-
-LABEL = "fuselip.process"
 
 
 def run_name(run: Run, with_data: bool) -> str:

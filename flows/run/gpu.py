@@ -10,19 +10,25 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas import State
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
+from prefect.states import Running
 
 from flows.run.child import OnLine
+from flows.run.processes import LABEL
 
 STAGES = ("codebook", "tokenize", "train", "evaluate")
 # The slot of a run that was killed is free again after so long; a run that lives renews it all the time.
 LEASE_SECONDS = 90.0
+WAITING = "Waiting for a GPU"  # a state's name, by which Prefect's list of runs can be filtered
 
 
 def limit_name() -> str:
@@ -37,14 +43,19 @@ def gpu_slot(stage: str, on_line: OnLine) -> Iterator[None]:
     if stage not in STAGES:
         yield
         return
-    try:
-        with get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client:
+        try:
             limit = client.read_global_concurrency_limit_by_name(name)
-    except ObjectNotFound:
+        except ObjectNotFound:
+            limit = None
+        waits = limit is not None and limit.active_slots >= limit.limit
+        why = f"waiting for a GPU: {_others(client)} all of {name} ({limit.limit})" if limit and waits else ""
+    if limit is None:
         yield
         return
-    if limit.active_slots >= limit.limit:
-        on_line(f"waiting for a GPU: other runs have taken all of {name} ({limit.limit})")
+    if waits:
+        on_line(why)
+        _show(Running(name=WAITING, message=why))
     run_id = flow_run.get_id()
     with concurrency(
         name,
@@ -53,4 +64,24 @@ def gpu_slot(stage: str, on_line: OnLine) -> Iterator[None]:
         # If the server cannot be reached for a while, the run loses its slot and not its work.
         raise_on_lease_renewal_failure=False,
     ):
+        if waits:
+            _show(Running(message=f"got a GPU of {name}"))
         yield
+
+
+def _others(client: SyncPrefectClient) -> str:
+    """Who has the GPUs, by the names of this machine's other runs that do not wait."""
+    running = client.read_flow_runs(flow_run_filter=FlowRunFilter(state={"name": {"any_": ["Running"]}}))
+    names = [
+        run.name
+        for run in running
+        if str(run.id) != flow_run.get_id() and str(run.labels.get(LABEL, "")).startswith(f"{socket.gethostname()}/")
+    ]
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'}" if names else "other runs have"
+
+
+def _show(state: State[Any]) -> None:
+    """Gives the current flow run a state that its page, and the list of runs, say."""
+    if run_id := flow_run.get_id():
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(UUID(run_id), state, force=True)

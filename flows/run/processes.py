@@ -10,6 +10,8 @@ from uuid import UUID
 
 import psutil
 
+LABEL = "fuselip.process"  # of a flow run: the process that runs it
+
 
 @dataclass(frozen=True)
 class Process:

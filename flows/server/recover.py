@@ -32,9 +32,8 @@ from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.types._datetime import now
 
 from flows.environment import DEFAULTS
-from flows.page.flow_run import LABEL
 from flows.run.child import OnLine
-from flows.run.processes import Process, processes_of
+from flows.run.processes import LABEL, Process, processes_of
 from fuselip_core.errors import run_to_exit, sentence_of
 
 RECOVERIES = "fuselip.recoveries"
