@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from distributed import Client
 from prefect.testing.utilities import prefect_test_harness
+from prefect_stack import free_port
 from training_data import write_raw
 
 from flows.tokenize_map import tokenize_with
@@ -71,6 +80,59 @@ def test_two_dask_workers_make_the_same_store(together: Settings, alone: Path, s
     assert tokenize_with(together, workers=2) == 40
     stages.tokenize(together)
     assert same_files(together.artifacts / "tokens", alone)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_killed_worker_of_a_cluster_loses_nothing(
+    together: Settings, alone: Path, server: None, tmp_path: Path
+) -> None:
+    """Scheduler and workers are processes of their own, as on several machines with a shared folder."""
+    with cluster(tmp_path) as (scheduler, workers):
+        killed: list[str] = []
+
+        def kill_one() -> None:
+            with Client(scheduler) as client:
+                client.wait_for_workers(2)
+                while not killed and pending_shards(together):
+                    busy = [name for name, tasks in client.processing().items() if tasks]
+                    if len(pending_shards(together)) < 9 and busy:
+                        address = busy[0]
+                        (process,) = [each for each in workers if each.pid == client.run(os.getpid)[address]]
+                        process.kill()
+                        killed.append(address)
+                    time.sleep(0.05)
+
+        assassin = threading.Thread(target=kill_one)
+        assassin.start()
+        assert tokenize_with(together, workers=0, scheduler=scheduler) == 40
+        assassin.join(60)
+        assert len(killed) == 1 and [each.poll() for each in workers].count(-signal.SIGKILL) == 1
+    stages.tokenize(together)
+    assert same_files(together.artifacts / "tokens", alone)
+
+
+@contextlib.contextmanager
+def cluster(folder: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """The address of a Dask scheduler, and its two workers."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        with (folder / f"{words[0]}.log").open("ab") as log:
+            command = [sys.executable, "-m", "dask", *words]
+            return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+    local = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
+    scheduler = start("scheduler", "--port", address.rpartition(":")[2], *local)
+    # Without a nanny, which would start another worker in place of a killed one.
+    workers = [start("worker", address, "--no-nanny", "--nthreads", "1", *local) for _ in range(2)]
+    try:
+        yield address, workers
+    finally:
+        for process in (*workers, scheduler):
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
