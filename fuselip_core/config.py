@@ -370,6 +370,20 @@ class RegisterSettings(Section):
     )
 
 
+class MonitorSettings(Section):
+    """When what a model sees differs too much from its training data. No stage reads this."""
+
+    rows: Int = Field(1000, ge=50, description="Images of the training data, and of what was seen, that are compared.")
+    domain_auc: Share = Field(0.7, description="AUC of a classifier that tells seen from training rows.")
+    unfamiliar_share: Share = Field(
+        0.25, description="Share of seen rows whose best hit is worse than that of 95 % of the training rows."
+    )
+    modality_distance: Share = Field(0.2, description="Distance between the mixes of modalities (total variation).")
+    length_distance: Share = Field(0.3, description="Distance between the lengths of texts (Kolmogorov-Smirnov).")
+    brightness_distance: Share = Field(0.3, description="The same of the brightness of pictures.")
+    unreadable_share: Share = Field(0.05, description="Share of seen rows that could not be used.")
+
+
 class Settings(BaseModel):
     """One run, whole."""
 
@@ -384,11 +398,12 @@ class Settings(BaseModel):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     register_: RegisterSettings = Field(RegisterSettings(), alias="register")
+    monitor: MonitorSettings = MonitorSettings()
 
 
 # What a run may be called: it becomes a folder's name.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_SECTION_FIELDS = {"register_" if name == "register" else name for name in SECTIONS}
+_SECTION_FIELDS = {"register_" if name == "register" else name for name in SECTIONS} | {"monitor"}
 
 
 def check_run_name(name: str) -> None:

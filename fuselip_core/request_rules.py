@@ -23,6 +23,10 @@ class Refusal(FuselipError):
     """A request that cannot be answered as it stands."""
 
 
+class UnreadablePicture(Refusal):
+    """An image that can be no picture."""
+
+
 def read_row(
     row: int, image: object, text: object, max_megapixels: float = MOST_MEGAPIXELS
 ) -> tuple[Image.Image | None, str | None]:
@@ -51,7 +55,7 @@ def read_picture(data: bytes, name: str, max_megapixels: float = MOST_MEGAPIXELS
     try:
         return _decode(data, max_megapixels)
     except UnreadableImage as error:
-        raise Refusal(f"{name} can't be read ({error.reason.replace('_', ' ')})") from None
+        raise UnreadablePicture(f"{name} can't be read ({error.reason.replace('_', ' ')})") from None
 
 
 def _decode(data: bytes, max_megapixels: float) -> Image.Image:
@@ -66,7 +70,7 @@ def _from_base64(encoded: Any, row: int) -> bytes:
     try:
         return base64.b64decode(encoded.rpartition("base64,")[2], validate=True)
     except (ValueError, binascii.Error):
-        raise Refusal(f"row {row}: image is not base64 of an image file") from None
+        raise UnreadablePicture(f"row {row}: image is not base64 of an image file") from None
 
 
 def fit_text(tokenizer: Any, row: int, text: str, truncate: bool) -> str:

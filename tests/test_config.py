@@ -53,7 +53,11 @@ def test_every_value_names_its_source(tmp_path: Path) -> None:
             section = line.partition(":")[0]
         elif found := re.fullmatch(r"  (\w+): .*  # \[([^]]*)\] .*", line):
             origins[f"{section}.{found[1]}"] = found[2]
-    fields = {f"{section}.{name}" for section in SECTIONS for name in Settings().model_dump(by_alias=True)[section]}
+    fields = {
+        f"{section}.{name}"
+        for section in (*SECTIONS, "monitor")
+        for name in Settings().model_dump(by_alias=True)[section]
+    }
     assert set(origins) == fields
     expected = {
         "prepare.limit": "default",

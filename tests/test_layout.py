@@ -48,6 +48,7 @@ RANKS = (
     ("cards",),
     ("registry",),
     ("search",),
+    ("monitoring",),
     ("serving",),
     ("preflight", "stages"),
     ("cli",),
@@ -58,8 +59,9 @@ RANKS = (
     ("flows.page",),
     ("flows.tasks",),
     ("flows.command_line",),
-    ("flows.download", "flows.pipeline", "flows.search", "flows.tokenize_map"),
-    ("flows.evaluate", "flows.promote", "flows.register", "flows.train"),
+    ("flows.study",),
+    ("flows.download", "flows.pipeline", "flows.search", "flows.sweep", "flows.tokenize_map"),
+    ("flows.evaluate", "flows.monitor", "flows.promote", "flows.register", "flows.train"),
     ("flows.server",),
 )
 FRONT_DOORS = ("flows", "fuselip_core")  # names imported on first use, settings of the environment

@@ -180,6 +180,37 @@ def card(
 
 
 @app.command()
+def push(
+    model: Annotated[str, typer.Argument(help="Folder, models:/NAME@ALIAS, or a hub id.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a model with its processor and cards to the Hugging Face Hub."""
+    from fuselip_core.cards.push import push_model
+
+    typer.echo(push_model(model, repository, private))
+
+
+@app.command()
+def monitor(
+    seen: Annotated[Path, typer.Argument(help="Archive, or the folder that `fuselip serve --observe` writes.")],
+    settings: SettingsOption = None,
+    overrides: SetOption = None,
+    artifacts: ArtifactsOption = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model; that of the run if empty.")] = None,
+    kind: index_cli.KindOption = None,
+) -> None:
+    """Compare what an archive or a server has seen with the training data; writes artifacts/monitoring/index.html."""
+    from fuselip_core.monitoring.monitor import monitor as compare
+
+    findings = compare(_load(settings, overrides, None, None, artifacts), seen, model, kind)
+    for each in findings:
+        typer.echo(f"{'ALARM' if each.alarm else 'ok':5}  {each.title}: {each.value:.3f} (at most {each.at_most:g})")
+    alarms = [each.title for each in findings if each.alarm]
+    typer.echo(f"{len(alarms)} alarms{': ' if alarms else ''}{', '.join(alarms)}")
+
+
+@app.command()
 def sample(
     out: Annotated[Path, typer.Option(help="Folder to make; must not exist.")] = Path("data"),
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
@@ -211,6 +242,15 @@ def sync(artifacts: ArtifactsOption = None) -> None:
 def reproduce(context: typer.Context) -> None:
     """Hands over to the flows, which know DVC; a process of its own, since the core knows nothing of them."""
     os.execv(sys.executable, [sys.executable, "-m", "flows.reproduce.compare", *context.args])  # noqa: S606
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    help='Search for better settings: sweep --recipe sample --search "train.learning_rate=1e-4..1e-2 log".',
+)
+def sweep(context: typer.Context) -> None:
+    """Hands over to the flows, as `reproduce` does."""
+    os.execv(sys.executable, [sys.executable, "-m", "flows.sweep", *context.args])  # noqa: S606
 
 
 @recipes.command("list")

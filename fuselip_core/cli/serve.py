@@ -24,6 +24,11 @@ UrlsOption = Annotated[
     bool, typer.Option("--allow-urls", help="Fetch images from public URLs that requests name; off by default.")
 ]
 
+ObserveOption = Annotated[
+    Path | None,
+    typer.Option("--observe", help="Folder for vectors and lengths of all requests, which `fuselip monitor` reads."),
+]
+
 
 def serve(
     model: ModelOption = None,
@@ -32,11 +37,12 @@ def serve(
     port: PortOption = 8000,
     api_key_file: KeyOption = None,
     allow_urls: UrlsOption = False,
+    observe: ObserveOption = None,
 ) -> None:
     """Serve embeddings, search and ranked answers over HTTP; /docs lists the requests."""
     from fuselip_core.serving.run import serve as run
 
-    run(model, index, host, port, api_key_file, allow_urls)
+    run(model, index, host, port, api_key_file, allow_urls, observe=observe)
 
 
 def app(
@@ -55,6 +61,7 @@ def app(
     compare_model: Annotated[
         str | None, typer.Option("--compare-model", help="That model; the one of --compare-index if left out.")
     ] = None,
+    observe: ObserveOption = None,
 ) -> None:
     """Serve the same with a page to search on: http://127.0.0.1:8000."""
     from fuselip_core.serving.run import serve as run
@@ -62,4 +69,15 @@ def app(
     if compare_model and not compare_index:
         raise FuselipError("--compare-model needs the index that this model has built; name it with --compare-index")
     compared = (compare_model, compare_index) if compare_index else None
-    run(model, index, host, port, api_key_file, allow_urls, page=True, compared=compared, local_names=local_names)
+    run(
+        model,
+        index,
+        host,
+        port,
+        api_key_file,
+        allow_urls,
+        page=True,
+        compared=compared,
+        local_names=local_names,
+        observe=observe,
+    )

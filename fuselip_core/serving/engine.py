@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fuselip_core.data.pair import answer_text
 from fuselip_core.errors import FuselipError
-from fuselip_core.request_rules import Refusal, fit_text, read_row
+from fuselip_core.monitoring.seen import Seen
+from fuselip_core.request_rules import Refusal, UnreadablePicture, fit_text, read_row
 from fuselip_core.search.index import Filters, Hit, Index, ReplacedIndex
 from fuselip_core.serving.batching import Batcher, Row
 from fuselip_core.serving.limits import Limits, NotFound, ServingError
@@ -61,6 +62,7 @@ class Engine:
         self, name: str, embedder: Embedder, index: Index | None, limits: Limits, allow_urls: bool = False
     ) -> None:
         self.name, self.limits, self.allow_urls, self.metrics = name, limits, allow_urls, Metrics()
+        self.seen: Seen | None = None
         self._take(embedder, index)
         self.batcher = Batcher(self._embed_batch, limits, self.metrics.batch_rows.observe)
         self._decoders = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decode")
@@ -82,6 +84,8 @@ class Engine:
         if self._follower is not None:
             self._follower.cancel()
         await self.batcher.stop()
+        if self.seen:
+            self.seen.close()
 
     async def _follow(self) -> None:
         said = ""
@@ -127,10 +131,17 @@ class Engine:
         ]
         try:
             ready = [await each for each in work]
+        except UnreadablePicture:
+            if self.seen:
+                self.seen.add_unreadable()
+            raise
         finally:
             for each in work:
                 each.cancel()  # of a request that failed or gave up, what has not begun yet
         vectors = await self.batcher.embed([(pixels, text) for pixels, text, _ in ready])
+        if self.seen:
+            noted = [(pixels is not None, text) for pixels, text, _ in ready]
+            await loop.run_in_executor(self._decoders, self.seen.add, noted, vectors, self.embedder.digest)
         return vectors, sum(tokens for _, _, tokens in ready)
 
     async def _fetched(self, image: Any, row: int) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import uvicorn
 
 from fuselip_core.errors import FuselipError
+from fuselip_core.monitoring.seen import Seen
 from fuselip_core.serving.api import create_app
 from fuselip_core.serving.engine import open_engine
 from fuselip_core.serving.guard import LOOPBACK
@@ -29,6 +30,7 @@ def serve(
     page: bool = False,
     compared: tuple[str | None, str] | None = None,
     local_names: bool = False,
+    observe: Path | None = None,
 ) -> None:
     """Answers requests on host:port until it is stopped; raises FuselipError where it cannot begin.
 
@@ -41,6 +43,8 @@ def serve(
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with _listen(host, port) as listener:
         engine = open_engine(model, index, Limits(), allow_urls)
+        if observe:
+            engine.seen = Seen(observe)
         beside = open_engine(*compared, Limits()) if compared else None
         app = create_app(engine, key, local=local_names or host in LOOPBACK, compared=beside)
         if page:

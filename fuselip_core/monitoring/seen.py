@@ -1,0 +1,67 @@
+"""What a server embeds, kept as observations in a folder: vectors and lengths, no image and no text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fuselip_core.errors import FuselipError
+from fuselip_core.monitoring.observations import Observations, record, schema_of
+
+OBSERVED = "seen-*.parquet"
+FILE_ROWS, MOST_FILES = 500, 20  # the oldest files are deleted
+
+
+class Seen:
+    """Collects rows and writes them in files of FILE_ROWS, each of one model; safe to use from many threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows: list[dict[str, Any]] = []
+        self._unreadable, self._digest = 0, ""
+        self._lock = threading.Lock()
+
+    def add(self, rows: Sequence[tuple[bool, str | None]], vectors: NDArray[np.float32], digest: str) -> None:
+        """Notes rows (whether there is an image, and the text) with their vectors (N, W) by the model of `digest`."""
+        with self._lock:
+            if digest != self._digest or len(self._rows) >= FILE_ROWS:
+                self._write()
+            self._digest = digest
+            self._rows += [record(image, text, vector) for (image, text), vector in zip(rows, vectors, strict=True)]
+
+    def add_unreadable(self) -> None:
+        """Notes an image that could not be read."""
+        with self._lock:
+            self._unreadable += 1
+
+    def close(self) -> None:
+        """Writes what is left."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        if not self._rows:  # what could not be read waits for rows of a model
+            return
+        table = pa.Table.from_pylist(self._rows, schema_of(len(self._rows[0]["vector"])))
+        Observations(table, self._unreadable, self._digest).write(self.folder / f"seen-{time.time_ns()}.parquet")
+        self._rows, self._unreadable = [], 0
+        for old in sorted(self.folder.glob(OBSERVED))[:-MOST_FILES]:
+            old.unlink()
+
+
+def read_seen(folder: Path, digest: str) -> Observations:
+    """All that the model of `digest` has embedded; raises FuselipError where that is nothing."""
+    parts = [Observations.read(path) for path in sorted(folder.glob(OBSERVED))]
+    parts = [part for part in parts if part.digest == digest]
+    if not parts:
+        raise FuselipError(f"{folder} was seen by other models alone; name the one that is served with --model")
+    return Observations(
+        pa.concat_tables([part.table for part in parts]), sum(part.unreadable for part in parts), digest
+    )
