@@ -29,7 +29,7 @@ class MonitorRequest(StageRequest):
 
     seen: Path = Field(
         Path("artifacts/prepared"),
-        description="Archive (pictures, DICOM, table), or the folder that `fuselip serve --observe` writes.",
+        description="Archive (pictures, DICOM, table), or what `fuselip serve` writes with --observe.",
     )
 
 

@@ -40,6 +40,7 @@ from fuselip_core.files import read_json, write_json
 from fuselip_core.tracking.events import read_run
 from fuselip_core.tracking.run import open_run
 
+INTERRUPTED = "interrupted; another trial goes on with it"
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 MOST_FAILED = 3  # in a row, before the sweep gives up
 # Heartbeats, and trials that run again, are what Optuna calls experimental.
@@ -160,7 +161,7 @@ class Trials:
             raise
         except BaseException as stop:
             if not isinstance(stop, Exception):  # this process is asked to end
-                trial.set_user_attr("note", "interrupted; another trial goes on with it")
+                trial.set_user_attr("note", INTERRUPTED)
                 RetryHeartbeatStaleTrialCallback()(trial.study, kept)
                 if not isinstance(stop, KeyboardInterrupt):  # of which Optuna takes note itself
                     trial.study.tell(trial, state=TrialState.FAIL)
@@ -226,7 +227,8 @@ def _search(study: optuna.Study, trials: Trials) -> Any:
 
 
 def _stop_if_hopeless(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    last = study.get_trials(deepcopy=False)[-MOST_FAILED:]
+    ended = [each for each in study.get_trials(deepcopy=False) if each.user_attrs.get("note") != INTERRUPTED]
+    last = ended[-MOST_FAILED:]
     if len(last) == MOST_FAILED and all(each.state == TrialState.FAIL for each in last):
         study.stop()
 

@@ -119,6 +119,9 @@ RULES: dict[str, Rule] = {
     r"\.venv/bin/fuselip index add .*": Rule(swap=MINE, before=(INDEX,), slow=True),
     r"\.venv/bin/fuselip index \w+.*": Rule(swap={**MINE, "case-0123456789abcdef0123": "{case}"}, before=(INDEX,)),
     r"\.venv/bin/fuselip embed .*": Rule(swap=MINE),
+    # Monitoring and sweeps
+    r"\.venv/bin/fuselip monitor .*": Rule(swap={"monitor seen": "monitor artifacts/prepared"}, slow=True),
+    r"\.venv/bin/fuselip sweep .*": Rule(more="--dry-run", slow=True),
     # Models and tracking
     r"fuselip sync": Rule(before=("make demo",)),
     r".*python -m flows\.promote": Rule(more="--name fuselip-sample-tiny --version 1", slow=True),

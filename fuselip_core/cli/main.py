@@ -193,7 +193,7 @@ def push(
 
 @app.command()
 def monitor(
-    seen: Annotated[Path, typer.Argument(help="Archive, or the folder that `fuselip serve --observe` writes.")],
+    seen: Annotated[Path, typer.Argument(help="Archive, or what `fuselip serve` writes with --observe.")],
     settings: SettingsOption = None,
     overrides: SetOption = None,
     artifacts: ArtifactsOption = None,
