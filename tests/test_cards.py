@@ -137,6 +137,7 @@ def cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=known | environment, timeout=200)
 
 
+@pytest.mark.timeout(1500)
 def test_what_is_pushed_loads_without_remote_code(run: Settings, hub: FakeHub, tmp_path: Path) -> None:
     write_cards(run)
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
@@ -171,6 +172,7 @@ torch.save(first, {str(tmp_path / "embedding.pt")!r})
     assert torch.equal(torch.load(tmp_path / "embedding.pt", weights_only=True), expected)
 
 
+@pytest.mark.timeout(1500)
 def test_what_cannot_be_pushed_is_one_sentence(run: Settings, hub: FakeHub, tmp_path: Path) -> None:
     model = str(run.artifacts / "model")
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
