@@ -50,7 +50,7 @@ DELETED = (  # the run that a model was registered from
 )
 MODEL = "models:/fuselip-sample-tiny@champion"
 MINE = {"models:/fuselip-rocov2-small@champion": MODEL, "/data/archive-2026": "path/to/pictures", "/data/": "path/to/"}
-FEW = 'SET="codebook.steps=2 train.steps=2 train.batch_size=8 train.validate_every=2 evaluate.examples=1"'
+FEW = 'SET="codebook.steps=2 train.steps=2 train.batch_size=4 train.validate_every=2 evaluate.examples=1"'
 DRY = ".venv/bin/python -m flows.pipeline --dry-run"
 NO_ENGINE = "DOCKER_HOST=unix:///no/engine {command}"  # Docker's client reads every word, then misses its engine
 UNREACHED = "annot connect to the Docker daemon"
@@ -222,12 +222,13 @@ def checkout(demo_checkout: Path, demo: subprocess.CompletedProcess[str]) -> Ite
     for name in ("ROCOv2_data", "path/to/ROCOv2"):
         write_raw(demo_checkout / name)
     rng = np.random.default_rng(0)
-    for number in range(12):
+    for number in range(36):
         shape = SHAPES[number % 4]
         place = demo_checkout / "path" / "to" / "pictures" / ("train", "valid", "test")[number % 3] / shape
         place.mkdir(parents=True, exist_ok=True)
         draw(shape, rng).save(place / f"{number}.png")
-        scan = picture(rng.integers(0, 255, (32, 32), dtype=np.uint8), Modality="CT", PatientID=f"patient {number}")
+        pixels = rng.integers(0, 255, (32, 32), dtype=np.uint8)
+        scan = picture(pixels, Modality="CT", BodyPartExamined="CHEST", PatientID=f"patient {number}")
         save(scan, demo_checkout / "path" / "to" / "archive" / f"{number}.dcm")
     shutil.copy(place / f"{number}.png", demo_checkout / "scan.png")
     for name in ("scan.dcm", "ct.dcm"):

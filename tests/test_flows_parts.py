@@ -146,6 +146,14 @@ def test_messages_name_the_fields_of_the_place_where_they_are_read(
     assert on_the_form in str(caught.value) and "--" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", ["folder", "dicom"])
+def test_pictures_of_ones_own_have_a_recipe(bare: Path, source: str) -> None:
+    """README: make demo SOURCE=folder ROOT=..., with nothing else."""
+    settings = plan(bare, RunRequest(source=source, root=bare / "images")).run.settings
+    assert (settings.recipe, settings.prepare.source) == ("pictures", source)
+    assert dict(settings.train.mixture) == {"caption": 1.0} and not settings.prepare.extra_pairs
+
+
 def test_a_dry_run_shows_what_would_be(bare: Path) -> None:
     run = plan(bare, RunRequest(steps=100, overrides={"train.batch_size": 60})).run
     text = preview(run)

@@ -33,7 +33,13 @@ from fuselip_core.config import (
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_write
 
-RECIPE_OF_SOURCE: dict[str, str] = {"phantom": "sample", "rocov2": "rocov2-tiny", "vqa-rad": "vqa-rad"}
+RECIPE_OF_SOURCE: dict[str, str] = {
+    "phantom": "sample",
+    "rocov2": "rocov2-tiny",
+    "vqa-rad": "vqa-rad",
+    "folder": "pictures",
+    "dicom": "pictures",
+}
 logger = logging.getLogger("fuselip")
 
 
