@@ -48,7 +48,7 @@ def monitor(request: MonitorRequest = OF_ROOT) -> Any:
     try:
         run = plan(REPOSITORY, request).write()
         words = ["monitor", str(request.seen), "--settings", str((run.folder / "params.yaml").relative_to(REPOSITORY))]
-        state: Any = fuselip_task("monitor", words, return_state=True)
+        state: Any = fuselip_task("monitor", words, "process", return_state=True)
         if error := error_of(state):
             return Failed(message=error)
         result = read_json(run.artifacts / "monitoring" / "findings.json")
