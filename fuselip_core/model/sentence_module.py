@@ -18,12 +18,13 @@ from fuselip_core.model.embedder import Embedder
 from fuselip_core.model.hub import save_model
 
 
-class SentenceModule(InputModule):  # type: ignore[misc]
+class SentenceModule(InputModule):
     """`forward` adds sentence_embedding (B, W) float32 of unit norm, with gradients where those are on."""
 
     def __init__(self, embedder: Embedder) -> None:
         super().__init__()
-        self.embedder, self.model, self.tokenizer = embedder, embedder.model, embedder.processor.text_tokenizer
+        self.embedder, self.model = embedder, embedder.model
+        self.tokenizer = embedder.processor.text_tokenizer  # type: ignore[assignment]
 
     @property
     def modalities(self) -> list[Any]:
@@ -36,7 +37,9 @@ class SentenceModule(InputModule):  # type: ignore[misc]
         if "image" in rows[0]:
             features["pixel_values"] = torch.stack([self.embedder.pixels(row["image"]) for row in rows])
         if "text" in rows[0]:
-            features["input_ids"] = self.tokenizer([(prompt or "") + row["text"] for row in rows])
+            features["input_ids"] = self.embedder.processor.text_tokenizer(
+                [(prompt or "") + row["text"] for row in rows]
+            )
         return features
 
     def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
@@ -54,5 +57,7 @@ class SentenceModule(InputModule):  # type: ignore[misc]
         save_model(self.model, Path(output_path) / "encoder")
 
     @classmethod
-    def load(cls, model_name_or_path: str, subfolder: str = "", **_: Any) -> SentenceModule:
+    def load(  # type: ignore[override]
+        cls, model_name_or_path: str, subfolder: str = "", **_: Any
+    ) -> SentenceModule:
         return cls(Embedder.from_pretrained(Path(model_name_or_path) / subfolder / "encoder"))
