@@ -152,7 +152,9 @@ RULES: dict[str, Rule] = {
     # Docker, Prefect, DVC
     r"docker compose .*": Rule(instead="test -f docker/compose.yaml"),  # test_stack.py, test_compose.py
     r"docker stop.*": Rule(more=" container", instead=NO_ENGINE, fails=UNREACHED),
-    r"docker build .*": Rule(swap={"HOLE": "train"}, instead=NO_ENGINE, fails=UNREACHED),
+    r"docker build .*": Rule(
+        swap={"-f HOLE": "-f Dockerfile.train", "HOLE": "train"}, instead=NO_ENGINE, fails=UNREACHED
+    ),
     r"docker .*": Rule(swap={" -it ": " "}, instead=NO_ENGINE, fails=UNREACHED),
     r".*prefect (worker|work-pool|deploy|deployment|gcl) .*": Rule(instead=".venv/bin/prefect --help"),
     r"(\.venv/bin/)?dvc \w+.*": Rule(instead=".venv/bin/dvc --help"),
