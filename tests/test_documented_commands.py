@@ -22,7 +22,7 @@ from documented_commands import Documented, documented_commands, next_commands
 from fake_hub import FakeHub
 from make_dicom import picture, save
 from prefect_stack import free_port, wait_until
-from repository_copy import bare_environment
+from repository_copy import add_environment, bare_environment
 from training_data import SHAPES, draw, write_raw
 
 pytestmark = pytest.mark.timeout(900)
@@ -219,30 +219,36 @@ def _answers(address: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def checkout(demo_checkout: Path, demo: subprocess.CompletedProcess[str]) -> Iterator[Checkout]:
+def checkout(
+    demo_checkout: Path, demo: subprocess.CompletedProcess[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Checkout]:
+    """A copy of the finished demo, since the commands leave much behind and other tests look at the demo too."""
     assert demo.returncode == 0, demo.stderr[-3000:]
+    folder = tmp_path_factory.mktemp("documented") / "repository"
+    shutil.copytree(demo_checkout, folder, symlinks=True, ignore=shutil.ignore_patterns(".venv"))
+    add_environment(folder)
     for name in ("ROCOv2_data", "path/to/ROCOv2"):
-        write_raw(demo_checkout / name)
+        write_raw(folder / name)
     rng = np.random.default_rng(0)
     for number in range(36):
         shape = SHAPES[number % 4]
-        place = demo_checkout / "path" / "to" / "pictures" / ("train", "valid", "test")[number % 3] / shape
+        place = folder / "path" / "to" / "pictures" / ("train", "valid", "test")[number % 3] / shape
         place.mkdir(parents=True, exist_ok=True)
         draw(shape, rng).save(place / f"{number}.png")
         pixels = rng.integers(0, 255, (32, 32), dtype=np.uint8)
         scan = picture(pixels, Modality="CT", BodyPartExamined="CHEST", PatientID=f"patient {number}")
-        save(scan, demo_checkout / "path" / "to" / "archive" / f"{number}.dcm")
-    shutil.copy(place / f"{number}.png", demo_checkout / "scan.png")
+        save(scan, folder / "path" / "to" / "archive" / f"{number}.dcm")
+    shutil.copy(place / f"{number}.png", folder / "scan.png")
     for name in ("scan.dcm", "ct.dcm"):
-        save(scan, demo_checkout / name)
-    (demo_checkout / "path" / "to" / "table.csv").write_text("file,text\n0.dcm,a lesion\n")
+        save(scan, folder / name)
+    (folder / "path" / "to" / "table.csv").write_text("file,text\n0.dcm,a lesion\n")
     hub = FakeHub()
     for name in ("eltorio/ROCOv2-radiology", "pixparse/cc3m-wds", "pixparse/cc12m-wds", "UCSC-VLAA/HQ-Edit"):
         hub.add_repo(name, {"README.md": b"licence", "data/train-0.parquet": b"rows", "0.tar": b"tar"}, set())
     for name in ("BoKelvin/SLAKE", "TIGER-Lab/MMEB-eval"):
         hub.add_repo(name, {"README.md": b"licence", "test.json": b"[]"}, set())
     with hub.running():
-        found = Checkout(demo_checkout, hub)
+        found = Checkout(folder, hub)
         found.done["make demo"] = demo
         yield found
 

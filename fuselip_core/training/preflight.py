@@ -55,7 +55,8 @@ def chance_loss(similarity: float, scale: float, bias: float, pairs: int) -> flo
 def _compare(trainer: Trainer, rows: np.ndarray, contrastive: float, masked: float) -> dict[str, float]:
     """The first losses beside what theory says of them."""
     model, starts_anew = trainer.model, trainer.settings.init is None
-    part = rows[: max(2, len(rows) // trainer.batches.parts)]  # as much as fits into memory
+    # As much as fits into memory; one pair less where code is compiled, which it is for whole batches only.
+    part = rows[: max(2, len(rows) // trainer.batches.parts - trainer.settings.compile)]
     with torch.no_grad():
         query, target, _ = trainer.encoder.encode(trainer.encoder.inputs(part, np.random.default_rng(0)))
     similarity = float((query.float() @ target.float().T).mean())
