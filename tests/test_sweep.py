@@ -203,12 +203,12 @@ def test_two_workers_share_a_study_in_postgresql(copy: Path, tmp_path: Path) -> 
         for worker, name in zip(workers, ("one", "two"), strict=True):
             assert worker.wait(timeout=1200) == 0, (tmp_path / name).read_text()[-3000:]
             assert "is best" in (tmp_path / name).read_text()
-        study = optuna.load_study(study_name="s", storage=address)
-    states = [trial.state.name for trial in study.trials]
+        trials = optuna.load_study(study_name="s", storage=address).trials
+    states = [trial.state.name for trial in trials]
     assert states.count("COMPLETE") == len(states) and len(states) in (4, 5)  # two may end as the fourth
     assert {path.name for path in (copy / "runs").iterdir()} == {
         "s",
-        *(f"s-{trial.number}-0" for trial in study.trials),
+        *(f"s-{trial.number}-0" for trial in trials),
     }
     calls = (copy / "calls").read_text().split()
     assert [calls.count(stage) for stage in ("prepare", "codebook", "tokenize")] == [1, 1, 1]
