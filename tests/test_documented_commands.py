@@ -257,8 +257,9 @@ def checkout(
 def test_a_documented_command_does_what_it_says(command: Documented, checkout: Checkout) -> None:
     rule = rule_of(command)
     assert rule is not None, "RULES has no rule for it: say how it is tried"
-    if command.text.startswith("docker ") and not shutil.which("docker"):
-        pytest.skip("needs Docker's client")
+    program = command.text.split()[0]
+    if program in ("docker", "curl") and not shutil.which(program):
+        pytest.skip(f"needs {program}")
     try_it(
         f".venv/bin/{command.text}" if command.sentence and command.text.startswith("fuselip ") else command.text,
         rule,
