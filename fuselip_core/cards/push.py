@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fuselip_core.cards.model_card import cards_of
 from fuselip_core.errors import FuselipError
-from fuselip_core.model.fetch import HUB_ID, fetch
+from fuselip_core.model.fetch import HUB_ID, fetch, is_unreachable
 from fuselip_core.model.hub import load_pretrained
 
 FILES = ["*.json", "*.safetensors"]
@@ -41,7 +41,7 @@ def push_model(model: str | Path, repository: str, private: bool = False) -> str
         remedy = "run `hf auth login` with a token that may write there" if status in (401, 403) else "try again later"
         raise FuselipError(f"the Hub refuses to take {repository} ({status}); {remedy}") from error
     except Exception as error:
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+        if not is_unreachable(error):
             raise
         raise FuselipError(
             f"the Hub cannot be reached ({api.endpoint}); check the connection and HF_ENDPOINT"

@@ -40,10 +40,17 @@ def fetch(name: str | Path, weights: bool = True) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise FuselipError(f"the hub has no model '{name}', or it is private; check the name or log in") from error
     except Exception as error:
-        # huggingface_hub lets the errors of its HTTP library through: httpx in some releases, httpx2 in others.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+        if not is_unreachable(error):
             raise
         raise FuselipError(
             f"'{name}' is neither a folder nor in the cache, and the hub cannot be reached; "
             "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
         ) from error
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Whether an error of huggingface_hub says that the Hub did not answer.
+
+    It lets the errors of its HTTP library through: httpx in some releases, httpx2 in others.
+    """
+    return isinstance(error, OSError) or type(error).__module__.startswith("httpx")
