@@ -1,7 +1,11 @@
 """The server under load: dynamic batching against one request at a time, by the same clients in turn.
 
-Each server is a process of its own, and so are the clients; all share this machine's cores. A client sends its next
-request when it has the answer to the one before: a row with a text, an image, or both.
+    python benchmarks/serve.py --model artifacts/model [--kind both] [--clients 32] [--seconds 10] [--rounds 3]
+    python benchmarks/serve.py --model artifacts/model --soak 10
+
+Each server is a process of its own, and so are the clients (locust, benchmarks/locustfile.py); all share this machine's
+cores. --soak asks for so many minutes instead, good requests by locust and whatever the OpenAPI document allows or
+forbids by schemathesis: no answer may be a 500, no good request may be lost, and memory may grow by 5 % at most.
 """
 
 from __future__ import annotations
@@ -11,21 +15,25 @@ import sys
 sys.path.append(sys.path.pop(0))  # behind Python's own modules, one of which is called tokenize
 
 import argparse
-import asyncio
-import base64
-import io
+import contextlib
+import json
 import statistics
 import subprocess
+import tempfile
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import httpx
-import numpy as np
+import psutil
 from measure import finish, machine, parser_of, spread
-from PIL import Image
 
 VARIANTS = {"batched": {}, "one at a time": {"batch_rows": 1, "batch_wait_ms": 0.0}}
 HOST = "127.0.0.1"
+BENCH = Path(__file__).parent
+MOST_GROWTH = 0.05
 
 
 def serve(model: str, port: int, variant: str) -> None:
@@ -40,54 +48,113 @@ def serve(model: str, port: int, variant: str) -> None:
     uvicorn.run(create_app(engine), host=HOST, port=port, log_level="error", access_log=False)
 
 
-def bodies(kind: str, side: int = 256) -> list[dict[str, Any]]:
-    """Requests of one row each."""
-    rng = np.random.default_rng(0)
-    found = []
-    for number in range(16):
-        stream = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (side, side), np.uint8)).resize((side, side)).save(stream, "JPEG")
-        image = base64.b64encode(stream.getvalue()).decode()
-        text = f"chest radiograph number {number} with a nodule in the left lung"
-        rows = {"text": [text], "image": [{"image": image}], "both": [{"image": image, "text": text}]}
-        found.append({"input": rows[kind], "encoding_format": "base64"})
-    return found
-
-
-async def load(address: str, clients: int, seconds: float, kind: str) -> list[float]:
-    """Seconds that each request of all clients took."""
-    sent, took, late = bodies(kind), [], time.perf_counter() + seconds
-
-    async def client(number: int) -> None:
-        async with httpx.AsyncClient(base_url=address, timeout=120) as session:
-            while time.perf_counter() < late:
-                start = time.perf_counter()
-                answer = await session.post("/v1/embeddings", json=sent[number % len(sent)])
-                assert answer.status_code == 200, answer.text
-                took.append(time.perf_counter() - start)
-
-    await asyncio.gather(*(client(number) for number in range(clients)))
-    return took
-
-
-def measure(address: str, options: argparse.Namespace) -> dict[str, float]:
-    """Requests a second and latencies of one round."""
-    start = time.perf_counter()
-    took = asyncio.run(load(address, options.clients, options.seconds, options.kind))
-    elapsed = time.perf_counter() - start
-    p50, p95 = np.percentile(took, [50, 95]) * 1000
-    return {"requests_per_second": len(took) / elapsed, "p50_ms": float(p50), "p95_ms": float(p95)}
-
-
-def wait_until_ready(address: str, server: subprocess.Popen[bytes]) -> None:
-    """Returns when the model is loaded."""
-    while server.poll() is None:
-        try:
-            if httpx.get(f"{address}/ready").status_code == 200:
-                return
-        except httpx.HTTPError:
+@contextlib.contextmanager
+def served(options: argparse.Namespace, variant: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The address of a server whose model is loaded, and its process."""
+    address = f"http://{HOST}:{options.port}"
+    command = [sys.executable, __file__, "--model", options.model, "--port", str(options.port), "--serve", variant]
+    server = subprocess.Popen(command)
+    try:
+        while not _ready(address):
+            if server.poll() is not None:
+                raise SystemExit("the server ended before it was ready")
             time.sleep(0.5)
-    raise SystemExit("the server ended before it was ready")
+        yield address, server
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/ready", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def locust(address: str, clients: int, seconds: float, kind: str) -> subprocess.Popen[str]:
+    """Clients that ask for so long, and print their figures."""
+    command = [str(Path(sys.executable).with_name("locust")), "-f", str(BENCH / "locustfile.py"), "--headless"]
+    command += ["--host", address, "--users", str(clients), "--spawn-rate", str(clients), "--run-time", f"{seconds:g}s"]
+    command += ["--stop-timeout", "60", "--kind", kind, "--json", "--skip-log"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def figures(clients: subprocess.Popen[str]) -> dict[str, float]:
+    """Requests a second and latencies of clients that have ended."""
+    told, _ = clients.communicate()
+    (found,) = json.loads(told)
+    took = sorted((float(ms), count) for ms, count in found["response_times"].items())
+    times = [ms for ms, count in took for _ in range(count)]
+    elapsed = found["last_request_timestamp"] - found["start_time"]
+    return {
+        "requests_per_second": found["num_requests"] / elapsed,
+        "p50_ms": statistics.median(times),
+        "p95_ms": times[int(0.95 * (len(times) - 1))],
+        "requests": found["num_requests"],
+        "failures": found["num_failures"],
+    }
+
+
+def _processor_seconds(server: subprocess.Popen[bytes]) -> float:
+    used = psutil.Process(server.pid).cpu_times()
+    return float(used.user + used.system)
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Rounds of both variants in turn."""
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    for number in range(options.rounds):
+        for name in sorted(VARIANTS, reverse=bool(number % 2)):
+            with served(options, name) as (address, server):
+                figures(locust(address, 4, 2, options.kind))  # warm
+                before = _processor_seconds(server)
+                found = figures(locust(address, options.clients, options.seconds, options.kind))
+                found["processor_ms_per_request"] = (_processor_seconds(server) - before) / found["requests"] * 1000
+                rounds[name].append(found)
+            print(name, {key: round(value, 1) for key, value in rounds[name][-1].items()}, file=sys.stderr, flush=True)
+    result: dict[str, Any] = {}
+    for name, each in rounds.items():
+        result[name] = {key: round(statistics.median(one[key] for one in each), 2) for key in each[0]}
+        result[name]["spread"] = round(spread([one["requests_per_second"] for one in each]), 2)
+    batched, single = (result[name]["requests_per_second"] for name in VARIANTS)
+    return {"kind": options.kind, "clients": options.clients, **result, "ratio": round(batched / single, 2)}
+
+
+def soak(options: argparse.Namespace) -> dict[str, Any]:
+    """Good and bad requests side by side, and what the server's memory does meanwhile."""
+    seconds, memory, rounds, bad = options.soak * 60, [], 0, 0
+    with served(options, "batched") as (address, server), tempfile.TemporaryDirectory() as folder:
+        process, clients = psutil.Process(server.pid), locust(address, 4, seconds, options.kind)
+        while clients.poll() is None and server.poll() is None:
+            with (Path(folder) / "said").open("w+") as said:
+                asked = subprocess.Popen(_schemathesis(address, rounds), cwd=folder, stdout=said, stderr=said)
+                while asked.poll() is None and clients.poll() is None:
+                    memory.append(process.memory_info().rss / 1e6)
+                    time.sleep(1)
+                if asked.poll() == 1:  # a check failed
+                    bad += 1
+                    print((Path(folder) / "said").read_text(), file=sys.stderr, flush=True)
+                asked.terminate()
+                asked.wait()
+            rounds += 1
+        good = figures(clients)
+    fifth = len(memory) // 5
+    before, after = statistics.median(memory[fifth : 2 * fifth]), statistics.median(memory[-fifth:])
+    return {
+        "minutes": options.soak,
+        "good": good,
+        "schemathesis": {"rounds": rounds, "with_errors": bad},
+        "memory_mb": {"second_fifth": round(before), "last_fifth": round(after), "growth": round(after / before - 1, 4)},
+        "holds": not bad and not good["failures"] and after / before - 1 <= MOST_GROWTH,
+    }
+
+
+def _schemathesis(address: str, seed: int) -> list[str]:
+    program = str(Path(sys.executable).with_name("schemathesis"))
+    return [program, "run", f"{address}/openapi.json", "--checks", "not_a_server_error", "--seed", str(seed),
+            "--max-examples", "50", "--phases", "examples,coverage,fuzzing", "--no-color"]  # fmt: skip
 
 
 def main() -> None:
@@ -97,34 +164,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of a round of a variant")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kind", choices=["text", "image", "both"], default="both")
+    parser.add_argument("--soak", type=float, help="minutes")
     parser.add_argument("--port", type=int, default=8790)
     parser.add_argument("--serve", choices=list(VARIANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(options.model, options.port, options.serve)
         return
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
-    for number in range(options.rounds):
-        for place, name in enumerate(sorted(VARIANTS, reverse=bool(number % 2))):
-            port = options.port + place
-            command = [sys.executable, __file__, "--model", options.model, "--port", str(port), "--serve", name]
-            server = subprocess.Popen(command)
-            try:
-                wait_until_ready(f"http://{HOST}:{port}", server)
-                asyncio.run(load(f"http://{HOST}:{port}", 4, 1.0, options.kind))
-                rounds[name].append(measure(f"http://{HOST}:{port}", options))
-            finally:
-                server.terminate()
-                server.wait()
-            print(name, {key: round(value, 1) for key, value in rounds[name][-1].items()}, file=sys.stderr, flush=True)
-    result: dict[str, Any] = {"machine": machine(), "kind": options.kind, "clients": options.clients}
-    for name, each in rounds.items():
-        result[name] = {key: round(statistics.median(one[key] for one in each), 2) for key in each[0]}
-        result[name]["spread"] = round(spread([one["requests_per_second"] for one in each]), 2)
-    result["ratio"] = round(
-        result["batched"]["requests_per_second"] / result["one at a time"]["requests_per_second"], 2
-    )
-    finish(result, options.out)
+    found = soak(options) if options.soak else compare(options)
+    finish({"machine": machine(), **found}, options.out)
 
 
 if __name__ == "__main__":
