@@ -29,7 +29,7 @@ from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.loop import Trainer, run_folder
 from fuselip_core.training.losses import SigmoidLoss, contrastive_over_all
-from fuselip_core.training.optimizer import build_adamw
+from fuselip_core.training.optimizer import build_adamw, clip_in_step
 from fuselip_core.training.plan import plan_schedule
 from fuselip_core.training.preflight import chance_loss
 
@@ -237,6 +237,29 @@ def test_weight_decay_is_on_matrices_only() -> None:
     assert all(p.ndim >= 2 for p in decayed["params"]) and all(p.ndim < 2 for p in free["params"])
     trained = sum(p.numel() for group in (decayed, free) for p in group["params"])
     assert trained == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("largest", [0.01, 100.0])
+def test_clipping_in_the_fused_step_is_that_of_torch_before_a_plain_one(largest: float) -> None:
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(6, 5) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fused = build_adamw([models[0]], 1e-2, 0.1)
+    plain = torch.optim.AdamW(
+        [{**group, "fused": False} for group in build_adamw([models[1]], 1e-2, 0.1).param_groups], lr=1e-2
+    )
+    for _ in range(3):
+        inputs = torch.randn(7, 6)
+        for model in models:
+            model.zero_grad()
+            model(inputs).square().mean().backward()
+        norm = clip_in_step(fused, largest)
+        fused.step()
+        assert norm == torch.nn.utils.clip_grad_norm_(models[1].parameters(), largest)
+        plain.step()
+        for found, wanted in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(found.grad, wanted.grad, atol=1e-7, rtol=1e-4)
 
 
 def test_length_and_warm_up_of_a_run(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fuselip_core.data.tokens.joined import JoinedStore, Store
 from fuselip_core.data.tokens.store import SideTokens, gather
 from fuselip_core.encoding.packed_sides import PackedSides, TokenBudgets
-from fuselip_core.model.compiled import compiled_in_little_memory, require_compiler
+from fuselip_core.model.compiled import compiled, require_compiler
 from fuselip_core.model.fuselip import FuseLIPModel
 from fuselip_core.model.packed import Layout, pack
 from fuselip_core.model.vocabulary import BEGIN_OF_TEXT, END_OF_TEXT, IGNORED, PAD, join, text_sequence
@@ -62,7 +62,7 @@ class TokenPairs:
         """See PairEncoder: one graph a budget of tokens, forward and backward."""
         require_compiler()
         self.budgets = TokenBudgets(pairs, self.model.config.context_length, self.mask_probability)
-        self._compiled = compiled_in_little_memory(embed_sides, graphs)
+        self._compiled = compiled(embed_sides, graphs)
 
     def expect(self, rows: np.ndarray, view_rng: np.random.Generator, parts: int) -> None:
         """Nothing to do: codes are read in no time."""

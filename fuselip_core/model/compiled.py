@@ -8,15 +8,12 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-import torch._functorch.config
 from torch import nn
 
 from fuselip_core.errors import FuselipError
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-# Share of the memory that torch's own choice takes. Anything from 0.5 to 0.9 gave up all but the products.
-MEMORY_BUDGET = 0.9
 
 
 def require_compiler() -> None:
@@ -26,16 +23,11 @@ def require_compiler() -> None:
         raise FuselipError(f"train.compile needs a C++ compiler, here {compiler}; install g++, or turn it off")
 
 
-def compiled_in_little_memory(function: Callable[P, Result], graphs: bool) -> Callable[P, Result]:
-    """`function` compiled as one graph for each set of shapes, replayed as CUDA graphs if `graphs`.
-
-    For the backward pass it keeps what matrix products and attention gave and computes all else again, norms, GELU
-    and sums: 20 bytes a token and unit of width in a block in bfloat16, where eager code keeps 36.
-    """
-    torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
+def compiled(function: Callable[P, Result], graphs: bool) -> Callable[P, Result]:
+    """`function` compiled as one graph for each set of shapes, replayed as CUDA graphs if `graphs`."""
     mode = "reduce-overhead" if graphs else None
-    compiled: Callable[P, Result] = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
-    return compiled
+    found: Callable[P, Result] = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
+    return found
 
 
 def compile_blocks(model: nn.Module) -> None:

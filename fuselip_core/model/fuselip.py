@@ -8,14 +8,15 @@ image, W width, V vocabulary, S pixels a side.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
@@ -40,13 +41,31 @@ class FuseLIPOutput(ModelOutput):
     embeddings: Tensor | None = None
 
 
+# What compiled code keeps for the backward pass: what these gave. Norms, GELU and sums cost a GPU little.
+PRODUCTS = {"aten.mm", "aten.addmm", "fuselip.attend", "torch_attn._varlen_attn"}
+Kept = Literal["all", "products", "but projections", "inputs"]
+
+
+def _policy(projections: bool, _context: Any, operation: Any, *given: Any, **_: Any) -> CheckpointPolicy:
+    """Whether a compiled stack keeps what `operation` gave; queries, keys and values only if `projections`."""
+    name = str(getattr(operation, "overloadpacket", operation))
+    if name in ("aten.mm", "aten.addmm") and not projections and given[-1].shape[1] == 3 * given[-1].shape[0]:
+        return CheckpointPolicy.MUST_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Transformer(nn.Module):
-    """The stack of blocks, under the published name `transformer.resblocks`."""
+    """The stack of blocks, under the published name `transformer.resblocks`.
+
+    `kept` is what it keeps for the backward pass: all that PyTorch saves, the input of each block, or, in compiled
+    code, what matrix products and attention gave, with or without the projections to queries, keys and values. The
+    rest is computed again.
+    """
 
     def __init__(self, width: int, heads: int, layers: int, mlp_ratio: float) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads, mlp_ratio) for _ in range(layers))
-        self.recompute = False  # blocks run again in the backward pass and keep nothing but their input
+        self.kept: Kept = "all"
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Tensor | None = None
@@ -56,12 +75,21 @@ class Transformer(nn.Module):
         With `read` (R) the last block ends in those places alone, (T, W) → (R, W): all others are its keys and values
         and nothing more, so that most of its matrix products would be for nothing.
         """
+        if self.kept == "inputs" and torch.is_grad_enabled():
+            for block in self.resblocks:
+                last = read if block is self.resblocks[-1] else None
+                x = checkpoint(block, x, mask, layout, last, use_reentrant=False, preserve_rng_state=False)
+            return x
+        if self.kept == "all" or not torch.is_grad_enabled() or not torch.compiler.is_compiling():
+            return self._blocks(x, mask, layout, read)
+        policy = functools.partial(_policy, self.kept == "products")
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        given = (x, mask, layout, read)
+        return checkpoint(self._blocks, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    def _blocks(self, x: Tensor, mask: Tensor | None, layout: Layout | None, read: Tensor | None) -> Tensor:
         for block in self.resblocks:
-            wanted = read if block is self.resblocks[-1] else None
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, layout, wanted, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, mask, layout, wanted)
+            x = block(x, mask, layout, read if block is self.resblocks[-1] else None)
         return x
 
 

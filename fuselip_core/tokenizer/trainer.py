@@ -40,7 +40,7 @@ from fuselip_core.training.checkpoint import (
     set_random_state,
 )
 from fuselip_core.training.late_look import LateLook
-from fuselip_core.training.optimizer import build_adamw, learning_rate_at, set_learning_rate
+from fuselip_core.training.optimizer import build_adamw, clip_in_step, learning_rate_at, set_learning_rate
 
 logger = logging.getLogger("fuselip")
 KMEANS_LATENTS = 40_000
@@ -150,7 +150,7 @@ class CodebookTrainer:
             loss = self._loss(output, pixels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), 1.0)
+        norm = clip_in_step(self.optimizer, 1.0)
         self.late_look.add(step, rows, {"loss": loss, "gradient": norm})
         self.optimizer.step()
         self._revive(step, output.codes, pixels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fuselip_core.config import ModelSettings, TrainSettings
 from fuselip_core.errors import FuselipError
-from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel, Transformer
+from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel, Kept, Transformer
 from fuselip_core.model.hub import Model, load_pretrained
 from fuselip_core.model.late_fusion import FUSIONS, LateFusionConfig, LateFusionModel
 from fuselip_core.model.titok import TiTok
@@ -81,14 +81,14 @@ def _family_of(fusion: str) -> str:
     return next(name for name, published in FUSIONS.items() if published == fusion)
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Lets every block keep only its input for the backward pass and compute the rest again.
+def keep(model: nn.Module, kept: Kept) -> None:
+    """Sets what the stacks of `model` keep for the backward pass, see Transformer.
 
-    Gradient checkpointing (arXiv 1604.06174): activations of one block instead of all, for a third more work.
+    Gradient checkpointing (arXiv 1604.06174) of blocks: activations of one instead of all, for a third more work.
     """
     for module in model.modules():
         if isinstance(module, Transformer):
-            module.recompute = True
+            module.kept = kept
 
 
 @torch.no_grad()

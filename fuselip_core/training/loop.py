@@ -27,7 +27,7 @@ from fuselip_core.model.compiled import graphs_compiled
 from fuselip_core.progress import track
 from fuselip_core.training.ahead import Ahead
 from fuselip_core.training.batches import Batch, Batches
-from fuselip_core.training.build import recompute_blocks
+from fuselip_core.training.build import keep
 from fuselip_core.training.checkpoint import (
     Checkpoints,
     StopSignal,
@@ -40,8 +40,8 @@ from fuselip_core.training.ema import AveragedWeights
 from fuselip_core.training.gradients import Losses, backward
 from fuselip_core.training.late_look import LateLook, Seen
 from fuselip_core.training.losses import Contrast
-from fuselip_core.training.memory import choose_parts
-from fuselip_core.training.optimizer import build_adamw, set_learning_rate
+from fuselip_core.training.memory import fit_memory
+from fuselip_core.training.optimizer import build_adamw, clip_in_step, set_learning_rate
 from fuselip_core.training.plan import plan_schedule, refuse_empty_parts, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
 from fuselip_core.training.system_metrics import machine_metrics
@@ -106,9 +106,8 @@ class Trainer:
         self.log, self.validate = (log, validate) if world.leads else (_quietly, None)
         self.device = next(self.model.parameters()).device
         self.settings = settings
-        parts = choose_parts(self.model, settings, settings.batch_size // world.size)
-        if settings.gradient_checkpointing:
-            recompute_blocks(self.model)
+        parts, kept = fit_memory(self.model, settings, settings.batch_size // world.size)
+        keep(self.model, kept)
         once = settings.equal_targets == "once"
         self._contrast = Contrast(settings.contrast_rows, once, settings.all_combinations, world)
         self._contrast_compiled: Callable[..., Tensor] = self._contrast
@@ -187,7 +186,7 @@ class Trainer:
         set_learning_rate(self.optimizer, self.schedule.rate(step))
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.compute_gradients(batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        norm = clip_in_step(self.optimizer, self.settings.clip_norm)
         found = {"loss": losses.total, "grad_norm": norm, "contrastive": losses.contrastive, "masked": losses.masked}
         self.late_look.add(step, batch.rows, found | {"logit_scale": self.model.logit_scale.exp()})
         self.optimizer.step()

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from fuselip_core.config import TrainSettings
-from fuselip_core.model.fuselip import FuseLIPModel
+from fuselip_core.model.fuselip import FuseLIPModel, Kept
 from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.hub import Model
 from fuselip_core.model.linear_cross_entropy import ROWS_AT_ONCE
@@ -50,19 +50,32 @@ def parameter_count(config: FuseLIPConfig) -> int:
     return config.layers * block + table + head + 2 * width + 2
 
 
+def usually_kept(settings: TrainSettings) -> Kept:
+    """What a step keeps for the backward pass where memory is no question."""
+    if settings.gradient_checkpointing:
+        return "inputs"
+    return "products" if settings.compile else "all"
+
+
 def step_memory(
-    config: FuseLIPConfig, settings: TrainSettings, pairs: int, parts: int, device: str, tokens: float | None = None
+    config: FuseLIPConfig,
+    settings: TrainSettings,
+    pairs: int,
+    parts: int,
+    device: str,
+    tokens: float | None = None,
+    kept: Kept | None = None,
 ) -> StepMemory:
     """Memory of a step of `pairs` pairs in `parts` parts on a device of that type; `tokens` are a part's, if known."""
     half = settings.precision == "bfloat16" or (settings.precision == "auto" and device == "cuda")
-    number, width = 2 if half else 4, config.width
+    number, width, kept = 2 if half else 4, config.width, kept or usually_kept(settings)
     part = pairs / parts
     if tokens is None:
         tokens = part * (config.codes_per_image + TEXT_TOKENS + 4)
     hidden = tokens * settings.mask_probability * bool(settings.mask_weight)
     read = 2 * part + hidden
-    into, behind = _kept_of_block(config, number, device, settings.compile)
-    if settings.gradient_checkpointing:
+    into, behind = _kept_of_block(config, number, device, kept)
+    if kept == "inputs":
         blocks = 4 * width * tokens * config.layers + tokens * (into + behind)
     else:
         blocks = (config.layers - 1) * tokens * (into + behind) + tokens * into + read * (behind + number * width)
@@ -75,44 +88,52 @@ def step_memory(
     return StepMemory(STATE_BYTES * parameter_count(config), blocks + cast + head + contrast, passing)
 
 
-def _kept_of_block(config: FuseLIPConfig, number: int, device: str, compiled: bool) -> tuple[float, float]:
+def _kept_of_block(config: FuseLIPConfig, number: int, device: str, kept: Kept) -> tuple[float, float]:
     """Bytes a token that a block keeps: up to the attended values, and behind them. The residual path is float32."""
     width, heads = config.width, 4 * config.heads
-    if compiled:  # what products and attention gave, see compiled_in_little_memory
-        return number * width * 5 + heads, number * width * (config.mlp_ratio + 1)
+    if kept in ("products", "but projections"):
+        products = 2 + 3 * (kept == "products")
+        return number * width * products + heads, number * width * (config.mlp_ratio + 1)
     joined = number * width * (device == "cpu")  # runs of equal lengths are attended apart, and then joined
     into = 4 * width + 8 + number * width + 3 * number * width + number * width + joined + heads
     behind = 4 * width + 8 + number * width + 2 * number * width * config.mlp_ratio
     return into, behind
 
 
-def choose_parts(model: Model, settings: TrainSettings, pairs: int) -> int:
-    """Parts of a step of `pairs` pairs: `train.accumulation` or, if it is auto, the fewest that fit into free memory.
+def fit_memory(model: Model, settings: TrainSettings, pairs: int) -> tuple[int, Kept]:
+    """Parts of a step of `pairs` pairs, and what it keeps for the backward pass; says what it costs to make it fit.
 
-    Says so where a step has to be divided, or will not fit. Late-fusion models have no estimate and take one part.
+    If `train.accumulation` is auto: one part, if need be without the projections to queries, keys and values, which
+    only compiled code can compute again; else the fewest parts that fit. Late-fusion models have no estimate.
     """
-    wanted = settings.accumulation
+    wanted, kept = settings.accumulation, usually_kept(settings)
     if not isinstance(model, FuseLIPModel):
-        return 1 if wanted == "auto" else wanted
+        return 1 if wanted == "auto" else wanted, kept
     free = free_memory(model.device)
 
-    def needed(parts: int) -> float:
-        return step_memory(model.config, settings, pairs, parts, model.device.type).total
+    def needed(parts: int, kept: Kept = kept) -> float:
+        return step_memory(model.config, settings, pairs, parts, model.device.type, kept=kept).total
 
+    if wanted != "auto":
+        if needed(wanted) > free:
+            logger.warning(
+                "a step of %d pairs in %d parts needs about %.1f GB and %.1f GB are free; set train.accumulation=auto",
+                *(pairs, wanted, needed(wanted) / GIGABYTE, free / GIGABYTE),
+            )
+        return wanted, kept
     fits = [parts for parts in range(1, pairs // 2 + 1) if pairs % parts == 0 and needed(parts) <= MOST_OF_FREE * free]
-    fewest = fits[0] if fits else pairs // 2
-    if wanted == "auto" and fewest > 1:
+    fewest, how = fits[0] if fits else pairs // 2, ""
+    if fewest > 1 and kept == "products" and needed(1, "but projections") <= MOST_OF_FREE * free:
+        fewest, kept = 1, "but projections"
+        how = "queries, keys and values twice, a twelfth more work"
+    elif fewest > 1:
+        how = f"it in {fewest} parts, a third more work"
+    if how:
         logger.warning(
-            "a step of %d pairs needs about %.1f GB and %.1f GB are free, so it is computed in %d parts, which takes a "
-            "third longer (train.accumulation=auto)",
-            *(pairs, needed(1) / GIGABYTE, free / GIGABYTE, fewest),
+            "a step of %d pairs needs about %.1f GB and %.1f GB are free: train.accumulation=auto computes %s",
+            *(pairs, needed(1, usually_kept(settings)) / GIGABYTE, free / GIGABYTE, how),
         )
-    if wanted != "auto" and needed(wanted) > free:
-        logger.warning(
-            "a step of %d pairs in %d parts needs about %.1f GB and %.1f GB are free; set train.accumulation=auto",
-            *(pairs, wanted, needed(wanted) / GIGABYTE, free / GIGABYTE),
-        )
-    return fewest if wanted == "auto" else wanted
+    return fewest, kept
 
 
 def free_memory(device: torch.device) -> float:

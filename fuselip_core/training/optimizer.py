@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,18 @@ def build_adamw(
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+
+
+def clip_in_step(optimizer: torch.optim.Optimizer, largest: float) -> Tensor:
+    """Norm of all gradients, float32; AdamW's next step divides them so that it is at most `largest`.
+
+    The fused kernel reads the factor, as it reads `found_inf`, so that clipping, the guard against values that are not
+    finite and AdamW are one pass over the weights, and nothing waits for the norm.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    optimizer.grad_scale = (norm / largest).clamp(min=1.0)  # type: ignore[attr-defined]  # read by torch's fused step
+    return norm
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
