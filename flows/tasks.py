@@ -30,6 +30,7 @@ from flows.run.gpu import gpu_slot
 from flows.run.lock import run_lock
 from flows.run.runner import Ending, OnLine, Outcome, ProcessRunner, Runner
 from flows.run.sample_data import ensure_sample
+from flows.run.store import KeptRunner, fetch_run
 from fuselip_core.errors import WARNING, FuselipError, sentence_of
 from fuselip_core.files import find_json
 from fuselip_core.preflight import check_prepared, check_run
@@ -66,6 +67,7 @@ def run_stages(
             return Ending(run, (), dry=True)
         check_run(run.settings, stages, REPOSITORY)
         with run_lock(REPOSITORY, run.folder, owner, get_run_logger().info):
+            fetch_run(run, get_run_logger().info)
             # Planned again: the flow that held the lock may have changed the run.
             runner = make_runner(runner_name)
             return _run_stages(plan(REPOSITORY, request, base).write(), stages, wrap(runner) if wrap else runner)
@@ -114,7 +116,9 @@ def finish(ending: Ending) -> State[Any]:
 def make_runner(name: RunnerName) -> Runner:
     """The runner of that name."""
     kind = {"process": ProcessRunner, "docker": ContainerRunner}[name]
-    return kind(flow_run=flow_run.get_id(), flow_url=flow_url(), slot=gpu_slot)
+    runner = kind(flow_run=flow_run.get_id(), flow_url=flow_url(), slot=gpu_slot)
+    store = os.environ.get("FUSELIP_STORE")
+    return KeptRunner(runner, store) if store else runner
 
 
 def may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:

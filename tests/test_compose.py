@@ -6,14 +6,22 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+from engine import image_of
+from needs import missing
+from prefect_stack import free_port, wait_until
 
+from fuselip_core.config import Settings
+
+REPOSITORY = Path(__file__).parents[1]
 ONE_SHOT = {"buckets", "deployments", "store-folder"}
 
 
@@ -137,25 +145,79 @@ def test_secrets_must_be_given_and_are_nowhere(repository: Path, text: str) -> N
     assert not re.search(r"(PASSWORD|SECRET|ACCESS_KEY\w*): (?!\$\{)", text)
 
 
-def test_compose_itself_accepts_it(repository: Path, text: str, tmp_path: Path) -> None:
-    """Docker's plugin, or Debian's docker-compose, which is older and knows no name of the whole."""
-    commands = (["docker", "compose"], ["docker-compose"])
-    command = next((each for each in commands if answers(each)), None)
-    if command is None:
-        pytest.skip("needs the compose plugin of docker, or Debian's docker-compose")
-    docker = tmp_path / "docker"
-    docker.mkdir()
-    old = command == ["docker-compose"]
-    (docker / "compose.yaml").write_text(re.sub(r"^name: .*\n", "", text, flags=re.MULTILINE) if old else text)
+def test_compose_itself_accepts_it(repository: Path, tmp_path: Path) -> None:
     example = (repository / "docker" / ".env.example").read_text()
     filled = re.sub(r"=$", "=1000", example, flags=re.MULTILINE)
     filled = filled.replace("FUSELIP_REPOSITORY=1000", f"FUSELIP_REPOSITORY={repository}")
     for content, wanted in ((filled, True), (example, False)):
-        (tmp_path / "env").write_text(content)
-        files = ["--env-file", str(tmp_path / "env"), "-f", str(docker / "compose.yaml")]
-        done = subprocess.run([*command, *files, "config", "--quiet"], capture_output=True, text=True)
+        done = subprocess.run([*compose(tmp_path, content), "config", "--quiet"], capture_output=True, text=True)
         assert (done.returncode == 0) == wanted, done.stderr
     assert "in compose.env" in done.stderr, "what is empty is not named"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_the_search_service_answers_from_an_index_that_it_has_built(
+    repository: Path, finished_run: Settings, tmp_path: Path
+) -> None:
+    """The service alone, of the real file, by a real compose; the other services need images of others."""
+    image_of("train")
+    image_of("docker/search")
+    place = tmp_path / "checkout"
+    for name in ("prepared", "model"):
+        shutil.copytree(finished_run.artifacts / name, place / "artifacts" / name)
+    (place / "index").mkdir()
+    example = (repository / "docker" / ".env.example").read_text()
+    given = {"FUSELIP_REPOSITORY": str(place), "FUSELIP_UID": str(os.getuid()), "FUSELIP_GID": str(os.getgid())}
+    lines = [line.partition("=") for line in example.splitlines() if line and not line.startswith("#")]
+    port = free_port()
+    content = "".join(f"{name}={given.get(name, value or '1000')}\n" for name, _, value in lines)
+    command = [*compose(tmp_path, content, port), "--project-name", f"fuselip-test-{os.getpid()}", "--profile", "serve"]
+
+    def call(*words: str) -> str:
+        done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    index = ("--model", str(place / "artifacts" / "model"), "--index", str(place / "index"))
+    try:
+        call(
+            "run", "--rm", "--no-deps", "-T", "search", "index", "build", str(place / "artifacts" / "prepared"), *index
+        )
+        call("up", "--detach", "--no-deps", "search")
+        address = f"http://127.0.0.1:{port}"
+
+        def ready() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"{address}/ready", timeout=5).is_success
+            return False
+
+        try:
+            wait_until(ready, "the search server's readiness", seconds=300)
+        except AssertionError as error:
+            raise AssertionError(call("logs", "search")[-3000:]) from error
+        answer = httpx.post(f"{address}/v1/search", json={"text": "a disc", "limit": 3}, timeout=120)
+        assert answer.is_success, answer.text
+        assert len(answer.json()["data"]) == 3
+        assert {path.stat().st_uid for path in (place / "index").rglob("*")} == {os.getuid()}
+    finally:
+        call("down", "--timeout", "20")
+
+
+def compose(folder: Path, values: str, port: int = 8000) -> list[str]:
+    """A compose command for the real file with these values, and the search service on `port`.
+
+    Docker's plugin, or Debian's docker-compose, which is older and knows no name of the whole.
+    """
+    command = next((each for each in (["docker", "compose"], ["docker-compose"]) if answers(each)), None)
+    if command is None:
+        missing("needs the compose plugin of docker, or Debian's docker-compose")
+    text = (REPOSITORY / "docker" / "compose.yaml").read_text().replace("127.0.0.1:8000:8000", f"127.0.0.1:{port}:8000")
+    file = folder / "docker" / "compose.yaml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(re.sub(r"^name: .*\n", "", text, flags=re.MULTILINE) if len(command) == 1 else text)
+    (folder / "env").write_text(values)
+    return [*command, "--env-file", str(folder / "env"), "-f", str(file)]
 
 
 def answers(command: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from docker.errors import NotFound
 from engine import BASE, engine, image_of
+from filelock import FileLock
 from repository_copy import copy_repository
 
 from flows.run.container import (
@@ -23,7 +26,6 @@ from flows.run.container import (
     sweep,
     volumes_of,
 )
-from flows.run.processes import Process
 from fuselip_core.config import load_settings
 from fuselip_core.data.phantom.data_set import draw_data_set
 from fuselip_core.errors import Interrupted
@@ -136,16 +138,19 @@ def test_what_a_killed_run_left_is_stopped_and_removed(tmp_path: Path) -> None:
     left.start()
     other = client.containers.create(**python("", tmp_path / "other").options())
     attended = python("", tmp_path).options()
-    attended["labels"]["fuselip.process"] = str(Process.current())
+    attended["labels"]["fuselip.lock"] = "download.lock"
     download = client.containers.create(**attended)
     try:
-        assert sweep(client, tmp_path, print) == 1
+        with FileLock(tmp_path / ".dvc" / "tmp" / "download.lock"):
+            assert sweep(client, tmp_path, print) == 1
         assert not client.containers.list(all=True, filters={"id": left.id})
         assert client.containers.list(all=True, filters={"id": other.id})
         assert client.containers.list(all=True, filters={"id": download.id}), "a download beside a stage was stopped"
+        assert sweep(client, tmp_path, print) == 1, "what nobody waits for any more stays"
     finally:
-        other.remove(force=True)
-        download.remove(force=True)
+        for each in (other, download):
+            with contextlib.suppress(NotFound):
+                each.remove(force=True)
 
 
 def test_a_container_without_memory_says_so(tmp_path: Path) -> None:

@@ -11,15 +11,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Crashed, Pending, Running
+from prefect.states import Cancelling, Crashed, Pending, Running
 from prefect.types._datetime import now
 from prefect_stack import free_port, wait_until
 from pydantic import ValidationError
@@ -32,11 +35,12 @@ from flows.page.flow_run import LABEL, run_name
 from flows.page.progress import ProgressArtifact
 from flows.page.summary import print_summary
 from flows.promote import PromoteRequest
+from flows.run import processes
 from flows.run.estimate import estimates, preview
 from flows.run.folder import plan
 from flows.run.forms import RunRequest, StageRequest
 from flows.run.lock import run_lock
-from flows.run.processes import Process, children_of, processes_of
+from flows.run.processes import HEARTBEAT, Process, children_of, processes_of
 from flows.run.runner import Ending, Outcome, _status
 from flows.server import recover, serve
 from flows.server.ports import mlflow_page, require_free, served_once
@@ -216,7 +220,7 @@ def test_a_second_flow_on_the_same_run_waits(bare: Path) -> None:
 def test_a_process_is_told_from_its_successor() -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={"PREFECT__FLOW_RUN_ID": "7"})
     try:
-        here = Process(socket.gethostname(), child.pid, started_of(child.pid))
+        here = Process(Process.current().host, child.pid, started_of(child.pid))
         assert here.lives and here.is_here and Process.read(str(here)) == here
         assert not Process(here.host, here.pid, "1").lives
         assert child.pid in children_of(Process.current().pid)
@@ -251,38 +255,71 @@ def flow_run(state: Any, process: Process | None, starts: int = 1) -> FlowRun:
     return FlowRun.model_construct(id="x", name="run", state=state, labels=labels, run_count=starts)
 
 
+class Server:
+    """Prefect's, which has heard of a run or not."""
+
+    def __init__(self, heard: bool = False) -> None:
+        self.heard = heard
+
+    def read_events(self, wanted: Any, limit: int) -> Any:
+        assert wanted.resource.id == ["prefect.flow-run.x"]
+        return SimpleNamespace(events=["heartbeat"] if self.heard else [])
+
+
+def loss(run: FlowRun, heard: bool = False) -> str | None:
+    return recover._loss(cast(SyncPrefectClient, Server(heard)), run)
+
+
 def test_only_a_run_whose_process_is_gone_from_here_is_lost() -> None:
-    said: list[str] = []
     alive = Process.current()
-    gone, elsewhere = Process(alive.host, alive.pid, "1"), Process("other-machine", 1, "1")
+    gone = Process(alive.host, alive.pid, "1")
+    assert loss(flow_run(Running(), gone)) and loss(flow_run(Crashed(), gone)) and loss(flow_run(Cancelling(), gone))
+    assert not loss(flow_run(Running(), alive)) and not loss(flow_run(Running(), None))
+    assert not loss(flow_run(Running(), gone, starts=recover.MOST_STARTS)), "it crashes by itself"
 
-    def lost(state: Any, process: Process | None, starts: int = 1, hosts: tuple[str, ...] = ()) -> bool:
-        return recover._loss(flow_run(state, process, starts), hosts, said.append) is not None
 
-    assert lost(Running(), gone) and lost(Crashed(), gone)
-    assert not lost(Running(), alive) and not lost(Running(), None)
-    assert not lost(Running(), gone, starts=recover.MOST_STARTS), "it crashes by itself"
-    assert not lost(Running(), elsewhere) and "add --gone other-machine" in said[-1]
-    assert lost(Running(), elsewhere, hosts=("other-machine",))
+def test_a_run_of_another_host_is_lost_once_it_is_silent() -> None:
+    """A pod's name never comes back, so nobody can look for its processes."""
+    elsewhere = Process("pod-x7d2q:4026532001", 1, "1.00")
+
+    def lost(age: float, heard: bool, beat: int = 30, state: Callable[..., Any] = Running) -> bool:
+        run = flow_run(state(timestamp=now("UTC") - timedelta(seconds=age)), elsewhere)
+        run.labels[HEARTBEAT] = beat
+        return loss(run, heard) is not None
+
+    assert lost(1000, heard=False) and lost(1000, heard=False, state=Crashed) and lost(1000, False, state=Cancelling)
+    assert not lost(1000, heard=True)
+    assert not lost(30 * recover.MISSED - 5, heard=False), "it may not have sent the first one yet"
+    assert not lost(1000, heard=False, beat=0), "it sends none"
+
+
+def test_the_same_number_in_another_container_is_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container on the host's network has the host's name, and numbers of its own."""
+    mine = Process.current()
+    monkeypatch.setattr(processes, "here", lambda: mine.host.replace("4", "5"))
+    assert not mine.is_here and Process.current() != mine
 
 
 def test_a_run_that_its_worker_never_started_is_lost_after_a_while() -> None:
-    def reason(age: float) -> str | None:
-        state = Pending(timestamp=now("UTC") - timedelta(seconds=age))
-        return recover._loss(flow_run(state, None), (), print)
+    def reason(age: float, pool: str = recover.POOL) -> str | None:
+        run = flow_run(Pending(timestamp=now("UTC") - timedelta(seconds=age)), None)
+        run.work_pool_name = pool
+        return loss(run)
 
     assert reason(recover.PENDING_SECONDS - 60) is None
     assert reason(recover.PENDING_SECONDS + 60) == "its worker took it and never started it"
+    assert reason(recover.PENDING_SECONDS + 60, "kubernetes") is None, "its image is still on the way"
+    assert reason(recover.PENDING_ELSEWHERE_SECONDS + 60, "kubernetes")
 
 
 def test_a_run_that_crashes_before_it_begins_is_not_forgotten() -> None:
     run = flow_run(Crashed(), None)
     run.work_pool_name = "docker"
-    assert recover._loss(run, (), print) is None, "a worker of another kind judges that"
+    assert loss(run) is None, "a worker of another kind judges that"
     run.work_pool_name = recover.POOL
-    assert recover._loss(run, (), print) == "it crashed before it began"
+    assert loss(run) == "it crashed before it began"
     run.labels[recover.RECOVERIES] = str(recover.MOST_STARTS)
-    assert recover._loss(run, (), print) is None
+    assert loss(run) is None
 
 
 # Serving

@@ -35,6 +35,7 @@ VERSION = "1.33"
 
 
 DEPLOYED = [each for each in MANIFESTS if each["kind"] == "Deployment"]
+CRON = [each for each in MANIFESTS if each["kind"] == "CronJob"]
 NAMES = [each["metadata"]["name"] for each in DEPLOYED]
 JOBS = {each["name"]: each for each in DEPLOYMENTS}
 
@@ -55,8 +56,9 @@ def job(name: str) -> dict[str, Any]:
 
 def pod_of(name: str) -> dict[str, Any]:
     """What a deployment of the manifests, or a job, says about its pods."""
-    found = job(name) if name in JOBS else next(each for each in DEPLOYED if each["metadata"]["name"] == name)
-    return dict(found["spec"]["template"]["spec"])
+    found = job(name) if name in JOBS else next(each for each in DEPLOYED + CRON if each["metadata"]["name"] == name)
+    spec = found["spec"]["jobTemplate"]["spec"] if found["kind"] == "CronJob" else found["spec"]
+    return dict(spec["template"]["spec"])
 
 
 def strict(manifest: dict[str, Any]) -> None:
@@ -77,7 +79,7 @@ def test_the_api_knows_every_field_of_the_job(name: str) -> None:
         strict(wrong)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *JOBS])
+@pytest.mark.parametrize("name", [*NAMES, *JOBS, "recover"])
 def test_pods_keep_to_the_restricted_profile(name: str) -> None:
     pod = pod_of(name)
     assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
@@ -91,7 +93,7 @@ def test_pods_keep_to_the_restricted_profile(name: str) -> None:
         mounted = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
         assert mounted["scratch"] == "/tmp" and set(mounted) == {each["name"] for each in pod["volumes"]}
     kinds = {kind for volume in pod["volumes"] for kind in volume if kind != "name"}
-    assert kinds <= {"emptyDir", "persistentVolumeClaim", "secret", "configMap", "projected"}
+    assert kinds <= {"emptyDir", "ephemeral", "secret"}, "something would have to be shared, or outlive its pod"
 
 
 def test_servers_are_probed_and_reached_by_their_names() -> None:
@@ -105,10 +107,10 @@ def test_servers_are_probed_and_reached_by_their_names() -> None:
         if name in services:
             assert services[name]["selector"].items() <= spec["metadata"]["labels"].items()
             assert services[name]["ports"][0]["targetPort"] == container["ports"][0]["name"]
-    images = {each["spec"]["template"]["spec"]["containers"][0]["image"] for each in DEPLOYED}
+    images = {pod_of(name)["containers"][0]["image"] for name in (*NAMES, "recover")}
     assert {each["name"] for each in KUSTOMIZATION["images"]} == images
     # The addresses that pods are told are those of the services.
-    told = {each["value"] for name in NAMES for each in pod_of(name)["containers"][0]["env"]}
+    told = {each["value"] for name in NAMES for each in pod_of(name)["containers"][0]["env"] if "value" in each}
     for name in ("mlflow", "prefect"):
         assert any(value.startswith(f"http://{name}:{services[name]['ports'][0]['port']}") for value in told)
 
@@ -119,6 +121,18 @@ def test_no_secret_is_written_down() -> None:
         (container,) = pod_of(name)["containers"]
         assert container["envFrom"] == [{"secretRef": {"name": "fuselip"}}]
         assert not any("PASSWORD" in each["name"] or "SECRET" in each["name"] for each in container["env"])
+    # The search server, which strangers talk to, gets what it needs and no other key of the secret.
+    given = {each["name"]: each for each in pod_of("search")["containers"][0]["env"] if "valueFrom" in each}
+    assert "envFrom" not in pod_of("search")["containers"][0] and "AWS_SECRET_ACCESS_KEY" in given
+    assert all(each["valueFrom"]["secretKeyRef"] == {"name": "fuselip", "key": name} for name, each in given.items())
+
+
+def test_whatever_a_pod_needs_of_the_secret_is_asked_for() -> None:
+    head = (FOLDER / "kustomization.yaml").read_text()
+    used = {each["name"] for each in pod_of("search")["containers"][0]["env"] if "valueFrom" in each}
+    assert all(f"{name}=" in head for name in (*used, "FUSELIP_STORE", "FUSELIP_GIT", "FUSELIP_API_KEY"))
+    script = DEPLOYMENTS[0]["pull"][0]["prefect.deployments.steps.run_shell_script"]["script"]
+    assert "${FUSELIP_GIT:?" in script and script.endswith("/work/fuselip")
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -138,6 +152,7 @@ def test_the_job_runs_the_flow_with_what_it_needs(name: str) -> None:
     assert container["resources"]["limits"]["nvidia.com/gpu"] == values["gpus"]
     assert container["resources"]["limits"]["memory"] == values["memory"]
     volumes = {each["name"]: each for each in pod["volumes"]}
-    assert volumes["work"]["persistentVolumeClaim"]["claimName"] == values["claim"]
+    claim = volumes["work"]["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert claim == {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": values["disk"]}}}
     assert volumes["shared-memory"]["emptyDir"]["medium"] == "Memory"
     assert json.loads(POD.read_text())["variables"]["properties"]["pod_watch_timeout_seconds"]["default"] >= 1800

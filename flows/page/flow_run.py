@@ -1,4 +1,4 @@
-"""A flow run's name, and a label with the process that runs it."""
+"""A flow run's name, and labels that tell which process runs it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_UI_URL
 
 from flows.run.folder import Run
-from flows.run.processes import LABEL, Process
+from flows.run.processes import HEARTBEAT, LABEL, Process
 from fuselip_core.files import find_json
 
 
@@ -36,7 +36,8 @@ def flow_url() -> str | None:
 
 
 def sign() -> None:
-    """Notes on the current flow run which process runs it."""
+    """Notes on the current flow run which process runs it, and how often that sends a sign of life."""
     if run_id := flow_run.get_id():
+        heartbeat = PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value() or 0
         with get_client(sync_client=True) as client:
-            client.update_flow_run_labels(UUID(run_id), {LABEL: str(Process.current())})
+            client.update_flow_run_labels(UUID(run_id), {LABEL: str(Process.current()), HEARTBEAT: heartbeat})

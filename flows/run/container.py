@@ -7,17 +7,21 @@ sees the repository under its own path and runs its code; the image brings the l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
-from flows.run.processes import Process
+from filelock import FileLock, Timeout
+
 from flows.run.runner import OnLine, ProcessRunner
 from fuselip_core.config import Settings, load_settings
 from fuselip_core.errors import FuselipError, run_to_exit
@@ -117,7 +121,14 @@ def main() -> None:
     repository = Path(os.environ.get("FUSELIP_REPOSITORY", Path.cwd()))
     client = connect()
     sweep(client, repository, _write)
-    sys.exit(run_container(client, request_for(client, sys.argv[1:], repository), _write))
+    request = request_for(client, sys.argv[1:], repository)
+    lock = _lock(repository, request.labels)
+    try:
+        with FileLock(lock):
+            code = run_container(client, request, _write)
+    finally:
+        lock.unlink(missing_ok=True)
+    sys.exit(code)
 
 
 def connect() -> DockerClient:
@@ -155,7 +166,7 @@ def request_for(client: DockerClient, words: Sequence[str], repository: Path) ->
         labels={
             f"{LABEL}.repository": str(repository),
             f"{LABEL}.stage": stage,
-            f"{LABEL}.process": str(Process.current()),
+            f"{LABEL}.lock": f"container-{uuid4().hex}.lock",
             f"{LABEL}.flow-run": os.environ.get("FUSELIP_FLOW_RUN", ""),
         },
         gpus=kind != "download" and wants_gpu(client),
@@ -197,26 +208,29 @@ def run_container(client: DockerClient, request: ContainerRequest, on_line: OnLi
 def sweep(client: DockerClient, repository: Path, on_line: OnLine) -> int:
     """Stops and removes what killed runs of this repository left; returns how many that were.
 
-    Containers whose process still runs stay: a download may run beside a stage.
+    Containers that a process still waits for stay: a download may run beside a stage.
     """
     from docker.errors import NotFound
 
-    found = client.containers.list(all=True, filters={"label": f"{LABEL}.repository={repository}"})
-    left = [container for container in found if not _is_attended(container)]
+    left = client.containers.list(all=True, filters={"label": f"{LABEL}.repository={repository}"})
+    stopped = 0
     for container in left:
-        on_line(f"stopping the container that an earlier run left behind ({container.labels.get(f'{LABEL}.stage')})")
-        try:
+        # A lock in the checkout, since the number of a process means nothing in another container.
+        lock = _lock(repository, container.labels)
+        with contextlib.suppress(NotFound, Timeout), FileLock(lock, timeout=0):
+            on_line(f"stopping the container that an earlier run left behind ({container.labels[f'{LABEL}.stage']})")
             container.stop(timeout=GRACE_SECONDS)
             container.remove(force=True)
-        except NotFound:
-            continue
-    return len(left)
+            lock.unlink(missing_ok=True)
+            stopped += 1
+    return stopped
 
 
-def _is_attended(container: Container) -> bool:
-    """Whether the process that waits for the container still runs on this machine."""
-    process = Process.read(container.labels.get(f"{LABEL}.process", ""))
-    return process is not None and process.is_here and process.lives
+def _lock(repository: Path, labels: Mapping[str, str]) -> Path:
+    """The file that is locked while a process waits for the container with these labels."""
+    path = repository / ".dvc" / "tmp" / labels.get(f"{LABEL}.lock", "container.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def volumes_of(
@@ -239,7 +253,8 @@ def volumes_of(
         store.mkdir(parents=True, exist_ok=True)
         volumes[str(store)] = {"bind": str(store), "mode": "rw"}
     cache = Path.home() / ".cache"
-    if cache.is_dir() and os.access(cache, os.W_OK):
+    # A flow that is itself in a container has its home in /tmp, which is not the machine's.
+    if cache.is_dir() and os.access(cache, os.W_OK) and not cache.is_relative_to(tempfile.gettempdir()):
         volumes[str(cache)] = {"bind": "/.cache", "mode": "rw"}
     return volumes
 

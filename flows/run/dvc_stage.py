@@ -60,11 +60,19 @@ def reproduce(address: str, force: bool) -> int:
 
 
 def dvc_repo(folder: Path) -> Any:
-    """DVC's repository in `folder`, for `with`; a source archive, which has no .git, is one too."""
+    """DVC's repository in `folder`, for `with`; a source archive, which has no .git, is one too.
+
+    Its remote is FUSELIP_STORE where that is set, else the one that .dvc/config names.
+    """
     from dvc.repo import Repo
 
-    in_git = any((place / ".git").exists() for place in (folder, *folder.parents))
-    return Repo(str(folder), config=None if in_git else {"core": {"no_scm": True}})
+    config: dict[str, Any] = {"core": {}}
+    if not any((place / ".git").exists() for place in (folder, *folder.parents)):
+        config["core"]["no_scm"] = True
+    if store := os.environ.get("FUSELIP_STORE"):
+        config["core"]["remote"] = "store"
+        config["remote"] = {"store": {"url": f"{store.rstrip('/')}/dvc"}}
+    return Repo(str(folder), config=config)
 
 
 def settings_of(address: str) -> str:

@@ -118,13 +118,30 @@ def _plan_run(repository: Path, request: RunRequest, base: Run | None = None) ->
         start = base or (Run(repository, repository, root) if same_source else None)
         planned = Plan(_checked(repository, folder, values), values, start)
     settings = planned.run.settings.prepare
-    if settings.source != "phantom" and not (repository / settings.root).is_dir():
+    if (
+        settings.source != "phantom"
+        and not (repository / settings.root).is_dir()
+        and not _pull(repository, settings.root)
+    ):
         example = "" if field_of("root") != "--root" else f" (make demo SOURCE={settings.source} ROOT=...)"
         raise FuselipError(
             f"there is no data set folder {repository / settings.root}; name the folder of your {settings.source} "
             f"files with {field_of('root')}{example}"
         )
     return planned
+
+
+def _pull(repository: Path, root: Path) -> bool:
+    """Whether FUSELIP_STORE has brought the data set, of which DVC knows the version by ``<root>.dvc``."""
+    version = repository / f"{root}.dvc"
+    if not os.environ.get("FUSELIP_STORE") or not version.exists():
+        return False
+    with dvc_lock(repository, str(version), logger.info), dvc_repo(repository) as repo:
+        try:
+            repo.pull(targets=[str(version)])
+        except Exception as error:  # what DVC raises is not always its own
+            raise dvc_problem(error) from error
+    return True
 
 
 def _plan_again(repository: Path, request: StageRequest) -> Plan:

@@ -75,7 +75,7 @@ def _others(client: SyncPrefectClient) -> str:
     names = [
         run.name
         for run in running
-        if str(run.id) != flow_run.get_id() and str(run.labels.get(LABEL, "")).startswith(f"{socket.gethostname()}/")
+        if str(run.id) != flow_run.get_id() and str(run.labels.get(LABEL, "")).startswith(f"{socket.gethostname()}:")
     ]
     return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'}" if names else "other runs have"
 

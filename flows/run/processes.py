@@ -1,4 +1,4 @@
-"""Identifies processes of this machine and tells whether they still run."""
+"""Identifies processes and tells whether they still run."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import contextlib
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import UUID
 
 import psutil
 
 LABEL = "fuselip.process"  # of a flow run: the process that runs it
+HEARTBEAT = "fuselip.heartbeat"  # of a flow run: seconds between the signs of life that its process sends
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of a machine. The start time tells it from a later process with the same number."""
+    """A process of a machine or container. The start time tells it from a later process with the same number."""
 
-    host: str
+    host: str  # where its number means something: see `here`
     pid: int
     started: str
 
     @classmethod
     def current(cls) -> Process:
         """This process."""
-        return cls(socket.gethostname(), os.getpid(), _started(os.getpid()) or "")
+        return cls(here(), os.getpid(), _started(os.getpid()) or "")
 
     @classmethod
     def read(cls, label: str) -> Process | None:
@@ -39,12 +41,18 @@ class Process:
 
     @property
     def is_here(self) -> bool:
-        return self.host == socket.gethostname()
+        return self.host == here()
 
     @property
     def lives(self) -> bool:
-        """Whether it still runs; only its own machine can tell."""
+        """Whether it still runs; only its own machine or container can tell."""
         return _started(self.pid) == self.started
+
+
+def here() -> str:
+    """The host name and the namespace of process numbers, which a container may not share with a host of its name."""
+    namespace = str(Path("/proc/self/ns/pid").readlink()).strip("pid:[]")
+    return f"{socket.gethostname()}:{namespace}"
 
 
 def processes_of(flow_run_id: UUID) -> list[psutil.Process]:

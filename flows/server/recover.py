@@ -4,9 +4,10 @@ A worker is killed, a machine restarts, the kernel ends a process for want of me
 a run running, or crashed, and leaves it there. This schedules the same run again with its parameters; DVC skips the
 finished stages, and a stage resumes from its checkpoint.
 
-No run is done twice. A run is only touched if the process that signed it (flows/page/flow_run.py) is gone, which its
-own machine knows for certain; only one of these commands works at a time; and what the old process left behind holds
-DVC's lock (flows/run/lock.py) until it has ended.
+No run is done twice. A run is only touched if the process that signed it (flows/page/flow_run.py) is gone. Its own
+machine knows that for certain. A process of another machine, container or pod is gone once it has missed several of the
+signs of life that Prefect's engine sends, whatever its host was called. One that was only cut off holds DVC's lock in
+its checkout (flows/run/lock.py) until it has ended.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -28,20 +28,24 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, FlowRunFilterState
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.types._datetime import now
 
 from flows.environment import DEFAULTS
 from flows.run.child import OnLine
-from flows.run.processes import LABEL, Process, processes_of
+from flows.run.processes import HEARTBEAT, LABEL, Process, processes_of
 from fuselip_core.errors import run_to_exit, sentence_of
 
 RECOVERIES = "fuselip.recoveries"
 POOL = "process"
 # After this many starts a run is given up: it crashes by itself.
 MOST_STARTS = 5
-# A worker starts the process of a run within seconds, unless it is killed in between.
+# A worker starts the process of a run within seconds, unless it is killed in between; a pod may fetch its image first.
 PENDING_SECONDS = 180.0
+PENDING_ELSEWHERE_SECONDS = 3600.0
+# Signs of life that a process elsewhere must have missed.
+MISSED = 4
 # A live worker reports the end of a process itself, twice and with a delay; it goes first.
 SETTLE_SECONDS = 20.0
 FIRST_DELAY_SECONDS = 5.0
@@ -49,22 +53,26 @@ STOP_SECONDS = 90.0
 STATES = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING, StateType.CRASHED]
 
 
-def recover(on_line: OnLine, gone: Collection[str] = (), settle_seconds: float = SETTLE_SECONDS) -> list[FlowRun]:
-    """Reschedules and returns runs whose process has ended; `gone` lists machines that will not come back."""
+def recover(on_line: OnLine, settle_seconds: float = SETTLE_SECONDS) -> list[FlowRun]:
+    """Reschedules and returns runs whose process has ended."""
     recovered = []
     home = Path(os.environ.get("PREFECT_HOME", DEFAULTS["PREFECT_HOME"]))
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / "recover.lock"), get_client(sync_client=True) as client:
-        suspects = {run.id: run.state_id for run in _unfinished(client) if _loss(run, gone, lambda line: None)}
+        suspects = {run.id: run for run in _unfinished(client) if _loss(client, run)}
         if suspects:
-            time.sleep(settle_seconds)
-        for run in _unfinished(client):
+            # A server that was away has heard nobody: those who live are heard again meanwhile.
+            time.sleep(max([settle_seconds, *(1.5 * _heartbeat(run) for run in suspects.values() if _elsewhere(run))]))
+        for before in suspects.values():
+            run = client.read_flow_run(before.id)
+            if run.state_id != before.state_id or not (reason := _loss(client, run)):
+                continue
             if run.state and run.state.is_cancelling():
                 _finish_cancelling(client, run, on_line)
-            elif (reason := _loss(run, gone, on_line)) and suspects.get(run.id) == run.state_id:
-                _schedule(client, run, reason)
-                on_line(f"{run.name}: {reason}; it resumes from its last checkpoint")
-                recovered.append(run)
+                continue
+            _schedule(client, run, reason)
+            on_line(f"{run.name}: {reason}; it resumes from its last checkpoint")
+            recovered.append(run)
     return recovered
 
 
@@ -75,39 +83,50 @@ def _unfinished(client: SyncPrefectClient) -> list[FlowRun]:
     return client.read_flow_runs(flow_run_filter=wanted, limit=200)
 
 
-def _loss(run: FlowRun, gone: Collection[str], on_line: OnLine) -> str | None:
-    """Why `run` will not end by itself; None if it may, or if only another machine can tell."""
+def _loss(client: SyncPrefectClient, run: FlowRun) -> str | None:
+    """Why `run` will not end by itself; None if it may."""
     assert run.state is not None
-    if max(run.run_count, _recoveries(run)) >= MOST_STARTS:
+    age = (now("UTC") - run.state.timestamp).total_seconds()
+    process = _process_of(run)
+    if run.state.is_cancelling():
+        if process and process.is_here and process.lives:
+            return "its worker is gone" if _is_orphan(process) else None
+    elif max(run.run_count, _recoveries(run)) >= MOST_STARTS:
         return None
     if run.state.is_pending():
-        age = (now("UTC") - run.state.timestamp).total_seconds()
-        lost = age > PENDING_SECONDS and not processes_of(run.id)
-        return "its worker took it and never started it" if lost else None
-    process = _process_of(run)
+        lost = age > (PENDING_SECONDS if run.work_pool_name == POOL else PENDING_ELSEWHERE_SECONDS)
+        return "its worker took it and never started it" if lost and not processes_of(run.id) else None
     if process is None:
         # Killed while its process was starting. What a worker of another kind starts, only that can judge.
         ours = run.state.is_crashed() and run.work_pool_name == POOL
         return "it crashed before it began" if ours else None
-    if not (process.is_here or process.host in gone):
-        on_line(f"{run.name} is of {process.host}; if that machine will not come back, add --gone {process.host}")
+    if process.is_here:
+        return None if process.lives else f"its process {process.pid} on {process.host} is gone"
+    silence = MISSED * _heartbeat(run)
+    if not silence or age < silence or _heard(client, run, silence):
         return None
-    if process.is_here and process.lives:
-        return None
-    return f"its process {process.pid} on {process.host} is gone"
+    return f"nothing was heard of its process on {process.host} for {silence:.0f} s"
+
+
+def _heard(client: SyncPrefectClient, run: FlowRun, seconds: float) -> bool:
+    """Whether the run's process has sent a sign of life within that time."""
+    wanted = EventFilter(
+        event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
+        resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
+        occurred=EventOccurredFilter(since=now("UTC") - timedelta(seconds=seconds)),
+    )
+    return bool(client.read_events(wanted, limit=1).events)
 
 
 def _finish_cancelling(client: SyncPrefectClient, run: FlowRun, on_line: OnLine) -> None:
-    """Ends a cancelling run whose worker has ended; nothing else would."""
+    """Ends a cancelling run whose worker or process has ended; nothing else would."""
     process = _process_of(run)
-    if process is None or not process.is_here or not process.lives or not _is_orphan(process):
-        # Its worker does it, or, where that is gone too, the server's own clock.
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
-    while process.lives and time.monotonic() < deadline:
-        time.sleep(0.5)
+    if process and process.is_here and process.lives:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while process.lives and time.monotonic() < deadline:
+            time.sleep(0.5)
     client.set_flow_run_state(run.id, Cancelled(message="cancelled; its worker had gone before"), force=True)
     on_line(f"{run.name}: cancelled")
 
@@ -127,6 +146,16 @@ def _process_of(run: FlowRun) -> Process | None:
     return Process.read(str(run.labels.get(LABEL, "")))
 
 
+def _elsewhere(run: FlowRun) -> bool:
+    process = _process_of(run)
+    return process is not None and not process.is_here
+
+
+def _heartbeat(run: FlowRun) -> float:
+    """Seconds between the signs of life of the run's process; 0 if it sends none."""
+    return float(str(run.labels.get(HEARTBEAT) or 0))
+
+
 def _recoveries(run: FlowRun) -> int:
     return int(str(run.labels.get(RECOVERIES) or 0))
 
@@ -142,12 +171,11 @@ def _is_orphan(process: Process) -> bool:
 
 def main(
     every: Annotated[float | None, typer.Option(metavar="SECONDS", help="Repeat until ended, with this pause.")] = None,
-    gone: Annotated[list[str] | None, typer.Option(metavar="HOST", help="Machine that will not come back.")] = None,
 ) -> None:
     """Put flow runs whose process is gone back in the queue."""
     while True:
         try:
-            recover(_say, gone or ())
+            recover(_say)
         except Exception as error:
             # A server that restarts or cannot be reached must not end the watch.
             if not every:

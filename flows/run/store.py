@@ -1,0 +1,127 @@
+"""Keeps runs in an object store, for machines that keep nothing, such as pods: ``FUSELIP_STORE=s3://BUCKET/FOLDER``.
+
+Data and the outputs of finished stages go to ``dvc/`` there, as DVC's remote. What DVC does not keep of a run goes to
+``runs/<name>/``: its settings and lock, metrics, and the checkpoints from which a stopped stage resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flows.run.child import OnLine
+from flows.run.dvc_stage import dvc_problem, dvc_repo
+from flows.run.folder import Run
+from flows.run.lock import dvc_lock
+from flows.run.runner import Outcome, Runner
+from fuselip_core.errors import FuselipError, sentence_of
+
+EVERY_SECONDS = 60.0  # between two looks for new checkpoints
+
+
+def fetch_run(run: Run, on_line: OnLine) -> None:
+    """Brings what an earlier machine kept of the run; what is here already stays as it is."""
+    if not (store := os.environ.get("FUSELIP_STORE")):
+        return
+    files, folder = _folder(store, run)
+    for place in files.find(folder):
+        here = run.folder / str(Path(place).relative_to(folder))
+        if not here.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            files.get_file(place, str(here))
+    if (run.folder / "dvc.lock").exists():
+        _with_dvc(run, on_line, "pull", allow_missing=True)
+
+
+class KeptRunner:
+    """Runs stages by `runner`, and sends what they have made to the store: checkpoints soon, outputs at their end."""
+
+    def __init__(self, runner: Runner, store: str) -> None:
+        self.runner, self.store = runner, store
+
+    def run(self, stage: str, run: Run, on_line: OnLine, force: bool = False) -> Outcome:
+        with self._mirrored(run, on_line):
+            outcome = self.runner.run(stage, run, on_line, force)
+            if outcome.status == "done":
+                _with_dvc(run, on_line, "push")
+        return outcome
+
+    @contextlib.contextmanager
+    def _mirrored(self, run: Run, on_line: OnLine) -> Iterator[None]:
+        over, sent = threading.Event(), _Sent(self.store, run)
+
+        def look() -> None:
+            while not over.wait(EVERY_SECONDS):
+                try:
+                    sent.send()
+                except Exception as error:  # a store that does not answer must not end a training; the next look may
+                    on_line(f"warning: {self.store}: {sentence_of(error)}")
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            sent.send()
+
+
+class _Sent:
+    """The run's files that DVC does not keep, and those of them that the store has."""
+
+    def __init__(self, store: str, run: Run) -> None:
+        self.run = run
+        self.files, self.folder = _folder(store, run)
+        with dvc_repo(run.repository) as repo:
+            stages = repo.stage.load_all(str(run.folder / "dvc.yaml"))
+            self.outputs = [Path(out.fs_path) for stage in stages for out in stage.outs if out.use_cache]
+        self.known: dict[Path, tuple[int, int]] = {}
+
+    def send(self) -> None:
+        """Sends what is new or has changed, and removes what is no longer here, such as an old checkpoint."""
+        found = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in self._mine()}
+        for path in sorted(path for path, seen in found.items() if self.known.get(path) != seen):
+            # A checkpoint may just be replaced by the next; its digest tells a part from the whole.
+            with contextlib.suppress(FileNotFoundError):
+                self.files.put_file(str(path), self._place(path))
+        left = set(self.files.find(self.folder)) - {self._place(path) for path in found}
+        if left:
+            self.files.rm(sorted(left))
+        self.known = found
+
+    def _mine(self) -> Iterator[Path]:
+        for path in self.run.folder.rglob("*"):
+            if path.is_file() and not any(path.is_relative_to(output) for output in self.outputs):
+                yield path
+
+    def _place(self, path: Path) -> str:
+        return f"{self.folder}/{path.relative_to(self.run.folder)}"
+
+
+def _folder(store: str, run: Run) -> tuple[Any, str]:
+    """The store's file system, and the run's folder there; raises FuselipError for what cannot be reached or kept."""
+    from fsspec.core import url_to_fs
+
+    if run.folder == run.repository:
+        raise FuselipError("a run that FUSELIP_STORE keeps needs a name: give it one (name)")
+    try:
+        # Without its memory of what it has listed, which other machines change.
+        files, folder = url_to_fs(f"{store.rstrip('/')}/runs/{run.folder.name}", use_listings_cache=False)
+        files.exists(folder)
+    except Exception as error:  # each kind of store has its own
+        raise FuselipError(f"FUSELIP_STORE={store} cannot be reached: {sentence_of(error)}") from error
+    return files, str(folder)
+
+
+def _with_dvc(run: Run, on_line: OnLine, verb: str, **options: Any) -> None:
+    """``dvc pull`` or ``dvc push`` of the run's outputs."""
+    with dvc_lock(run.repository, f"dvc {verb} (process {os.getpid()})", on_line), dvc_repo(run.repository) as repo:
+        try:
+            getattr(repo, verb)(targets=[str(run.folder / "dvc.yaml")], **options)
+        except Exception as error:  # what DVC raises is not always its own
+            raise dvc_problem(error) from error
