@@ -291,6 +291,10 @@ def test_a_run_of_another_host_is_lost_once_it_is_silent() -> None:
     assert not lost(1000, heard=True)
     assert not lost(30 * recover.MISSED - 5, heard=False), "it may not have sent the first one yet"
     assert not lost(1000, heard=False, beat=0), "it sends none"
+    unsigned = flow_run(Running(timestamp=now("UTC") - timedelta(hours=9)), None)
+    assert not loss(unsigned), "it may be of another project"
+    unsigned.labels[HEARTBEAT] = 30
+    assert loss(unsigned), "it was signed before, and its next process ended before it signed"
 
 
 def test_the_same_number_in_another_container_is_another_process(monkeypatch: pytest.MonkeyPatch) -> None:

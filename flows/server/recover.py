@@ -62,7 +62,9 @@ def recover(on_line: OnLine, settle_seconds: float = SETTLE_SECONDS) -> list[Flo
         suspects = {run.id: run for run in _unfinished(client) if _loss(client, run)}
         if suspects:
             # A server that was away has heard nobody: those who live are heard again meanwhile.
-            time.sleep(max([settle_seconds, *(1.5 * _heartbeat(run) for run in suspects.values() if _elsewhere(run))]))
+            time.sleep(
+                max([settle_seconds, *(1.5 * _heartbeat(run) for run in suspects.values() if not _is_here(run))])
+            )
         for before in suspects.values():
             run = client.read_flow_run(before.id)
             if run.state_id != before.state_id or not (reason := _loss(client, run)):
@@ -96,16 +98,16 @@ def _loss(client: SyncPrefectClient, run: FlowRun) -> str | None:
     if run.state.is_pending():
         lost = age > (PENDING_SECONDS if run.work_pool_name == POOL else PENDING_ELSEWHERE_SECONDS)
         return "its worker took it and never started it" if lost and not processes_of(run.id) else None
-    if process is None:
+    if process is None and run.state.is_crashed():
         # Killed while its process was starting. What a worker of another kind starts, only that can judge.
-        ours = run.state.is_crashed() and run.work_pool_name == POOL
-        return "it crashed before it began" if ours else None
-    if process.is_here:
+        return "it crashed before it began" if run.work_pool_name == POOL else None
+    if process and process.is_here:
         return None if process.lives else f"its process {process.pid} on {process.host} is gone"
+    # A run that was never signed may be of another project.
     silence = MISSED * _heartbeat(run)
     if not silence or age < silence or _heard(client, run, silence):
         return None
-    return f"nothing was heard of its process on {process.host} for {silence:.0f} s"
+    return f"nothing was heard of it for {silence:.0f} s; it ran on {process.host if process else 'another machine'}"
 
 
 def _heard(client: SyncPrefectClient, run: FlowRun, seconds: float) -> bool:
@@ -146,9 +148,9 @@ def _process_of(run: FlowRun) -> Process | None:
     return Process.read(str(run.labels.get(LABEL, "")))
 
 
-def _elsewhere(run: FlowRun) -> bool:
+def _is_here(run: FlowRun) -> bool:
     process = _process_of(run)
-    return process is not None and not process.is_here
+    return process is not None and process.is_here
 
 
 def _heartbeat(run: FlowRun) -> float:
