@@ -134,9 +134,9 @@ def test_checkpoints_are_sent_and_outputs_left_to_dvc(run: Run, store: dict[str,
     sent.send()
     first = "artifacts/checkpoints/a/step-2/state.pt"
     assert listed(store) == {"params.yaml", "dvc.yaml", "artifacts/metrics.json", first}
-    (run.folder / first).rename(run.folder / first.replace("step-2", "other"))
+    (run.folder / first).parent.rename((run.folder / first).parent.with_name("step-4"))
     sent.send()
-    assert first.replace("step-2", "other") in listed(store) and first not in listed(store), "the store only grows"
+    assert first.replace("step-2", "step-4") in listed(store) and first not in listed(store), "the store only grows"
     (run.folder / "artifacts" / "metrics.json").unlink()
     (run.folder / "params.yaml").write_text("mine")
     fetch_run(run, print)
@@ -166,11 +166,9 @@ def test_a_store_that_ends_during_a_stage_costs_no_work(
     assert lines[0].startswith("warning: s3://dvc/fuselip: ") and "the store is away" in lines[0]
 
 
-def test_a_store_that_cannot_be_reached_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_read_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSELIP_STORE", "s3://no-such-bucket/fuselip")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(FuselipError, match="FUSELIP_STORE=s3://no-such-bucket/fuselip cannot be reached"):
+    with pytest.raises(FuselipError, match="FUSELIP_STORE=s3://no-such-bucket/fuselip cannot be read: .*bucket"):
         fetch_run(run, print)
     root = Run(run.repository, run.repository, run.settings)
     with pytest.raises(FuselipError, match="needs a name"):

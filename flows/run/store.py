@@ -104,7 +104,7 @@ class _Sent:
 
 
 def _folder(store: str, run: Run) -> tuple[Any, str]:
-    """The store's file system, and the run's folder there; raises FuselipError for what cannot be reached or kept."""
+    """The store's file system, and the run's folder there; raises FuselipError for what cannot be read or kept."""
     from fsspec.core import url_to_fs
 
     if run.folder == run.repository:
@@ -112,9 +112,9 @@ def _folder(store: str, run: Run) -> tuple[Any, str]:
     try:
         # Without its memory of what it has listed, which other machines change.
         files, folder = url_to_fs(f"{store.rstrip('/')}/runs/{run.folder.name}", use_listings_cache=False)
-        files.exists(folder)
+        files.find(folder)
     except Exception as error:  # each kind of store has its own
-        raise FuselipError(f"FUSELIP_STORE={store} cannot be reached: {sentence_of(error)}") from error
+        raise FuselipError(f"FUSELIP_STORE={store} cannot be read: {sentence_of(error)}") from error
     return files, str(folder)
 
 
