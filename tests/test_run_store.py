@@ -168,7 +168,7 @@ def test_a_store_that_ends_during_a_stage_costs_no_work(
 
 def test_a_store_that_cannot_be_read_is_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSELIP_STORE", "s3://no-such-bucket/fuselip")
-    with pytest.raises(FuselipError, match="FUSELIP_STORE=s3://no-such-bucket/fuselip cannot be read: .*bucket"):
+    with pytest.raises(FuselipError, match=r"FUSELIP_STORE=s3://no-such-bucket/fuselip cannot be read: .*bucket"):
         fetch_run(run, print)
     root = Run(run.repository, run.repository, run.settings)
     with pytest.raises(FuselipError, match="needs a name"):
