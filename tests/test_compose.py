@@ -157,7 +157,7 @@ def test_compose_itself_accepts_it(repository: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(2400)
-def test_the_search_service_answers_from_an_index_that_it_has_built(
+def test_the_search_service_answers_from_an_index_that_the_worker_has_built(
     repository: Path, finished_run: Settings, tmp_path: Path
 ) -> None:
     """The service alone, of the real file, by a real compose; the other services need images of others."""
@@ -201,7 +201,7 @@ def test_the_search_service_answers_from_an_index_that_it_has_built(
         assert len(answer.json()["data"]) == 3
         assert {path.stat().st_uid for path in (place / "index").rglob("*")} == {os.getuid()}
     finally:
-        call("down", "--timeout", "20")
+        call("down", "--volumes", "--timeout", "20")
 
 
 def compose(folder: Path, values: str, port: int = 8000) -> list[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import CLOSED, ask, engine, image_of, run, services, serving
+import yaml
+from engine import CLOSED, REPOSITORY, ask, engine, image_of, run, services, serving
 from fake_hub import FakeHub
 from repository_copy import copy_of, copy_repository, dvc, run_flow, terminate_flow
 
@@ -150,3 +151,15 @@ def test_the_worker_image_runs_a_flow_with_all_of_its_stages(boxed: Path) -> Non
     assert (boxed / "calls").read_text().split()[-1] == "register"
     status = run(image, "dvc", "status", options=(*CLOSED, *mount))
     assert status.returncode == 0 and "up to date" in status.stdout, status.stderr
+
+
+def test_the_worker_image_looks_after_lost_runs_without_a_checkout() -> None:
+    """What the cron job of docker/kubernetes/recover.yaml calls without a server, and what a pod clones with."""
+    job = yaml.safe_load((REPOSITORY / "docker" / "kubernetes" / "recover.yaml").read_text())
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    image = image_of(f"docker/{container['image'].removeprefix('bacor_fuselip_')}")
+    around = ("-e", "PREFECT_HOME=/tmp/prefect", "-e", "PREFECT_API_URL=http://127.0.0.1:9/api")
+    done = run(image, *container["args"], options=(*CLOSED, *around))
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    done = run(image, "sh", "-c", "git --version && python -c 'import s3fs, dvc_s3'", options=CLOSED)
+    assert done.returncode == 0, done.stderr
