@@ -199,6 +199,9 @@ class TokenizeSettings(Section):
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32", description="Of the image tokenizer, for random crops; the evaluation view is always in float32."
     )
+    crops: Literal["auto", "pillow", "device"] = Field(
+        "auto", description="Who cuts and resizes random crops: Pillow, or the tokenizer's device; auto: a GPU does."
+    )
     rows_per_shard: Int = Field(4096, ge=1, description="Images tokenized between two points of resumption.")
     seed: Int = Field(0, ge=0, description="Seed of the random crops.")
 

@@ -144,15 +144,15 @@ def random_crop(
     The part has between scale[0] and scale[1] of the picture's area and an aspect ratio between 3/4 and 4/3 (drawn
     evenly on a logarithmic scale), as in the published training; if none fits, the largest part in the middle.
     """
-    left, top, width, height = _draw_part(picture.width, picture.height, scale, rng)
+    left, top, width, height = draw_part(picture.width, picture.height, scale, rng)
     part = picture.convert("RGB").crop((left, top, left + width, top + height))
     return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _draw_part(
+def draw_part(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the part, in pixels."""
+    """Left, top, width and height of the part that `random_crop` takes, in pixels."""
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))

@@ -21,19 +21,22 @@ import torch
 from PIL import Image
 
 from fuselip_core.config import Settings, TokenizeSettings
-from fuselip_core.data.shards.in_order import Draw, ahead, pixel_batches
+from fuselip_core.data.shards.in_order import ahead, drawn_batches
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.distributed import local_device
 from fuselip_core.files import replace_folder
-from fuselip_core.images import random_crop, to_pixels
+from fuselip_core.images import draw_part, random_crop, to_pixels
 from fuselip_core.model.processing import TextTokenizer, as_pixels
 from fuselip_core.model.titok import TiTok, codebook_id
 from fuselip_core.progress import track
+from fuselip_core.tokenizer.crops import Uncut
 
 logger = logging.getLogger("fuselip")
+EXACT = ("float32", "pillow")
 BATCHES_AHEAD = 2  # decoded and waiting for the model
+MOST_UNCUT = 2**20  # pixels of a picture that waits for the GPU whole; larger ones are cropped where they are decoded
 Shard = tuple[str, int, int]  # split, first row, row after the last
 
 EncodeText = Callable[[str], Sequence[int]]
@@ -55,18 +58,29 @@ def store_identity(
         "crop_scale": list(settings.crop_scale),
         "view_seed": settings.seed,
         "precision": settings.precision,
+        "crops": crops_by(settings, next(tokenizer.parameters()).device),
     }
 
 
-def views_of(size: int, settings: TokenizeSettings) -> Draw:
-    """View 0 is the evaluation view; view v > 0 a random crop drawn from (seed, row, v) alone."""
+def crops_by(settings: TokenizeSettings, device: torch.device) -> str:
+    """Who makes the crops, by `tokenize.crops`: pillow or device."""
+    return ("device" if device.type == "cuda" else "pillow") if settings.crops == "auto" else settings.crops
 
-    def draw(image: Image.Image, row: int) -> np.ndarray:
-        views = [to_pixels(image, size)]
-        for view in range(1, settings.views):
-            rng = np.random.default_rng([settings.seed, row, view])
-            views.append(random_crop(image, size, settings.crop_scale, rng))
-        return np.stack(views)
+
+def views_of(size: int, settings: TokenizeSettings, crops: str) -> Callable[[Image.Image, int], np.ndarray | Uncut]:
+    """View 0 is the evaluation view; view v > 0 a random crop drawn from (seed, row, v) alone.
+
+    Pictures become pixels uint8 (V, S, S, 3) or, where the device makes the crops, what it needs for that.
+    """
+
+    def draw(image: Image.Image, row: int) -> np.ndarray | Uncut:
+        whole = to_pixels(image, size)[None]
+        rngs = [np.random.default_rng([settings.seed, row, view]) for view in range(1, settings.views)]
+        if crops == "device" and rngs and image.width * image.height <= MOST_UNCUT:
+            boxes = [draw_part(image.width, image.height, settings.crop_scale, rng) for rng in rngs]
+            return Uncut(whole, np.asarray(image.convert("RGB")), np.array(boxes))
+        parts = [random_crop(image, size, settings.crop_scale, rng)[None] for rng in rngs]
+        return np.concatenate([whole, *parts])
 
     return draw
 
@@ -108,7 +122,8 @@ class Tokenizing:
         self.prepared, self.tokenizer, self.encode_text = prepared, tokenizer.eval(), encode_text
         self.settings, self.identity, self.target = settings, identity, target
         self.device = next(tokenizer.parameters()).device
-        self.equal_codes: float | None = None  # share of codes that a lower precision leaves as they are
+        self.crops = crops_by(settings, self.device)
+        self.equal_codes: float | None = None  # share of codes that faster crops and precision leave as they are
 
     def run(self) -> dict[str, Any]:
         """All splits, then the manifest; returns the number of images and pairs of each split."""
@@ -146,14 +161,14 @@ class Tokenizing:
 
     def _codes(self, split: str, shards: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, codes (N, V, K) uint16) of each shard (first row, row after the last)."""
-        settings, draw = self.settings, views_of(self.tokenizer.config.image_size, self.settings)
+        settings, draw = self.settings, views_of(self.tokenizer.config.image_size, self.settings, self.crops)
 
-        def pixels() -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:
+        def drawn() -> Iterator[tuple[tuple[int, int], int, list[np.ndarray | Uncut]]]:
             for shard in shards:
-                for first, batch in pixel_batches(self.prepared, split, draw, settings.batch_size, *shard):
+                for first, batch in drawn_batches(self.prepared, split, draw, settings.batch_size, *shard):
                     yield shard, first, batch
 
-        with contextlib.closing(ahead(pixels(), BATCHES_AHEAD)) as batches:
+        with contextlib.closing(ahead(drawn(), BATCHES_AHEAD)) as batches:
             for (start, stop), group in itertools.groupby(batches, key=lambda item: item[0]):
                 codes = np.zeros((stop - start, settings.views, self.tokenizer.config.latent_tokens), np.uint16)
                 for _, first, batch in group:
@@ -161,18 +176,29 @@ class Tokenizing:
                 yield start, codes
 
     @torch.inference_mode()
-    def _encode(self, batch: np.ndarray) -> np.ndarray:
-        """uint8 (N, V, S, S, 3) → codes (N, V, K), a view of all images at a time, uploaded once."""
-        pixels = torch.from_numpy(batch).to(self.device)
-        views = [self._view_codes(pixels[:, view], view) for view in range(pixels.shape[1])]
-        if self.equal_codes is None and self.settings.precision != "float32":
-            # View 0 once more in the lower precision, on the first batch: what that changes.
-            self.equal_codes = float((self._view_codes(pixels[:, 0], 1) == views[0]).float().mean())
-            share = 100 * self.equal_codes
-            logger.info(
-                "tokenize.precision=%s: %.1f %% of the codes are those of float32", self.settings.precision, share
-            )
-        return torch.stack(views, dim=1).cpu().numpy()
+    def _encode(self, batch: Sequence[np.ndarray | Uncut]) -> np.ndarray:
+        """N images → codes (N, V, K), a view of all images at a time."""
+        if len(plain := [each for each in batch if not isinstance(each, Uncut)]) == len(batch):
+            pixels = torch.from_numpy(np.stack(plain)).to(self.device)
+        else:
+            views = (each.views if isinstance(each, Uncut) else torch.from_numpy(each).to for each in batch)
+            pixels = torch.stack([made(self.device) for made in views])
+        codes = torch.stack([self._view_codes(pixels[:, view], view) for view in range(pixels.shape[1])], dim=1)
+        if self.equal_codes is None and len(codes[0]) > 1 and (self.settings.precision, self.crops) != EXACT:
+            self._compare(batch, pixels[:, 1], codes[:, 1])
+        return codes.cpu().numpy()
+
+    def _compare(self, batch: Sequence[np.ndarray | Uncut], pixels: torch.Tensor, codes: torch.Tensor) -> None:
+        """View 1 of the first batch once more, cut by Pillow and in float32: what the faster ways change."""
+        exact = [
+            torch.tensor(each.cut_by_pillow(0), device=self.device) if isinstance(each, Uncut) else own
+            for each, own in zip(batch, pixels, strict=True)
+        ]
+        self.equal_codes = float((self._view_codes(torch.stack(exact), 0) == codes).float().mean())
+        logger.info(
+            "tokenize.precision=%s, crops by %s: %.1f %% of the codes of crops are those of float32 and Pillow",
+            *(self.settings.precision, self.crops, 100 * self.equal_codes),
+        )
 
     def _view_codes(self, pixels: torch.Tensor, view: int) -> torch.Tensor:
         """uint8 (N, S, S, 3) → codes (N, K) int64. Codes are compared in float32, or near ones would change places."""
@@ -183,7 +209,7 @@ class Tokenizing:
 
     def _blank(self) -> np.ndarray:
         size = self.tokenizer.config.image_size
-        return self._encode(np.zeros((1, 1, size, size, 3), np.uint8))[0, 0]
+        return self._encode([np.zeros((1, size, size, 3), np.uint8)])[0, 0]
 
 
 @contextlib.contextmanager

@@ -75,19 +75,27 @@ def ahead(items: Iterator[Item], most: int) -> Generator[Item, None, None]:
 
 
 def pixel_batches(
+    prepared: PreparedData, split: str, draw: Draw, batch_rows: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (first row, uint8 (N, V, S, S, 3)); see `drawn_batches`."""
+    for first, drawn in drawn_batches(prepared, split, draw, batch_rows, start, stop):
+        yield first, np.stack(drawn)
+
+
+def drawn_batches(
     prepared: PreparedData,
     split: str,
-    draw: Draw,
+    draw: Callable[[Image.Image, int], Item],
     batch_rows: int,
     start: int = 0,
     stop: int | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, uint8 (N, V, S, S, 3)) for the rows from `start` to before `stop`, in the shards' order.
+) -> Iterator[tuple[int, list[Item]]]:
+    """Yields (first row, what `draw` makes of N images) for the rows from `start` to before `stop`, in order.
 
     Rows behind the images are those that are made of them. While the caller works on a batch the next one is decoded.
     """
 
-    def decode_and_draw(encoded: Encoded, row: int) -> np.ndarray:
+    def decode_and_draw(encoded: Encoded, row: int) -> Item:
         blob, edit = encoded
         try:
             image = decode(blob)
@@ -99,14 +107,14 @@ def pixel_batches(
             ) from error
 
     with decoding_threads() as pool:
-        waiting: tuple[int, list[Future[np.ndarray]]] | None = None
+        waiting: tuple[int, list[Future[Item]]] | None = None
         for first, blobs in _encoded_batches(prepared, split, batch_rows, start, stop):
             jobs = [pool.submit(decode_and_draw, blob, first + place) for place, blob in enumerate(blobs)]
             if waiting:
-                yield waiting[0], np.stack([job.result() for job in waiting[1]])
+                yield waiting[0], [job.result() for job in waiting[1]]
             waiting = (first, jobs)
         if waiting:
-            yield waiting[0], np.stack([job.result() for job in waiting[1]])
+            yield waiting[0], [job.result() for job in waiting[1]]
 
 
 def _encoded_batches(
