@@ -195,6 +195,10 @@ class TokenizeSettings(Section):
 
     views: Int = Field(1, ge=1, le=64, description="Views an image: the evaluation view, then random crops.")
     crop_scale: tuple[float, float] = Field((0.8, 1.0), description="Area of a random crop, share of the image.")
+    rotation: Number = Field(0.0, ge=0, le=180, description="Degrees a random crop is turned at most, either way.")
+    contrast: Number = Field(
+        0.0, ge=0, le=1, description="By how much brightness and gamma of a random crop vary (0.2: 20 % either way)."
+    )
     batch_size: Int = Field(64, ge=1, description="Images a forward pass.")
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32", description="Of the image tokenizer, for random crops; the evaluation view is always in float32."
@@ -244,7 +248,10 @@ class TrainSettings(Section):
         description="On CUDA: copy batches ahead on a stream of their own and, with compile, replay CUDA graphs. "
         "Not measured yet.",
     )
-    learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="AdamW (published), or Muon for the matrices of the blocks and AdamW for all else."
+    )
+    learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate.")
     weight_decay: Number = Field(0.2, ge=0, description="On matrices only.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's decay of first and second moments.")
     epsilon: Number = Field(1e-8, gt=0, description="Added to AdamW's denominator.")
@@ -260,8 +267,15 @@ class TrainSettings(Section):
     all_combinations: Switch = Field(
         False, description="Queries are also each other's negatives, and so are targets (a published option)."
     )
-    alike_pairs: Literal["negatives", "ignored"] = Field(
-        "negatives", description="Pairs of the same image, or of images with the same concepts, as negatives or not."
+    targets_apart: Switch = Field(
+        False,
+        description="Targets are also each other's negatives: keeps texts that differ in one word, such as left and "
+        "right, from becoming one vector.",
+    )
+    alike_pairs: Literal["negatives", "same-image", "ignored"] = Field(
+        "negatives",
+        description="Pairs image → text of the same image are no negatives of each other (same-image), nor those of "
+        "images with the same concepts (ignored), or all are.",
     )
     equal_targets: Literal["each", "once"] = Field(
         "each",

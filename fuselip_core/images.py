@@ -149,6 +149,22 @@ def random_crop(
     return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
 
 
+def random_variation(picture: Image.Image, degrees: float, contrast: float, rng: np.random.Generator) -> Image.Image:
+    """The picture in RGB, turned by up to `degrees` either way, its grey values changed by up to a factor.
+
+    Corners that turning leaves empty are black. Values v in 0..1 become f v^g with f and g between exp(-contrast) and
+    exp(contrast), drawn evenly on a logarithmic scale.
+    """
+    picture = picture.convert("RGB")
+    if degrees:
+        picture = picture.rotate(rng.uniform(-degrees, degrees), Image.Resampling.BILINEAR)
+    if contrast:
+        factor, power = np.exp(rng.uniform(-contrast, contrast, 2))
+        values = np.clip(255 * factor * (np.arange(256) / 255) ** power, 0, 255).round().astype(int)
+        picture = picture.point(values.tolist() * 3)
+    return picture
+
+
 def draw_part(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:

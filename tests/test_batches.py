@@ -71,9 +71,11 @@ def test_batches_made_ahead_and_values_read_late_train_the_same_weights(
     assert curves[0] == curves[1] and [step for step, _ in curves[0]] == [0, 1, 6]
 
 
-@pytest.mark.parametrize("late", [0, 3])
-def test_a_step_that_is_not_finite_never_reaches_weights_nor_a_checkpoint(tmp_path: Path, late: int) -> None:
-    trainer = trainer_of(tmp_path, "run", late=late, checkpoint_every=3, preflight=False)
+@pytest.mark.parametrize(("late", "optimizer"), [(0, "adamw"), (3, "adamw"), (3, "muon")])
+def test_a_step_that_is_not_finite_never_reaches_weights_nor_a_checkpoint(
+    tmp_path: Path, late: int, optimizer: str
+) -> None:
+    trainer = trainer_of(tmp_path, "run", late=late, checkpoint_every=3, preflight=False, optimizer=optimizer)
     compute, seen = trainer.compute_gradients, []
 
     def broken_at_step_3(batch: Any) -> Any:

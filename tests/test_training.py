@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from tiny_store import random_store, settings_of, tiny_model
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.tokens.joined import JoinedStore
-from fuselip_core.data.tokens.store import TokenStore, gather
+from fuselip_core.data.tokens.store import DTYPES, TokenStore, gather
 from fuselip_core.distributed import World, join_world
-from fuselip_core.encoding.from_codes import TokenEncoder, TokenPairs
+from fuselip_core.encoding.from_codes import TokenEncoder, TokenPairs, pair_keys
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.before_after import compare
 from fuselip_core.training.build import extend_context, interpolate, trained_weights
@@ -345,6 +346,39 @@ def test_all_combinations_tell_queries_from_queries_and_targets_from_targets() -
                 for side in (query, target):
                     expected -= torch.nn.functional.logsigmoid(-(scale * side[i] @ side[j] + bias))
     torch.testing.assert_close(found, expected / 4)
+
+
+def test_targets_apart_tell_targets_from_targets_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, target = (torch.nn.functional.normalize(torch.randn(3, 8, generator=generator), dim=-1) for _ in range(2))
+    keys = torch.tensor([[0, 0, -1], [1, 0, -1], [0, 0, -1]])  # pairs 0 and 2 have the same target
+    scale, bias = torch.tensor(5.0), torch.tensor(-2.0)
+    loss_of, world = SigmoidLoss(scale, bias), World()
+    plain = contrastive_over_all(query, target, keys, loss_of, world, all_combinations=False)
+    found = contrastive_over_all(query, target, keys, loss_of, world, all_combinations=False, targets_apart=True)
+    different = [(0, 1), (1, 0), (1, 2), (2, 1)]
+    terms = [torch.nn.functional.logsigmoid(-(scale * target[i] @ target[j] + bias)) for i, j in different]
+    torch.testing.assert_close(found - plain, -torch.stack(terms).sum() / 3)
+
+
+@pytest.mark.parametrize(
+    ("alike", "sets"), [("negatives", [-1, -1, -1]), ("same-image", [3, 4, -1]), ("ignored", [9, 9, -1])]
+)
+def test_pairs_that_are_no_negatives_of_each_other(tmp_path: Path, alike: str, sets: list[int]) -> None:
+    store = random_store(tmp_path)
+    # The first two are image → text, of two images with the same concepts; a question is never alike.
+    columns = {"query_image": np.array([3, 4, 5]), "alike": np.array([9, 9, -1])}
+    store.pairs = replace(store.pairs, **{name: getattr(store.pairs, name)[:3] for name in DTYPES} | columns)
+    assert pair_keys(store, np.arange(3), alike)[:, 2].tolist() == sets
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(tmp_path: Path) -> None:
+    trainer = trainer_of(random_store(tmp_path / "store"), settings_of(optimizer="muon"), tmp_path / "run")
+    by_muon = {id(p) for group in trainer.optimizer.muon.param_groups for p in group["params"]}  # type: ignore[union-attr]
+    for name, p in trainer.model.named_parameters():
+        assert (id(p) in by_muon) == (p.ndim == 2 and ".resblocks." in name), name
+    both = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len({id(p) for p in both}) == len(both) == len(list(trainer.model.parameters()))
 
 
 def test_a_longer_context_changes_no_sequence_that_fitted(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from fuselip_core.training.gradients import Losses, backward
 from fuselip_core.training.late_look import LateLook, Seen
 from fuselip_core.training.losses import Contrast
 from fuselip_core.training.memory import fit_memory
-from fuselip_core.training.optimizer import build_adamw, clip_in_step, set_learning_rate
+from fuselip_core.training.optimizer import build_optimizer, clip_in_step, set_learning_rate
 from fuselip_core.training.plan import plan_schedule, refuse_empty_parts, sample_ids
 from fuselip_core.training.preflight import look_before_the_first_step
 from fuselip_core.training.system_metrics import machine_metrics
@@ -109,7 +109,8 @@ class Trainer:
         parts, kept = fit_memory(self.model, settings, settings.batch_size // world.size)
         keep(self.model, kept)
         once = settings.equal_targets == "once"
-        self._contrast = Contrast(settings.contrast_rows, once, settings.all_combinations, world)
+        apart = settings.all_combinations, settings.targets_apart
+        self._contrast = Contrast(settings.contrast_rows, once, *apart, world)
         self._contrast_compiled: Callable[..., Tensor] = self._contrast
         if settings.compile:
             if world.alone:
@@ -120,10 +121,8 @@ class Trainer:
         self.batches = Batches(encoder, store, settings, world, parts)
         self.ahead = Ahead(self.batches.next, self.schedule.steps, self.device)
         self.late_look = LateLook(self.device)
-        self.optimizer = build_adamw(
-            [self.model], settings.learning_rate, settings.weight_decay, settings.betas, settings.epsilon
-        )
-        self.optimizer.found_inf = self.late_look.broken  # type: ignore[attr-defined]  # read by torch's fused step
+        self.optimizer = build_optimizer(self.model, settings)
+        self.optimizer.found_inf = self.late_look.broken  # type: ignore[union-attr]  # read by torch's fused step
         self.average = AveragedWeights(self.model, settings.ema) if settings.ema else None
         self.step, self.pairs, self.seconds = 0, 0, 0.0
         self._order_behind: Mapping[str, Any] = {}  # state of the order of pairs behind the last step

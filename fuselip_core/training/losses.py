@@ -82,38 +82,47 @@ class SigmoidLoss:
 
 @dataclass(frozen=True)
 class Contrast:
-    """How a run compares embeddings; `rows` and `once` as in SigmoidLoss, `all_combinations` as below."""
+    """How a run compares embeddings; `rows` and `once` as in SigmoidLoss, the others as below."""
 
     rows: int | None
     once: bool
     all_combinations: bool
+    targets_apart: bool
     world: World
 
     def __call__(self, query: Tensor, target: Tensor, keys: Tensor, log_scale: Tensor, bias: Tensor) -> Tensor:
         """Embeddings (B, W), their keys (B, 3), and the model's `log_scale` and `bias` → what is minimised."""
         loss_of = SigmoidLoss(log_scale.exp(), bias, self.rows, self.once)
-        return contrastive_over_all(query, target, keys, loss_of, self.world, self.all_combinations)
+        return contrastive_over_all(query, target, keys, loss_of, self.world, self.all_combinations, self.targets_apart)
 
 
 def contrastive_over_all(
-    query: Tensor, target: Tensor, keys: Tensor, loss_of: SigmoidLoss, world: World, all_combinations: bool
+    query: Tensor,
+    target: Tensor,
+    keys: Tensor,
+    loss_of: SigmoidLoss,
+    world: World,
+    all_combinations: bool,
+    targets_apart: bool = False,
 ) -> Tensor:
     """The sigmoid loss of this process's queries with the targets of all processes; its mean is the joint batch's.
 
     `query`, `target` (B, W) unit-norm; `keys` (B, 3) int64 tell which pairs are no negatives of each other, see `akin`.
     With `all_combinations` queries are also told from queries and targets from targets, as an option of the published
-    code does (but for its constant for each pair with itself).
+    code does (but for its constant for each pair with itself). `targets_apart` only tells targets from targets.
     """
     loss = loss_of(query, target, keys, keys, belong=True)
     if all_combinations:
-        for side in (query, target):
-            loss = loss + loss_of(side, side, keys, keys)
+        loss = loss + loss_of(query, query, keys, keys)
+    if all_combinations or targets_apart:
+        loss = loss + loss_of(target, target, keys, keys)
     # One tensor goes round, so that gradients come back in one order in every process.
     carried = torch.cat([target, query], dim=1) if all_combinations else target
     for far_keys, far in world.ring([keys, carried]):
         loss = loss + loss_of(query, far[:, : query.shape[1]], keys, far_keys)
-        if all_combinations:
+        if all_combinations or targets_apart:
             loss = loss + loss_of(target, far[:, : query.shape[1]], keys, far_keys)
+        if all_combinations:
             loss = loss + loss_of(query, far[:, query.shape[1] :], keys, far_keys)
     return loss
 
