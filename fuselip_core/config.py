@@ -152,6 +152,9 @@ class ModelSettings(Section):
     family: Family = Field("fuselip", description="Early fusion, or one of the late-fusion baselines.")
     size: Size = Field("tiny", description="Preset of widths and depths.")
     context_length: Int | None = Field(None, ge=8, le=1024, description="Tokens a sequence; the preset's if empty.")
+    width: Int | None = Field(
+        None, ge=8, description="Width of early fusion's tokens, all heads together; the preset's if empty."
+    )
     mask_token: Switch = Field(True, description="Reserve a mask token (moves every joint image id by one).")
 
 
@@ -272,10 +275,8 @@ class TrainSettings(Section):
         description="Targets are also each other's negatives: keeps texts that differ in one word, such as left and "
         "right, from becoming one vector.",
     )
-    alike_pairs: Literal["negatives", "same-image", "ignored"] = Field(
-        "negatives",
-        description="Pairs image → text of the same image are no negatives of each other (same-image), nor those of "
-        "images with the same concepts (ignored), or all are.",
+    alike_pairs: Literal["negatives", "ignored"] = Field(
+        "negatives", description="Pairs of the same image, or of images with the same concepts, as negatives or not."
     )
     equal_targets: Literal["each", "once"] = Field(
         "each",

@@ -204,6 +204,13 @@ def test_presets(size: str) -> None:
     assert config.codes_per_image < config.context_length
 
 
+def test_a_width_of_ones_own_replaces_the_presets_if_its_heads_divide_it() -> None:
+    config = FuseLIPConfig.of_size("small", width=96)
+    assert (config.width, config.heads, config.layers) == (96, 6, 12)
+    with pytest.raises(FuselipError, match=r"model\.width 100 is no multiple of the 6 heads of size small; set 102"):
+        FuseLIPConfig.of_size("small", width=100)
+
+
 def test_unknown_size_is_told() -> None:
     with pytest.raises(FuselipError, match=r"'huge'.*tiny, small, base, large"):
         FuseLIPConfig.of_size("huge")

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from tiny_store import random_store, settings_of, tiny_model
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.tokens.joined import JoinedStore
-from fuselip_core.data.tokens.store import DTYPES, TokenStore, gather
+from fuselip_core.data.tokens.store import TokenStore, gather
 from fuselip_core.distributed import World, join_world
-from fuselip_core.encoding.from_codes import TokenEncoder, TokenPairs, pair_keys
+from fuselip_core.encoding.from_codes import TokenEncoder, TokenPairs
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.before_after import compare
 from fuselip_core.training.build import extend_context, interpolate, trained_weights
@@ -359,17 +358,6 @@ def test_targets_apart_tell_targets_from_targets_alone() -> None:
     different = [(0, 1), (1, 0), (1, 2), (2, 1)]
     terms = [torch.nn.functional.logsigmoid(-(scale * target[i] @ target[j] + bias)) for i, j in different]
     torch.testing.assert_close(found - plain, -torch.stack(terms).sum() / 3)
-
-
-@pytest.mark.parametrize(
-    ("alike", "sets"), [("negatives", [-1, -1, -1]), ("same-image", [3, 4, -1]), ("ignored", [9, 9, -1])]
-)
-def test_pairs_that_are_no_negatives_of_each_other(tmp_path: Path, alike: str, sets: list[int]) -> None:
-    store = random_store(tmp_path)
-    # The first two are image → text, of two images with the same concepts; a question is never alike.
-    columns = {"query_image": np.array([3, 4, 5]), "alike": np.array([9, 9, -1])}
-    store.pairs = replace(store.pairs, **{name: getattr(store.pairs, name)[:3] for name in DTYPES} | columns)
-    assert pair_keys(store, np.arange(3), alike)[:, 2].tolist() == sets
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(tmp_path: Path) -> None:

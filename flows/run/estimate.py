@@ -33,7 +33,8 @@ def _memory(run: Run) -> str:
     from fuselip_core.training.memory import step_memory
 
     settings = run.settings.train
-    config = FuseLIPConfig.of_size(run.settings.model.size, context_length=run.settings.model.context_length)
+    options = run.settings.model
+    config = FuseLIPConfig.of_size(options.size, context_length=options.context_length, width=options.width)
     parts = 1 if settings.accumulation == "auto" else settings.accumulation
     # In float32, as on a CPU, unless bfloat16 is asked for: which machine will train is not known here.
     found = step_memory(config, settings, settings.batch_size, parts, "cpu")

@@ -146,15 +146,13 @@ def gather_sides(store: Store, rows: np.ndarray, view_rng: np.random.Generator) 
     return [gather(store, rows, "query", view_rng), gather(store, rows, "target", view_rng)]
 
 
-def pair_keys(store: Store, rows: np.ndarray, alike: str) -> np.ndarray:
+def pair_keys(store: Store, rows: np.ndarray, alike: bool) -> np.ndarray:
     """What says which pairs (B) are no negatives of each other, (B, 3) int64; see losses.akin.
 
-    `alike` is train.alike_pairs. Equal targets always count.
+    Without `alike` only equal targets count.
     """
     pairs = store.pairs
-    sets = pairs.alike[rows] if alike != "negatives" else np.full(len(rows), -1)
-    if alike == "same-image":
-        sets = np.where(sets >= 0, pairs.query_image[rows], -1)
+    sets = pairs.alike[rows] if alike else np.full(len(rows), -1)
     return np.stack([pairs.target_text[rows], pairs.target_image[rows], sets], axis=1).astype(np.int64)
 
 

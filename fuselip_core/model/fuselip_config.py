@@ -62,11 +62,21 @@ class FuseLIPConfig(PreTrainedConfig):
         codebook: TiTokConfig | None = None,
         context_length: int | None = None,
         mask_token: bool = True,
+        width: int | None = None,
     ) -> Self:
-        """Preset `size` for the codes of `codebook` (the preset's if None); the model itself contains no tokenizer."""
+        """Preset `size` for the codes of `codebook` (the preset's if None); the model itself contains no tokenizer.
+
+        `context_length` and `width`, where given, replace the preset's. Raises FuselipError for an unknown size, and
+        for a width that the size's heads do not divide.
+        """
         encoder, codebook = encoder_size(size), codebook or tokenizer_config(size)
+        if width and width % encoder.heads:
+            fitting = max(1, round(width / encoder.heads)) * encoder.heads
+            raise FuselipError(
+                f"model.width {width} is no multiple of the {encoder.heads} heads of size {size}; set {fitting}, say"
+            )
         return cls(
-            width=encoder.width,
+            width=width or encoder.width,
             heads=encoder.heads,
             layers=encoder.layers,
             context_length=context_length or encoder.context_length,

@@ -59,7 +59,7 @@ class Batches:
             self.encoder.expect(rows, self._view_rng(step), self.parts)
         view_rng = self._view_rng(step)
         parts = [self.encoder.inputs(part, view_rng) for part in np.array_split(rows, self.parts)]
-        keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs))
+        keys = torch.from_numpy(pair_keys(self.store, rows, settings.alike_pairs == "ignored"))
         return Batch(rows, parts, keys.pin_memory() if torch.cuda.is_available() else keys, self.mixture.state_dict())
 
     def _view_rng(self, step: int) -> np.random.Generator:

@@ -33,7 +33,9 @@ def build_model(options: ModelSettings, settings: TrainSettings, tokenizer: TiTo
 
 
 def _new_fuselip(options: ModelSettings, settings: TrainSettings, tokenizer: TiTok) -> FuseLIPModel:
-    config = FuseLIPConfig.of_size(options.size, tokenizer.config, options.context_length, options.mask_token)
+    config = FuseLIPConfig.of_size(
+        options.size, tokenizer.config, options.context_length, options.mask_token, options.width
+    )
     model = FuseLIPModel(config)
     _start_scale(model, settings)
     spread = settings.initial_embedding_std / model.token_embedding.weight.std().item()
