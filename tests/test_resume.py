@@ -65,7 +65,9 @@ def losses_of(tokens: Settings, folder: Path, stop_at: int | None = None) -> dic
     return losses
 
 
-def test_resumed_losses_equal_the_uninterrupted_ones(tokens: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_losses_equal_the_uninterrupted_ones(tokens: Settings, tmp_path: Path, optimizer: str) -> None:
+    tokens = tokens.model_copy(update={"train": tokens.train.model_copy(update={"optimizer": optimizer})})
     whole = losses_of(tokens, tmp_path / "whole")
     assert sorted(whole) == list(range(12))
     for stop in random.Random(0).sample(range(1, 12), 3):

@@ -28,7 +28,7 @@ from fuselip_core.data.tokens.store import SideTokens, TokenStore
 from fuselip_core.encoding.from_codes import StoredEncoder, gather_sides
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space, write_json
-from fuselip_core.images import random_crop
+from fuselip_core.images import random_crop, random_variation
 from fuselip_core.model.compiled import compile_blocks
 from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD, as_pixels
@@ -173,7 +173,8 @@ def baseline_view(size: int, manifest: Mapping[str, Any]) -> DrawView:
         if view == 0:
             return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
         rng = np.random.default_rng([manifest["view_seed"], row, view])
-        return random_crop(image, size, tuple(manifest["crop_scale"]), rng)
+        varied = random_variation(image, manifest.get("rotation", 0.0), manifest.get("contrast", 0.0), rng)
+        return random_crop(varied, size, tuple(manifest["crop_scale"]), rng)
 
     return draw
 
@@ -187,7 +188,9 @@ def cache_pictures(
     prepared data are not those that were tokenized.
     """
     require_tokenized(prepared, manifest)
-    identity = {name: manifest[name] for name in ("data_version", "crop_scale", "view_seed")}
+    identity = {
+        name: manifest.get(name) for name in ("data_version", "crop_scale", "rotation", "contrast", "view_seed")
+    }
     identity |= {"split": split, "size": size, "views": views}
     marker = path.with_suffix(".json")
     if not _is_whole(marker, path, identity):
