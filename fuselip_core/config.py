@@ -212,6 +212,12 @@ class TokenizeSettings(Section):
     rows_per_shard: Int = Field(4096, ge=1, description="Images tokenized between two points of resumption.")
     seed: Int = Field(0, ge=0, description="Seed of the random crops.")
 
+    @model_validator(mode="after")
+    def _only_pillow_varies(self) -> TokenizeSettings:
+        if self.crops == "device" and (self.rotation or self.contrast):
+            raise ValueError("crops are turned and varied in contrast by Pillow; set crops to auto or pillow")
+        return self
+
 
 class TrainSettings(Section):
     """The joint encoder's training."""

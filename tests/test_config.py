@@ -169,6 +169,7 @@ def test_recipe_and_artifacts_replace_the_files(tmp_path: Path) -> None:
         ("train={steps: 5, epochs: 2}", ["either steps or epochs"]),
         ("train={steps: 50, warmup_steps: 50}", ["warmup_steps 50", "within the run's 50 steps"]),
         ("train.accumulation=7", ["batch_size 128 is no multiple of accumulation 7"]),
+        ("tokenize={crops: device, rotation: 5.0}", ["turned and varied in contrast by Pillow"]),
         ("train.interpolate=0.5", ["interpolate below 1", "name a checkpoint"]),
         ("train.steps=true", ["train.steps", "valid integer", "not True"]),
         ("train.steps=10.0", ["train.steps", "valid integer"]),
