@@ -17,14 +17,18 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from tiny_store import random_store, settings_of, tiny_model
+import reference
+from tiny_store import cut_at, random_store, settings_of, tiny_model
 
 from fuselip_core.encoding.from_codes import TokenPairs
 from fuselip_core.encoding.packed_sides import MOST_BUDGETS
 from fuselip_core.errors import FuselipError
 from fuselip_core.model.compiled import graphs_compiled
+from fuselip_core.model.fuselip import FuseLIPModel
+from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.packed import pack
 from fuselip_core.model.vocabulary import join, text_sequence
+from fuselip_core.model.weights import load_strictly
 from fuselip_core.training.checkpoint import Checkpoints
 from fuselip_core.training.loop import Trainer
 
@@ -54,6 +58,23 @@ def near(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) 
     for name, value in wanted.items():
         distance = float((found[name] - value).norm() / value.norm().clamp(min=1e-6))
         assert distance < tolerance, f"{name} is off by {distance:.2g}"
+
+
+def published_values_are_reproduced(device: torch.device, folder: Path) -> None:
+    """The published model of size small gives the embeddings and the loss of the published code, in float32."""
+    assert reference.keys(), "needs ../shared/fixtures"
+    name = "fuselip-small"
+    with torch.device("meta"):
+        model = FuseLIPModel(FuseLIPConfig.from_published(reference.manifest()["models"][name]["config"]))
+    load_strictly(model, reference.weights(name), name)
+    model.eval().to(device)
+    with torch.inference_mode():
+        found = {"image_features": model.embed_ids(reference.expected(f"{name}.image_input_ids").to(device))}
+        masked, labels = (reference.expected(f"{name}.mmm_{part}").to(device) for part in ("input_ids", "labels"))
+        output = model(masked, labels=labels)
+        found |= {"mmm_features": output.embeddings, "mmm_loss": output.loss[None]}
+    for key, value in found.items():
+        torch.testing.assert_close(value.cpu(), reference.expected(f"{name}.{key}"), atol=1e-4, rtol=0)
 
 
 def packed_equals_padded(device: torch.device, folder: Path) -> None:
@@ -123,16 +144,7 @@ def resumed_equals_whole(device: torch.device, folder: Path) -> None:
     fields: dict[str, Any] = {"steps": 8, "checkpoint_every": 4, "ema": 0.5, "precision": "float32"}
     whole, cut = trainer_of(device, folder, "whole", **fields), trainer_of(device, folder, "cut", **fields)
     whole.run()
-    original = cut._train_step
-
-    def stop_at_5(step: int) -> Any:
-        if step == 5:
-            raise KeyboardInterrupt
-        return original(step)
-
-    cut._train_step = stop_at_5  # type: ignore[method-assign]
-    with contextlib.suppress(KeyboardInterrupt):
-        cut.run()
+    cut_at(cut, 5)
     again = trainer_of(device, folder, "cut", **fields)
     again.run()
     wanted = {name: p.detach().double().cpu() for name, p in whole.model.named_parameters()}
@@ -186,6 +198,7 @@ def _waiting_is_an_error(device: torch.device) -> Iterator[None]:
 
 
 CHECKS: tuple[Callable[[torch.device, Path], None], ...] = (
+    published_values_are_reproduced,
     packed_equals_padded,
     bfloat16_stays_near_float32,
     parts_equal_the_whole_batch,

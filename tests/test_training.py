@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny_store import random_store, settings_of, tiny_model
+from tiny_store import cut_at, random_store, settings_of, tiny_model
 
 from fuselip_core.config import TrainSettings
 from fuselip_core.data.tokens.joined import JoinedStore
@@ -185,16 +185,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_with_averages_and_parts(tmp_
     whole = trainer_of(store, settings, tmp_path / "whole")
     whole.run()
     cut = trainer_of(store, settings, tmp_path / "cut")
-    original = cut._train_step
-
-    def step(number: int) -> Any:
-        if number == 5:
-            raise KeyboardInterrupt
-        return original(number)
-
-    cut._train_step = step  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        cut.run()
+    cut_at(cut, 5)
     if damaged:
         (tmp_path / "cut" / "step-00000004" / "state.pt").write_bytes(b"not what was written")
     again = trainer_of(store, settings, tmp_path / "cut", seed=5)

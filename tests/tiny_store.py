@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from fuselip_core.config import TrainSettings
 from fuselip_core.data.tokens.store import PairColumns, TokenStore
 from fuselip_core.data.tokens.writer import TokenStoreWriter, write_manifest
 from fuselip_core.model.fuselip import FuseLIPConfig, FuseLIPModel
+from fuselip_core.training.loop import Trainer
 
 CODES, CODEBOOK, KINDS = 4, 20, ("caption", "vqa")
 WIDTHS = {"width": 16, "heads": 2, "layers": 2, "codebook_size": CODEBOOK, "codes_per_image": CODES}
@@ -52,3 +55,18 @@ def settings_of(**fields: object) -> TrainSettings:
     return TrainSettings.model_validate(
         {"steps": 4, "batch_size": 8, "mixture": {"caption": 1, "vqa": 1}, "checkpoint_every": 100, **fields}
     )
+
+
+def cut_at(trainer: Trainer, step: int) -> None:
+    """Runs `trainer` until `step`, which never begins."""
+    original = trainer._train_step
+
+    def train_step(number: int) -> Any:
+        if number == step:
+            raise KeyboardInterrupt
+        return original(number)
+
+    trainer._train_step = train_step  # type: ignore[method-assign]
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.run()
+    assert trainer.step == step
