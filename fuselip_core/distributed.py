@@ -1,7 +1,7 @@
-"""Several processes that train one model, started by torchrun: on one machine or many, gloo on CPUs, nccl on GPUs.
+"""Distributed training with torchrun, on one machine or several; gloo on CPUs, nccl on GPUs.
 
-Every process computes its share of a batch; targets go round the ring of processes, each of which compares them with
-its own queries, and gradients come back the same way. No process ever holds all similarities of a batch.
+Every process computes its share of a batch. Targets travel around the ring of processes, each of which compares them
+with its own queries, and gradients return the same way. No process ever holds all similarities of a batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """This process's number and how many there are; alone unless torchrun started several."""
+    """Rank of this process and number of processes; 0 of 1 unless torchrun started several."""
 
     rank: int = 0
     size: int = 1
@@ -30,18 +30,18 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and speaks to trackers for all."""
+        """Whether this process writes files and logs to trackers for all."""
         return self.rank == 0
 
     def share(self, rows: Any) -> Any:
-        """Every `size`-th row of a batch (B); what does not divide evenly is left out, so that all have as many."""
+        """Every `size`-th row of a batch (B); a remainder is dropped, so that all processes get the same number."""
         return rows[: len(rows) // self.size * self.size][self.rank :: self.size]
 
     def ring(self, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Yields the other processes' tensors of the same shapes, one process after the other, with gradient."""
+        """Yields the tensors of each other process, in the same shapes, with gradient."""
         if self.alone:
             return
-        # Here, because it takes seconds to import.
+        # Imported here, because it takes seconds.
         from open_clip.loss import neighbour_exchange_with_grad  # type: ignore[import-untyped]
 
         before, behind = (self.rank - 1) % self.size, (self.rank + 1) % self.size
@@ -63,13 +63,13 @@ class World:
         return summed
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
-        """For each flag, whether any process has set it."""
+        """For each flag, whether it is set in any process."""
         if self.alone:
             return list(flags)
         return self.total(torch.tensor(flags, dtype=torch.int32)).bool().tolist()
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gives every process the mean gradient; a parameter that one of them did not use counts as zero there."""
+        """Averages gradients over the processes; a missing gradient counts as zero."""
         if self.alone:
             return
         trained = [p for p in parameters if p.requires_grad]
@@ -80,13 +80,13 @@ class World:
             p.grad = part.view_as(p)
 
     def broadcast(self, model: nn.Module) -> None:
-        """Gives every process the first one's weights."""
+        """Copies the first process's weights to all others."""
         if not self.alone:
             for value in model.state_dict().values():
                 dist.broadcast(value, src=0)
 
     def collect(self, value: Any) -> list[Any]:
-        """Every process's `value`, by rank."""
+        """`value` of every process, by rank."""
         if self.alone:
             return [value]
         found: list[Any] = [None] * self.size
@@ -94,7 +94,7 @@ class World:
         return found
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Waits until all processes get here."""
         if not self.alone:
             dist.barrier()
 
@@ -107,7 +107,7 @@ def join_world() -> World:
     if not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(local_device())
-        # Flags and counts stay on the CPU, where they make no GPU wait.
+        # gloo too, so that flags and counts can stay on the CPU and need not synchronise the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return World(dist.get_rank(), size)
 
@@ -116,6 +116,6 @@ def local_device() -> torch.device:
     """This process's GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Batches of ever other sizes would leave memory in pieces of which none is large enough for the next.
+    # Against fragmentation, since batches vary in size.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

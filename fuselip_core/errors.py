@@ -1,4 +1,4 @@
-"""The exception family that the command line shows as a sentence instead of a traceback."""
+"""Errors that the command line shows as one sentence instead of a traceback."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from collections.abc import Callable
 from typing import NoReturn
 
 WARNING = "warning: "
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class FuselipError(ValueError):
-    """Something a user can mend: the message names the thing, the place and the remedy in one sentence."""
+    """An error that the user can fix: one sentence that names the thing, the place and the remedy."""
 
     exit_code = 1
 
 
 class Interrupted(FuselipError):
-    """The run was asked to stop, has saved a checkpoint and resumes from it when started again."""
+    """The run was stopped on request and saved a checkpoint, from which the same command resumes."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def one_line(error: BaseException) -> str:
-    """The error's own words without line breaks and indentation; "" where it has none."""
+    """The error's message without line breaks and indentation."""
     return " ".join(str(error).split())
 
 
 def sentence_of(error: Exception) -> str:
-    """What went wrong and what to do, on one line."""
+    """The fault and the remedy, on one line."""
     if isinstance(error, FuselipError):
         return one_line(error)
     if isinstance(error, OSError):
@@ -37,22 +38,22 @@ def sentence_of(error: Exception) -> str:
     kind, said = type(error).__name__, one_line(error)[:300]
     if "database or disk is full" in said:  # SQLite's, of MLflow's store
         return _of_system(OSError(errno.ENOSPC, "", "MLflow's store"))
-    if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, of a GPU
-        return f"memory ran out ({said or kind}); lower train.batch_size, or raise train.accumulation, and try again"
-    return f"unforeseen {kind} ({said}); run again with --debug for the traceback, and please report it"
+    if kind in ("MemoryError", "OutOfMemoryError"):  # the latter is torch's, for a GPU
+        return f"out of memory ({said or kind}); lower train.batch_size, or raise train.accumulation, and try again"
+    return f"unexpected {kind} ({said}); run again with --debug for the traceback, and please report it"
 
 
 def _of_system(error: OSError) -> str:
     place = f" at {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return f"no space is left on the disk{place}; free some and run the same command again"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write or read{place}; change its owner or mode, or choose another folder"
+    if error.errno in FORBIDDEN:
+        return f"permission denied{place}; change the owner or mode, or choose another folder"
     return f"{error.strerror or error}{place}; run again with --debug for the traceback"
 
 
 def log_to_stderr(debug: bool = False) -> None:
-    """Lets this process say on stderr what it does; whoever reads it tells warnings by their first word."""
+    """Logs to stderr; warnings start with the word WARNING, by which the flows recognise them."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -65,9 +66,9 @@ class _Lines(logging.Formatter):
 
 
 def run_to_exit(work: Callable[[], object], debug: bool = False) -> NoReturn:
-    """Ends this process after `work`: with its exit code if it returns one, or with one line on stderr if it fails.
+    """Runs `work` and exits: with the code that it returns, or after one line on stderr if it fails.
 
-    The only place that turns an error into an exit code. With `debug` the traceback is shown instead.
+    With `debug` the traceback is shown instead.
     """
     try:
         code = work()

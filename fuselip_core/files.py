@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written beside, flushed to disk, then renamed."""
+"""Atomic files and folders: written under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CHUNK_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it there when the block ends without an error.
+    """Yields a temporary path beside `path`, which is renamed to `path` when the block ends without an error.
 
-    A killed process leaves at most a hidden ``.<name>.<pid>.partial`` file, never half of `path`.
+    A killed process leaves at most a hidden ``.<name>.<pid>.partial`` file, never an incomplete `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `path`; replaces `path` by it when the block ends without an error."""
+    """Yields an empty temporary folder beside `path`, which replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -57,12 +57,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _sweep(path: Path) -> None:
-    """Removes what killed processes of this machine left beside `path`: it may be gigabytes that nobody sees."""
+    """Removes leftovers of killed processes beside `path`, which may be gigabytes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
         *_, process, kind = left.name.split(".")
         if kind not in ("partial", "old") or not process.isdigit():
             continue
-        if kind == "old" and not path.exists():  # killed between two renames: it is the last that there is
+        if kind == "old" and not path.exists():  # killed between the two renames: the only copy
             continue
         if int(process) == os.getpid() or not psutil.pid_exists(int(process)):
             shutil.rmtree(left, ignore_errors=True)
@@ -70,14 +70,14 @@ def _sweep(path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Turns what libraries raise on a full disk, each its own, into the OSError that says so.
+    """Turns the various errors that libraries raise on a full disk into an OSError with ENOSPC.
 
-    Safetensors and shutil quote the system's words; torch does not, so the disk itself is asked.
+    Safetensors and shutil quote the system's message. Torch does not, so a test file is written to find out.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # shutil's list of failures is one without
+        if isinstance(error, OSError) and error.errno is not None:  # shutil.Error is an OSError without a number
             raise
         if os.strerror(errno.ENOSPC) in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -91,9 +91,9 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 def take_space(path: Path) -> None:
-    """Takes the space that the sparse file `path` will fill, or raises OSError.
+    """Allocates the space of the sparse file `path`, or raises OSError.
 
-    Writing to a mapped file on a full disk would end the process by a signal, without a word.
+    Otherwise, writing to the memory-mapped file on a full disk would kill the process by SIGBUS.
     """
     with path.open("r+b") as file:
         try:
@@ -103,7 +103,7 @@ def take_space(path: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Moves folder `source` to `target`; what was there disappears only after the new one stands."""
+    """Moves folder `source` to `target`, and only then deletes what was there before."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         target.replace(old)
@@ -118,29 +118,29 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, remedy: str = "install the package again") -> dict[str, Any]:
-    """The JSON object in `path`; raises FuselipError, ending in `remedy`, where it is missing, damaged or no object."""
+    """The JSON object in `path`; raises FuselipError, ending in `remedy`, if there is none or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FuselipError(f"{path} is missing; {remedy}") from error
-    except ValueError as error:  # also bytes that are no UTF-8
+    except ValueError as error:  # includes invalid UTF-8
         raise FuselipError(f"{path} is damaged ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise FuselipError(f"{path} is damaged (it holds no JSON object); {remedy}")
+        raise FuselipError(f"{path} is damaged (not a JSON object); {remedy}")
     return content
 
 
 def read_numbers(path: Path) -> dict[str, float]:
-    """Metrics that an earlier stage wrote to `path`; raises FuselipError where it is missing or damaged."""
+    """Metrics that an earlier stage wrote to `path`; raises FuselipError if the file is missing or damaged."""
     remedy = "run the stage that writes it again"
     content = read_json(path, remedy)
     if not content or not all(isinstance(value, int | float) for value in content.values()):
-        raise FuselipError(f"{path} is damaged (not numbers alone); {remedy}")
+        raise FuselipError(f"{path} is damaged (not all values are numbers); {remedy}")
     return content
 
 
 def find_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, or an empty one where it is missing, damaged or no object."""
+    """The JSON object in `path`, or an empty one if it is missing, damaged or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -149,17 +149,17 @@ def find_json(path: Path) -> dict[str, Any]:
 
 
 def foreign_content(head: bytes) -> str | None:
-    """What stands in the place of a file, told by its first bytes, and what to do; None if nothing is known.
+    """Recognises by its first bytes what a file contains instead of data, and says what to do; None if unknown.
 
-    A clone without Git LFS holds pointers, a download through a log-in page HTML, a full disk files of no bytes.
+    A clone without Git LFS has pointers, a download behind a login page HTML, and a full disk empty files.
     """
     start = head.lstrip(b"\xef\xbb\xbf \r\n\t")[:100].lower()
     if not start:
         return "is empty; download it again"
     if start.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not the file itself; run `git lfs pull` in its repository"
+        return "is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
     if start.startswith((b"<!doctype html", b"<html")):
-        return "is an HTML page, as a server sends it instead of a file; download it again"
+        return "is an HTML page that a server sent instead of the file; download it again"
     return None
 
 

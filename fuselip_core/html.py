@@ -1,4 +1,4 @@
-"""HTML from Jinja templates, and pictures as addresses that hold them."""
+"""HTML from Jinja templates, and pictures as data URIs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PICTURE_SIZE = 320  # pixels of the longer side
 
 
 def render(template: Path, **values: object) -> str:
-    """The Jinja template with `values`, escaped. It may include files of its folder; a missing value fails."""
+    """Fills a Jinja template with `values`, escaped; missing values are errors. It may include files of its folder."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         autoescape=True,
@@ -25,12 +25,12 @@ def render(template: Path, **values: object) -> str:
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """An image file of `kind` (png, jpeg, ...) as an address that holds it."""
+    """The data URI of an image file of `kind` (png, jpeg, ...)."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def picture_uri(image: Image.Image) -> str:
-    """An image in small, as JPEG in an address."""
+    """The data URI of a small JPEG of the picture."""
     small = image.convert("L" if image.mode in ("L", "1", "LA") else "RGB")
     small.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     stream = io.BytesIO()

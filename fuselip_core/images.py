@@ -1,15 +1,15 @@
-"""Image files → pictures: the only decoder of the project, so that every way in treats a file alike.
+"""Image files → pictures: the project's only decoder, so that all parts treat a file alike.
 
-Prepare, tokenize, evaluate, the report, the embedder and the server all call `decode`; the image processor, which takes
-Pillow images that a user opened, calls `checked`, the part of `decode` behind opening. The rules:
+Prepare, tokenize, evaluate, the report, the embedder and the server all call `decode`. The image processor, which gets
+opened Pillow images from users, calls `checked`, the second half of `decode`. The rules:
 
 - Raster formats only (FORMATS), and the first frame of an animation.
-- At most MOST_MEGAPIXELS, known before a pixel is decoded.
-- The orientation that EXIF states is applied, as a viewer does; an EXIF block that cannot be read counts as none.
-- Grey values of 9 to 16 bits become 8 bits by their bit depth alone: the upper 8 bits are kept, never stretched by the
-  picture's own extremes, so that equal values stay equal across pictures. A picture whose values use less than a
-  quarter of its depth (12 bits in a 16-bit file) would come out black and is refused: it needs a window.
-- Signed, 32-bit and floating-point values state no range and are refused.
+- At most MOST_MEGAPIXELS, checked before a pixel is decoded.
+- The EXIF orientation is applied; an unreadable EXIF block is ignored.
+- Grey values of 9 to 16 bits are reduced to their upper 8 bits and never stretched to the picture's own range, so that
+  equal values stay equal across pictures. A picture that uses less than a quarter of its bit depth (such as 12 bits in
+  a 16-bit file) would turn black and is refused: it needs a window.
+- Signed, 32-bit and floating-point values have no defined range and are refused.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from fuselip_core.files import foreign_content
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 
-# Raster formats of radiology collections. Formats that run other programs (PostScript) or fetch files stay out.
+# Raster formats of radiology collections, but none that runs other programs (PostScript) or fetches files.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "MPO")
-# What Pillow's decoders raise on damaged input.
+# Errors of Pillow's decoders on damaged input.
 DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -49,7 +49,7 @@ DECODER_ERRORS = (
     Image.DecompressionBombError,
 )
 MOST_MEGAPIXELS = 120.0
-PILLOWS_MEGAPIXELS = 178  # what Pillow opens at most, whatever is allowed
+PILLOWS_MEGAPIXELS = 178  # Pillow's own limit
 CROP_ATTEMPTS = 10
 CROP_RATIO = (3 / 4, 4 / 3)
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
@@ -57,7 +57,7 @@ WINDOW = "window it to 8 bits"
 
 
 class UnreadableImage(FuselipError):
-    """A file that is no usable image. `reason` is one word with underscores, counted in the manifest of prepare."""
+    """A file that is not a usable image. `reason`: words with underscores, counted in the manifest of prepare."""
 
     def __init__(self, reason: str, detail: str, remedy: str = "replace the file or leave it out") -> None:
         super().__init__(f"{reason.replace('_', ' ')}: {detail}; {remedy}")
@@ -67,8 +67,8 @@ class UnreadableImage(FuselipError):
 def decode(data: bytes, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
     """The picture in an image file, loaded, in an 8-bit mode of Pillow (not always RGB).
 
-    Raises UnreadableImage: empty_image, not_an_image, too_large (before anything of that size is
-    allocated), damaged_image, too_deep or too_dark. Safe to call from many threads.
+    Raises UnreadableImage: empty_image, not_an_image, too_large (before memory is allocated), damaged_image, too_deep
+    or too_dark. Safe to call from many threads.
     """
     if not data:
         raise UnreadableImage("empty_image", "0 bytes")
@@ -78,13 +78,13 @@ def decode(data: bytes, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
         raise UnreadableImage("too_large", f"more than {PILLOWS_MEGAPIXELS} million pixels") from error
     except DECODER_ERRORS as error:
         fault = foreign_content(data[:200])
-        what = f"the file {fault}" if fault else f"no image of a known format in {len(data)} bytes"
+        what = f"the file {fault}" if fault else f"{len(data)} bytes in no known image format"
         raise UnreadableImage("not_an_image", what) from error
     return checked(picture, max_megapixels)
 
 
 def checked(picture: Image.Image, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
-    """An opened Pillow image by the rules above: loaded, upright, 8 bits; raises UnreadableImage as `decode` does."""
+    """Applies the rules above to an opened Pillow image: loaded, upright, 8 bits; raises UnreadableImage."""
     if picture.width * picture.height > max_megapixels * 1e6:
         raise UnreadableImage(
             "too_large", f"{picture.width} x {picture.height} pixels, more than {max_megapixels:g} million"
@@ -101,17 +101,17 @@ def checked(picture: Image.Image, max_megapixels: float = MOST_MEGAPIXELS) -> Im
 def _upright(picture: Image.Image) -> Image.Image:
     try:
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-    except DECODER_ERRORS:  # damaged metadata is no reason to lose a picture
+    except DECODER_ERRORS:  # unreadable EXIF is ignored
         return picture
     return ImageOps.exif_transpose(picture) if turned else picture
 
 
 def _to_8_bits(picture: Image.Image) -> Image.Image:
-    """The upper 8 bits of unsigned grey values of up to 16 bits; Pillow would cut them off at 255."""
-    tags = getattr(picture, "tag_v2", {})  # of TIFF, the only format that states another depth than it stores
+    """The upper 8 bits of unsigned grey values of up to 16 bits; Pillow would clip them at 255."""
+    tags = getattr(picture, "tag_v2", {})  # of TIFF, the only format whose stated depth may differ from the stored one
     # Pillow reads deep PPM files as 32 bits, scaled to 16.
     if not picture.mode.startswith("I;16") and picture.format != "PPM":
-        raise UnreadableImage("too_deep", f"values of mode {picture.mode} have no stated range", WINDOW)
+        raise UnreadableImage("too_deep", f"values of mode {picture.mode} have no defined range", WINDOW)
     depth = int(max(tags.get(BITS_PER_SAMPLE, (16,))))
     values = np.asarray(picture)
     if 0 < int(values.max()) < 1 << (depth - 2):
@@ -122,16 +122,16 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def quiet_decoders() -> Iterator[None]:
-    """Keeps the decoders' warnings (large pictures, odd metadata) to themselves: pictures are judged by `decode`."""
+    """Silences warnings of the decoders (large pictures, odd metadata), since `decode` judges pictures itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Pixels (size, size, 3) uint8: RGB, then squashed to a square, bicubic with antialiasing.
+    """Pixels (size, size, 3) uint8: RGB, resized to a square, bicubic with antialiasing.
 
-    The published evaluation preprocessing (FuseLIP, arXiv 2506.03096): the aspect ratio is given up, nothing is cut.
+    The published evaluation preprocessing (FuseLIP, arXiv 2506.03096): changes the aspect ratio, crops nothing.
     """
     return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
@@ -139,10 +139,10 @@ def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 def random_crop(
     picture: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """Pixels (size, size, 3) uint8 of a random part of the picture, squashed to a square.
+    """Pixels (size, size, 3) uint8 of a random crop, resized to a square.
 
-    The part has between scale[0] and scale[1] of the picture's area and an aspect ratio between 3/4 and 4/3 (drawn
-    evenly on a logarithmic scale), as in the published training; if none fits, the largest part in the middle.
+    The crop has between scale[0] and scale[1] of the picture's area and an aspect ratio between 3/4 and 4/3
+    (log-uniform), as in the published training; if no attempt fits, the largest central crop.
     """
     left, top, width, height = draw_part(picture.width, picture.height, scale, rng)
     part = picture.convert("RGB").crop((left, top, left + width, top + height))
@@ -168,7 +168,7 @@ def random_variation(picture: Image.Image, degrees: float, contrast: float, rng:
 def draw_part(
     width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the part that `random_crop` takes, in pixels."""
+    """Left, top, width and height of the crop of `random_crop`, in pixels."""
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))

@@ -1,6 +1,6 @@
-"""What a run needs, checked in its first seconds instead of after its first hours; each complaint names the field.
+"""Checks in the first seconds of a run what it would otherwise miss after hours; every complaint names the field.
 
-Needs no torch, so that a flow can ask on a machine whose stages run in containers.
+Needs no torch, so that a flow can check on a machine whose stages run in containers.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from fuselip_core.model.fetch import fetch
 from fuselip_core.tracking.run import services_from_environment
 from fuselip_core.tracking.store import require_answer, store_folder, tracking_uri
 
-HELD_OUT = ("valid", "dev")  # measured where the wanted split is missing
+HELD_OUT = ("valid", "dev")  # evaluated if the wanted split is missing
 GIGABYTE = 1e9
-# Weights of the larger family of a size, image tokenizer included, as float32: what a checkpoint holds three times.
+# Weights of the larger family of each size, image tokenizer included, as float32. A checkpoint holds them three times.
 WEIGHTS_GB = {"tiny": 0.05, "small": 0.4, "base": 1.0, "large": 2.1}
 
 
 def check_run(settings: Settings, stages: Collection[str], root: Path = Path()) -> None:
-    """Raises FuselipError that lists what `stages` need and lack, as far as it can be known before any of them.
+    """Raises FuselipError that lists what `stages` lack, as far as this is known before the first one.
 
-    `root` is what the settings' paths are relative to. What data must bring, `check_prepared` checks.
+    root: folder that the settings' paths are relative to. `check_prepared` checks the data.
     """
     services_from_environment()
     complaints = [
@@ -45,7 +45,7 @@ def check_run(settings: Settings, stages: Collection[str], root: Path = Path()) 
 
 
 def check_prepared(settings: Settings, stages: Collection[str], root: Path = Path()) -> None:
-    """Raises FuselipError where the prepared data lack splits or kinds of pairs that `stages` need."""
+    """Raises FuselipError if the prepared data lack splits or kinds of pairs that `stages` need."""
     data = PreparedData(root / settings.artifacts / "prepared")
     complaints = []
     if "train" in stages:
@@ -54,12 +54,12 @@ def check_prepared(settings: Settings, stages: Collection[str], root: Path = Pat
         wanted = [kind for kind, weight in settings.train.mixture.items() if weight > 0 and ":" not in kind]
         if missing := [kind for kind in wanted if not there.get(kind)]:
             complaints.append(
-                f"{data.folder} has no pairs of kind {', '.join(missing)} to train on, which train.mixture names; it "
-                f"has: {', '.join(there) or 'none'}. Take them out, or see prepare.extra_pairs"
+                f"{data.folder} has no training pairs of kind {', '.join(missing)}, which train.mixture names, but "
+                f"only: {', '.join(there) or 'none'}; change train.mixture or prepare.extra_pairs"
             )
     if "evaluate" in stages and not {settings.evaluate.split, *HELD_OUT} & set(data.splits):
         complaints.append(
-            f"{data.folder} has no split {settings.evaluate.split}, valid or dev to measure on; set evaluate.split to "
+            f"{data.folder} has no split {settings.evaluate.split}, valid or dev to evaluate; set evaluate.split to "
             f"one of {', '.join(data.splits)}, or prepare.dev_share above 0"
         )
     if complaints:
@@ -69,7 +69,7 @@ def check_prepared(settings: Settings, stages: Collection[str], root: Path = Pat
 def _checkpoints(settings: Settings, stages: Collection[str], root: Path) -> Iterator[str]:
     codebook, train = settings.codebook, settings.train
     if "codebook" in stages and codebook.steps == 0 and codebook.init is None:
-        yield "codebook.steps is 0 and codebook.init is empty: there is no image tokenizer; set one of them"
+        yield "codebook.steps is 0 and codebook.init is empty, so there is no image tokenizer; set one of them"
     named = {
         "codebook.init": codebook.init if "codebook" in stages else None,
         "codebook.perceptual_model": codebook.perceptual_model if "codebook" in stages else None,
@@ -81,11 +81,11 @@ def _checkpoints(settings: Settings, stages: Collection[str], root: Path) -> Ite
             folder = fetch(root / name if (root / name).is_dir() else name, weights=False)
         except FuselipError as error:
             yield f"{fields}: {error}"
-        except ImportError:  # the hub's library is missing, as on a machine whose stages run in containers
+        except ImportError:  # huggingface_hub is missing, as on a machine whose stages run in containers
             return
         else:
             if not any((folder / file).is_file() for file in ("config.json", "open_clip_config.json")):
-                yield f"{fields}: {folder} holds no config.json, so it is no checkpoint; give another folder"
+                yield f"{fields}: {folder} has no config.json, so it is not a checkpoint; give another folder"
 
 
 def _stores(settings: Settings, stages: Collection[str], root: Path) -> Iterator[str]:
@@ -121,7 +121,7 @@ def _measures(settings: Settings, stages: Collection[str], root: Path) -> Iterat
 def _space(settings: Settings, stages: Collection[str], root: Path) -> Iterator[str]:
     weights = WEIGHTS_GB[settings.model.size]
     if "train" in stages:
-        # The next checkpoint and the model are written before old ones are removed.
+        # The next checkpoint and the model are written before old ones are deleted.
         needed = weights * (3 * (settings.train.keep_checkpoints + 1) + 2)
         yield from _too_small(root / settings.artifacts, needed, "checkpoints and model; see train.keep_checkpoints")
     store = store_folder(tracking_uri())
@@ -140,10 +140,10 @@ def _too_small(folder: Path, needed: float, what: str) -> Iterator[str]:
 def _compiling(settings: Settings, stages: Collection[str]) -> Iterator[str]:
     if "train" not in stages or not settings.train.compile:
         return
-    # Where torch puts what it compiles, to load it again.
+    # Where torch writes compiled code and loads it from.
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
     if Path(folder).is_dir() and os.statvfs(folder).f_flag & os.ST_NOEXEC:
         yield (
-            f"train.compile runs what it writes to {folder}, which is mounted noexec; set TORCHINDUCTOR_CACHE_DIR to "
-            "another folder (in a container: --tmpfs /tmp:exec), or train.compile=false"
+            f"train.compile runs code from {folder}, which is mounted noexec; set TORCHINDUCTOR_CACHE_DIR to another "
+            "folder (in a container: --tmpfs /tmp:exec), or train.compile=false"
         )

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, a line every ten seconds in a log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 LOG_EVERY_SECONDS = 10.0
 logger = logging.getLogger("fuselip")
@@ -18,7 +27,7 @@ Item = TypeVar("Item")
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None, start: int = 0) -> Iterator[Item]:
-    """Yields `items` and shows how far they are; `start` items of `total` were done by an earlier run."""
+    """Yields `items` and shows the progress; an earlier run has done the first `start` of `total` items."""
     if total is None and isinstance(items, Sized):
         total = len(items) + start
     if sys.stderr.isatty():
@@ -28,8 +37,6 @@ def track(items: Iterable[Item], description: str, total: int | None = None, sta
 
 
 def _with_bar(items: Iterable[Item], description: str, total: int | None, start: int) -> Iterator[Item]:
-    from rich.console import Console
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total, completed=start)
@@ -48,7 +55,7 @@ def _with_log(items: Iterable[Item], description: str, total: int | None, start:
 
 
 class ByteMeter:
-    """Shows bytes as they come: a bar with speed on a terminal, a log line every ten seconds elsewhere."""
+    """Progress in bytes: a bar with the speed on a terminal, a line every ten seconds in a log."""
 
     def __init__(self, description: str, total: int | None) -> None:
         self.description, self.total, self.done = description, total, 0
@@ -59,12 +66,14 @@ class ByteMeter:
 
     def __enter__(self) -> ByteMeter:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-            from rich.progress import TransferSpeedColumn as Speed
-
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self._task = self._bar.add_task(self.description, total=self.total)
             self._bar.start()
         return self
@@ -74,7 +83,7 @@ class ByteMeter:
             self._bar.stop()
 
     def advance(self, count: int) -> None:
-        """Counts `count` bytes (negative when some have to come again); safe from any thread."""
+        """Adds `count` bytes (negative if some must be fetched again); safe from any thread."""
         with self._lock:
             self.done += count
             if self._bar is not None:

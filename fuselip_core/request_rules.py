@@ -1,7 +1,7 @@
-"""What a request to a model may hold: one set of rules for the server, its page and the registered model.
+"""What a request may contain: the same rules for the server, its page and the registered model.
 
-A row is an image, a text or both. Errors name the row and what is wrong, and quote nothing of the request: it may be
-about a patient.
+A row is an image, a text or both. Errors name the row and the fault but never quote the request, which may be about a
+patient.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from PIL import Image
 from fuselip_core.errors import FuselipError
 from fuselip_core.images import MOST_MEGAPIXELS, UnreadableImage, decode
 
-# The text tokenizer takes time by the square of a word's length: 1.3 s for a word of so many letters.
+# The text tokenizer is quadratic in the length of a word: a word of this length takes 1.3 s.
 MOST_CHARACTERS = 2_000
 
 
 class Refusal(FuselipError):
-    """A request that cannot be answered as it stands."""
+    """A request that is invalid."""
 
 
 class UnreadablePicture(Refusal):
-    """An image that can be no picture."""
+    """An image that cannot be decoded."""
 
 
 def read_row(
     row: int, image: object, text: object, max_megapixels: float = MOST_MEGAPIXELS
 ) -> tuple[Image.Image | None, str | None]:
-    """The two sides of a row, given as base64 (a data URI allowed) or bytes of an image file and as a string.
+    """Picture and text of a row. `image` is a file's bytes, base64 or a data URI; None and white space count as absent.
 
-    None and white space count as absent. Raises Refusal for a row without either, of wrong types or with a bad image.
+    Raises Refusal for an empty row, a wrong type or an unreadable image.
     """
     for name, value, kinds in (("image", image, (str, bytes)), ("text", text, (str,))):
         if value is not None and not isinstance(value, kinds):
@@ -51,16 +51,17 @@ def read_row(
 
 
 def read_picture(data: bytes, name: str, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
-    """The picture in the bytes of an image or DICOM file; raises Refusal that calls it `name`."""
+    """As `decode_any`, but raises a Refusal that calls the image `name` and quotes nothing of it."""
     try:
-        return _decode(data, max_megapixels)
+        return decode_any(data, max_megapixels)
     except UnreadableImage as error:
         raise UnreadablePicture(f"{name} can't be read ({error.reason.replace('_', ' ')})") from None
 
 
-def _decode(data: bytes, max_megapixels: float) -> Image.Image:
+def decode_any(data: bytes, max_megapixels: float = MOST_MEGAPIXELS) -> Image.Image:
+    """The picture in the bytes of an image file, or the middle frame of a DICOM file; raises UnreadableImage."""
     if data[128:132] == b"DICM":
-        from fuselip_core.data.dicom.picture import decode_dicom
+        from fuselip_core.data.dicom.picture import decode_dicom  # loads pydicom
 
         return decode_dicom(data, max_megapixels)
     return decode(data, max_megapixels)
@@ -74,10 +75,10 @@ def _from_base64(encoded: Any, row: int) -> bytes:
 
 
 def fit_text(tokenizer: Any, row: int, text: str, truncate: bool) -> str:
-    """`text` as the model reads it: cut if it may be; raises Refusal for one that is too long and may not."""
+    """`text`, shortened if `truncate` is set; otherwise raises Refusal for a text that is too long for the model."""
     if truncate:
         return text[:MOST_CHARACTERS]
-    most = tokenizer.context_length - 2  # begin and end
+    most = tokenizer.context_length - 2  # start and end token
     remedy = "shorten it, or set truncate to true to have it cut"
     if len(text) > MOST_CHARACTERS:
         raise Refusal(f"row {row}: the text has more than {MOST_CHARACTERS} characters; {remedy}")

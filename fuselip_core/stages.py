@@ -1,7 +1,7 @@
-"""One short function a stage: the table of contents of the project.
+"""The stages, one short function each: the table of contents of the project.
 
-prepare → codebook → tokenize → train → evaluate → register. Each reads what the stage before it wrote below
-`settings.artifacts`, writes its own folder there, and returns a summary of plain values.
+prepare → codebook → tokenize → train → evaluate → register. Each reads the output of earlier stages below
+`settings.artifacts`, writes its own folder there, and returns a summary as plain values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
 
 
 def codebook(settings: Settings) -> dict[str, Any]:
-    """Prepared images → an image tokenizer in codebook/, with its reconstruction error and use of codes."""
+    """Prepared images → an image tokenizer in codebook/, with its reconstruction error and codebook usage."""
     from fuselip_core.tokenizer.codebook import train_codebook
 
     return train_codebook(settings)
@@ -44,7 +44,7 @@ def train(settings: Settings) -> dict[str, Any]:
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
-    """Trained encoder → measures beside chance and controls in metrics.json, and a page to read in report/."""
+    """Trained encoder → metrics with chance and controls in metrics.json, and a page in report/."""
     from fuselip_core.evaluation.comparisons import headlines
     from fuselip_core.evaluation.report.page import write_report
     from fuselip_core.evaluation.run import measure_run
@@ -62,7 +62,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 
 
 def compare(settings: Settings, models: Sequence[str], beside_published: bool = False) -> str:
-    """Any models without training → one table in comparison/, on prepared data that is made where it is missing."""
+    """Any models, without training → one table in comparison/; prepares the data first if necessary."""
     from fuselip_core.data.shards.reader import PreparedData
     from fuselip_core.encoding.open import TEXTS
     from fuselip_core.evaluation.report.comparison import as_text, write_comparison
@@ -79,7 +79,7 @@ def compare(settings: Settings, models: Sequence[str], beside_published: bool = 
 
 
 def register(settings: Settings) -> dict[str, Any]:
-    """Trained and measured encoder → a version in MLflow's registry; the alias moves only if every gate passes."""
+    """Evaluated encoder → a version in MLflow's registry; the alias moves only if every gate passes."""
     from fuselip_core.registry.register import register_run
 
     return register_run(settings)

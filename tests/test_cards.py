@@ -178,14 +178,14 @@ def test_what_cannot_be_pushed_is_one_sentence(run: Settings, hub: FakeHub, tmp_
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
     for words, given, sentence in (
         (("push", model, "me/encoder"), {}, "has no model card; run `fuselip card`"),
-        (("push", model, "encoder"), {}, "'encoder' is no name of a repository; give OWNER/NAME"),
+        (("push", model, "encoder"), {}, "'encoder' is not the name of a repository; give OWNER/NAME"),
     ):
         done = cli(*words, **environment, **given)
         assert done.returncode == 1 and sentence in done.stderr and done.stderr.count("\n") == 1, done.stderr
     write_cards(run)
     for given, sentence in (
-        ({}, "run `hf auth login` with a token that may write"),
-        ({"HF_TOKEN": "hf_another"}, "the Hub refuses to take me/encoder (401); run `hf auth login`"),
+        ({}, "run `hf auth login` with a write token"),
+        ({"HF_TOKEN": "hf_another"}, "the Hub refuses the upload to me/encoder (401); run `hf auth login`"),
         (
             {"HF_TOKEN": hub.token, "HF_ENDPOINT": "http://127.0.0.1:9"},
             "the Hub cannot be reached (http://127.0.0.1:9)",

@@ -136,13 +136,13 @@ def fail(error: BaseException) -> Callable[[Any], Any]:
         (FuselipError("no luck in here;\ntry there"), 1, "error: no luck in here; try there"),
         (Interrupted("stopped at step 3 and saved"), 75, "stopped at step 3"),
         (OSError(errno.ENOSPC, "No space left on device", "out/x.bin"), 1, "no space is left on the disk at out/x.bin"),
-        (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "no permission to write or read at out"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "permission denied at out"),
         (OSError(errno.EIO, "Input/output error"), 1, "Input/output error"),
-        (MemoryError(), 1, "error: memory ran out (MemoryError); lower train.batch_size"),
+        (MemoryError(), 1, "error: out of memory (MemoryError); lower train.batch_size"),
         (
             IndexError("index out of\nrange"),
             1,
-            "error: unforeseen IndexError (index out of range); run again with --debug",
+            "error: unexpected IndexError (index out of range); run again with --debug",
         ),
     ],
 )

@@ -83,7 +83,7 @@ def test_too_little_memory_is_said_before_anything_starts(workspace: Path, small
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "error: this container has 0.6 GB of memory, and size tiny takes at least 1.0; raise --memory, or choose a "
+        "error: this container may use 0.6 GB of memory, but size tiny needs at least 1.0; raise --memory, or choose a "
         "smaller size"
     )
 
@@ -169,7 +169,7 @@ def test_data_that_is_missing_empty_or_unfinished_is_one_sentence(tmp_path: Path
     (folder / "train-00001-of-00002.parquet").touch()
     require_data(folder, "-v here:there")
     (folder / ".test-00000-of-00001.parquet.partial").touch()
-    with pytest.raises(MountError, match="still on its way"):
+    with pytest.raises(MountError, match="not downloaded completely"):
         require_data(folder, "-v here:there")
 
 
@@ -192,7 +192,7 @@ def test_what_is_not_mounted_would_be_lost(tmp_path: Path) -> None:
 
 def test_a_folder_mounted_to_be_read_only_is_one_sentence(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(MountError, match="mounted to be read only; take :ro off"):
+    with pytest.raises(MountError, match="mounted read-only; remove :ro"):
         require_writable(small_disk, "-v here:there", in_container=False)
 
 
@@ -213,7 +213,7 @@ def test_only_one_run_holds_a_folder(
     lock = workspace / "models" / ".work" / "fuselip-rocov2-tiny" / ".lock"
     with sole_process(lock, FuselipError("held already")):
         assert container.main(["train", "tiny"]) == 1
-    assert "another container is at work in" in capsys.readouterr().err
+    assert "another container is using" in capsys.readouterr().err
     assert container.main(["train", "tiny"]) == 0
 
 
@@ -332,7 +332,7 @@ def test_sync_is_a_word_of_the_image(
         with open_run(load_settings(recipe="sample", artifacts=run), "train") as log:
             log.metrics({"train/loss": 1.0}, 1)
         assert container.main(["train", "sync"]) == 1
-    assert "fuselip-rocov2-tiny: not all is sent; check MLFLOW_TRACKING_URI" in capsys.readouterr().err
+    assert "not all events of fuselip-rocov2-tiny were sent; check MLFLOW_TRACKING_URI" in capsys.readouterr().err
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     assert container.main(["train", "sync"]) == 0
     known = run_of(run)

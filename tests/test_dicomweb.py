@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tenacity
 from make_dicom import SECRETS, save, with_identities
 from needs import missing
 from prefect_stack import free_port, wait_until
@@ -139,7 +140,7 @@ def test_a_server_that_stumbles_is_asked_again(orthanc: str, tmp_path: Path) -> 
 def test_what_is_no_dicomweb_server_is_one_sentence(orthanc: str, tmp_path: Path) -> None:
     for address, said in (
         (f"{orthanc}/nothing", "answers 404"),
-        (f"{orthanc}/app", "no DICOMweb server|answers 404"),
+        (f"{orthanc}/app", "does not speak DICOMweb|answers 404"),
         ("http://127.0.0.1:9/dicom-web", "no DICOMweb server answers"),
         ("http://somebody:secret@127.0.0.1/dicom-web", "netrc"),
     ):
@@ -147,3 +148,17 @@ def test_what_is_no_dicomweb_server_is_one_sentence(orthanc: str, tmp_path: Path
             build.build(address, tmp_path / "index", EMBEDDER)
         assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "index").exists()
+
+
+def test_a_busy_server_is_asked_five_times_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever retries: the client library, or this project around it, must not multiply the other's attempts."""
+    monkeypatch.setattr(dicomweb, "WAIT", tenacity.wait_none())
+    failures = [503] * 20
+    with broken("http://127.0.0.1:9", failures) as address, pytest.raises(FuselipError) as caught:
+        dicomweb.fetch_studies(f"{address}/dicom-web", tmp_path / "studies")
+    assert str(caught.value) == f"the DICOMweb server at {address}/dicom-web answers 503; try again later"
+    assert len(failures) == 20 - 5
+    failures = [401] * 20
+    with broken("http://127.0.0.1:9", failures) as address, pytest.raises(FuselipError, match="answers 401; check"):
+        dicomweb.fetch_studies(f"{address}/dicom-web", tmp_path / "studies")
+    assert len(failures) == 20 - 1, "a refusal is final"

@@ -52,10 +52,10 @@ def test_a_user_without_a_name_downloads_goes_on_and_verifies(drawn: Path, tmp_p
     with hub.running():
         hub.fail("/store/", Fault(cut_after=20_000))
         done = run(image, options=(*CLOSED, *mount))
-        assert done.returncode == 0 and "all whole" in done.stderr, done.stderr
+        assert done.returncode == 0 and "all complete" in done.stderr, done.stderr
         fetched = len(hub.requests_for("/store/"))
         again = run(image, "--verify", "full", options=(*CLOSED, *mount))
-        assert again.returncode == 0 and "all whole" in again.stderr and "verified" not in again.stderr, again.stderr
+        assert again.returncode == 0 and "all complete" in again.stderr and "verified" not in again.stderr, again.stderr
         assert len(hub.requests_for("/store/")) == fetched, "fetched again"
         wrong = run(image, "rocov", options=(*CLOSED, *mount))
     assert wrong.returncode != 0 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
@@ -98,7 +98,7 @@ def test_every_layout_of_the_data_set_is_trained_on(layout: str, drawn: Path, tm
     assert done.returncode == 0, done.stderr[-3000:]
     assert ("no cui_mapping.csv" in done.stderr) == (layout != "shards")
     assert "no pairs of kind" in done.stderr
-    assert ("holds prepared shards" in done.stderr) == (layout == "shards")
+    assert ("using the prepared shards" in done.stderr) == (layout == "shards")
     registered = json.loads((mounted.logs / "fuselip-rocov2-tiny" / "registered.json").read_text())
     assert registered["version"] == 1
 

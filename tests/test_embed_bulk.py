@@ -139,12 +139,12 @@ def test_a_tree_of_dicom_files_keeps_identities_to_itself(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "there is no"),
+        (None, "does not exist"),
         ({}, "holds no pictures"),
         ({"notes.txt": b"nothing"}, "holds no pictures"),
         ({"table.xls": b"nothing"}, "neither a folder nor a table"),
         ({"table.csv": b"picture\nscan.png\n"}, "no column image, file_name or text"),
-        ({"table.csv": b"image\nabsent.png\n"}, "holds nothing that can be embedded"),
+        ({"table.csv": b"image\nabsent.png\n"}, "has no row that can be embedded"),
     ],
 )
 def test_inputs_that_cannot_be_used(tmp_path: Path, content: dict[str, bytes] | None, said: str) -> None:
@@ -219,11 +219,13 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     try:
         while not (tmp_path / ".out.parquet.parts" / "key.json").exists():
             time.sleep(0.05)
-        with pytest.raises(FuselipError, match="another process embeds into"):
+        with pytest.raises(FuselipError, match="another process is embedding into"):
             embedded(tmp_path / "in", tmp_path / "out.parquet")
     finally:
         child.kill()
         child.wait()
+    embedded(tmp_path / "in", tmp_path / "out.parquet")
+    assert not list(tmp_path.glob(".*")), "neither parts nor a lock file stay beside the vectors"
 
 
 def test_memory_does_not_grow_with_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

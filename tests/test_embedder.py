@@ -102,7 +102,7 @@ def test_wrong_rows_are_named(embedder: Embedder, pictures: list[Image.Image], t
         embedder.embed(images=[cut], texts=["a"])
     with pytest.raises(FuselipError, match="row 1: image cannot be read"):
         embedder.embed(images=[pictures[0], Image.open(cut)])  # nobody has read it yet
-    with pytest.raises(FuselipError, match="too deep: values of mode I have no stated range; window it"):
+    with pytest.raises(FuselipError, match="too deep: values of mode I have no defined range; window it"):
         embedder.embed(images=[Image.new("I", (4, 4))])
     with pytest.raises(FuselipError, match="row 0: a text is a string, not int"):
         embedder.embed(texts=[3])  # type: ignore[list-item]

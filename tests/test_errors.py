@@ -20,9 +20,9 @@ class OutOfMemoryError(RuntimeError):
     ("error", "sentence"),
     [
         (FuselipError("no luck;\n try there"), "no luck; try there"),
-        (OSError(errno.EROFS, "Read-only file system", "a"), "no permission to write or read at a; change its owner"),
-        (OutOfMemoryError("CUDA out of\nmemory"), "memory ran out (CUDA out of memory); lower train.batch_size"),
-        (KeyError("x"), "unforeseen KeyError ('x'); run again with --debug"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "permission denied at a; change the owner"),
+        (OutOfMemoryError("CUDA out of\nmemory"), "out of memory (CUDA out of memory); lower train.batch_size"),
+        (KeyError("x"), "unexpected KeyError ('x'); run again with --debug"),
     ],
 )
 def test_sentence(error: Exception, sentence: str) -> None:

@@ -474,7 +474,7 @@ def test_a_download_asks_for_what_the_form_says() -> None:
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    """A registry with three versions of a model, of which the second missed a gate."""
+    """A registry with three versions of a model, of which the second failed a gate."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = mlflow_client(uri)
@@ -493,7 +493,7 @@ def test_an_alias_moves_forward_and_back(registry: MlflowClient) -> None:
 
 
 def test_a_version_that_missed_a_gate_is_promoted_only_on_purpose(registry: MlflowClient) -> None:
-    with pytest.raises(FuselipError, match="version 2 missed a gate"):
+    with pytest.raises(FuselipError, match="version 2 failed a gate"):
         promote("m", 2, "champion")
     assert promote("m", 2, "champion", despite_gates=True)["version"] == 2
 

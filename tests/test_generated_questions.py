@@ -216,7 +216,7 @@ def test_several_processes_share_a_job_and_a_failed_one_is_one_sentence(
     said = sentence_of(caught.value)
     assert re.match(r"writing questions failed on GPU [01]: the instruction model '.*' cannot be loaded", said)
     assert said.endswith(f"the same command resumes from the finished parts in {tmp_path / 'failed'}")
-    assert "Traceback" not in said and "unforeseen" not in said
+    assert "Traceback" not in said and "unexpected" not in said
     job = Job(table, tmp_path / "two", str(tiny_model), part_rows=2, batch_size=2, max_new_tokens=8)
     assert questions.run(job)
     monkeypatch.undo()

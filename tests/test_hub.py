@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +18,7 @@ import torch
 from huggingface_hub import errors
 from torch import Tensor
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FuselipError, sentence_of
 from fuselip_core.model import fuselip_config
 from fuselip_core.model.fetch import fetch
 from fuselip_core.model.fuselip import FuseLIPModel
@@ -344,3 +346,15 @@ def test_a_timeout_of_the_hub_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", slow)
     with pytest.raises(FuselipError, match="the hub cannot be reached"):
         fetch("owner/name")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_or_forbidden_disk_is_not_an_unreachable_hub(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number), "/cache/blobs")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(OSError) as caught:
+        fetch("owner/name")
+    assert "cannot be reached" not in str(caught.value)
+    assert {errno.ENOSPC: "no space is left", errno.EACCES: "permission denied"}[number] in sentence_of(caught.value)

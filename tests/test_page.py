@@ -188,13 +188,13 @@ def test_a_broken_file_is_one_sentence(page: Page, data: bytes, words: str) -> N
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-@pytest.mark.parametrize(("words", "said"), [("", "nothing to look for"), ("?!", "no letter and no digit")])
+@pytest.mark.parametrize(("words", "said"), [("", "neither words nor a picture"), ("?!", "no letter and no digit")])
 def test_an_empty_query_is_one_sentence(page: Page, words: str, said: str) -> None:
     page.get_by_role("textbox", name=re.compile("^Words")).fill(words)
     page.get_by_role("button", name="Search", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text(said)
     open_page(page, "/?id=nothing")
-    expect(page.get_by_role("alert")).to_contain_text("no picture of that id")
+    expect(page.get_by_role("alert")).to_contain_text("no picture with that id")
 
 
 def test_filters_narrow_the_hits_and_can_leave_none(page: Page) -> None:
@@ -204,7 +204,7 @@ def test_filters_narrow_the_hits_and_can_leave_none(page: Page) -> None:
     page.wait_for_url("**split=test**")
     expect(hits(page)).to_have_count(16)
     page.keyboard.press("Escape")
-    page.get_by_label("Least score").fill("1")
+    page.get_by_label("Minimum score").fill("1")
     expect(page.get_by_role("status")).to_contain_text("Nothing found")
     expect(hits(page)).to_have_count(0)
 
@@ -223,7 +223,7 @@ def test_more_like_this_and_the_same_but(page: Page) -> None:
     words.press("Enter")
     found(page, "the picture with “the right half”")
     expect(page).to_have_url(re.compile(r"/\?q=the\+right\+half&id="))
-    expect(page.get_by_role("status")).not_to_contain_text("small copy")  # the original is where it was
+    expect(page.get_by_role("status")).not_to_contain_text("thumbnail")  # the original is where it was
 
 
 def test_a_question_has_ranked_answers(page: Page) -> None:

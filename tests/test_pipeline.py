@@ -124,5 +124,5 @@ def test_a_read_only_checkout_is_one_sentence(template: Path, tmp_path: Path) ->
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    wanted = f"error: no permission to write or read at {folder}/.prefect; change its owner or mode"
+    wanted = f"error: permission denied at {folder}/.prefect; change the owner or mode"
     assert done.stderr.splitlines()[-1].startswith(wanted)

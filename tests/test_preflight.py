@@ -67,7 +67,7 @@ def test_a_wrong_tracking_address_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(FuselipError, match=f"no MLflow answers at {uri} .*correct MLFLOW_TRACKING_URI"):
+    with pytest.raises(FuselipError, match=f"MLflow does not answer at {uri} .*correct MLFLOW_TRACKING_URI"):
         check_run(settings_with(tmp_path), STAGES)
     check_run(settings_with(tmp_path), ("prepare", "train"))  # only registering can't do without
 
@@ -94,7 +94,7 @@ def test_compiling_where_nothing_may_run_is_refused(
         ({"train": {"images": 2, "pairs": {"caption": 2}}}, "no dev or valid split; set prepare.dev_share"),
         (
             {"train": {"images": 2, "pairs": {"vqa": 2}}, "valid": {"images": 1, "pairs": {}}},
-            "no pairs of kind caption to train on, which train.mixture names; it has: vqa",
+            "no training pairs of kind caption, which train.mixture names, but only: vqa",
         ),
     ],
 )

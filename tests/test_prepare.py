@@ -394,7 +394,7 @@ def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) ->
 
 
 def state_of(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -436,9 +436,9 @@ def test_only_one_process_prepares_into_a_folder(raw: Path, tmp_path: Path) -> N
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    # The lock has gone with its holder; its file stays.
+    # The lock has gone with its holder, and the next one removes its file.
     prepare_data(settings(raw, rows_per_shard=5), target)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".prepared.lock", "prepared"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prepared"]
 
 
 def test_the_download_s_licence_and_version_go_along(raw: Path, tmp_path: Path) -> None:

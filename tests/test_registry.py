@@ -136,7 +136,7 @@ def test_a_version_below_the_champion_does_not_take_its_place(
     with caplog.at_level(logging.WARNING, logger="fuselip"):
         worse = register({"recall": 0.4}, gate)
     assert worse["alias"] is None and aliases_of(store, worse["name"])["champion"] == 1
-    assert "stays where it is: recall 0.4 < 0.5 of version 1" in caplog.text
+    assert "does not move: recall 0.4 < 0.5 of version 1" in caplog.text
     assert register({"recall": 0.5, "other": 1.0}, gate)["alias"] == "champion"
 
 
@@ -249,7 +249,7 @@ def test_model_states_its_requirements_and_holds_no_pickle(register: Register, t
 def test_a_registry_that_is_away_is_one_sentence(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(
-        FuselipError, match=r"the registry http://127\.0\.0\.1:9 did not take the model .*only registers"
+        FuselipError, match=r"the registry http://127\.0\.0\.1:9 did not accept the model .*only registers"
     ):
         register({"recall": 0.4})
 

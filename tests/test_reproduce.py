@@ -198,7 +198,7 @@ def test_another_sample_does_not_stand_in_for_lost_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fuselip-sample@champion", "names no registered model; write models:/NAME@champion"),
+        ("fuselip-sample@champion", "is not a registered model; write models:/NAME@champion"),
         ("models:/nothing@champion", "has no models:/nothing@champion"),
     ],
 )

@@ -339,7 +339,7 @@ def test_a_reader_notices_an_index_of_another_model(tmp_path: Path) -> None:
     index = Index.open(tmp_path / "index")
     other: Any = StandIn(digest="b" * 64)
     build.build(table, tmp_path / "index", other)
-    with pytest.raises(FuselipError, match="was built again with another model"):
+    with pytest.raises(FuselipError, match="was rebuilt with another model"):
         index.search(vector_of(0))
     assert Index.open(tmp_path / "index").model_digest == other.digest
 
@@ -375,11 +375,13 @@ def test_two_builders_at_once_are_refused(tmp_path: Path) -> None:
     try:
         while child.poll() is None and not (tmp_path / ".index.parts").exists():
             time.sleep(0.02)
-        with pytest.raises(FuselipError, match="another process changes the index"):
+        with pytest.raises(FuselipError, match="another process is changing the index"):
             build.build(table, tmp_path / "index", EMBEDDER)
     finally:
         child.kill()
         child.wait()
+    build.build(table, tmp_path / "index", EMBEDDER)
+    assert not list(tmp_path.glob(".*")), "neither parts nor a lock file stay beside the index"
 
 
 def test_a_full_disk_leaves_the_index_as_it_was(tmp_path: Path, small_disk: Path) -> None:

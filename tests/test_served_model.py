@@ -116,6 +116,6 @@ def test_the_sentence_of_a_refusal_cannot_be_put_behind_the_data() -> None:
 
 def test_columns_are_taken_as_well_as_tables() -> None:
     assert model_with(Stub()).predict(None, {"text": np.array(["a", "b"])}).shape == (2, 4)
-    for data, words in (({"text": ["a"], "image": [None, None]}, "differ in length"), (np.ones(3), "no table")):
+    for data, words in (({"text": ["a"], "image": [None, None]}, "differ in length"), (np.ones(3), "not a table")):
         with pytest.raises(MlflowException, match=words):
             model_with(Stub()).predict(None, data)

@@ -168,20 +168,20 @@ def test_the_openai_client_works(client: TestClient, embedder: Embedder) -> None
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"input": []}, "there is no input"),
+        ({"input": []}, "the input is empty"),
         ({}, "either input or messages"),
         ({"input": ["a", 5]}, "row 1 is neither a text nor an object"),
         ({"input": [[1, 2]]}, "row 0 is neither a text nor an object"),
         ({"input": ["a", " "]}, "row 1 has neither image nor text"),
         ({"input": [{"text": NAME, "image": NAME}]}, "row 0: image is not base64"),
         ({"input": [{NAME: "a"}]}, "row 0 is neither"),
-        ({"input": "a", NAME: 1}, "a field that is not known"),
+        ({"input": "a", NAME: 1}, "an unknown field"),
         ({"input": [{"image": "eA=="}]}, "row 0: image can't be read (not an image)"),
-        ({"input": [{"image": "http://127.0.0.1/x.png"}]}, "row 0: this server fetches no URLs"),
+        ({"input": [{"image": "http://127.0.0.1/x.png"}]}, "row 0: this server does not fetch URLs"),
         ({"input": [{"image": encoded(png(side=1001))}]}, "row 0: image can't be read (too large)"),
         ({"input": "a", "dimensions": 5}, "leave dimensions out"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format: input should be 'float' or 'base64'"),
-        ({"input": ["a"] * 9}, "9 rows and this server takes 8"),
+        ({"input": ["a"] * 9}, "9 rows are more than the 8"),
         ({"input": " ".join(["word"] * 500)}, "row 0: the text has more than 2000 characters"),
         ({"input": " ".join(["word"] * 200)}, "row 0: the text has 200 tokens and the model reads"),
         ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": NAME}]}]}, "neither text nor image_url"),
@@ -214,7 +214,7 @@ def test_truncate_cuts_instead_of_refusing(client: TestClient) -> None:
         ({"dataframe_records": [{"caption": NAME}]}, "are not image, text or both"),
         ({"dataframe_records": []}, "no rows"),
         ({"inputs": {"text": ["a"], "image": [None, None]}}, "differ in length"),
-        ({"instances": ["a"]}, "no table"),
+        ({"instances": ["a"]}, "not a table"),
         ({"dataframe_split": {"columns": ["text"], "data": [["a", "b"]]}}, "not as long as its columns"),
         ({"dataframe_split": {"columns": ["text", "text"], "data": []}}, "are not image, text or both"),
         ({"predict": 1}, "exactly one of"),
@@ -278,11 +278,11 @@ def test_filters_and_threshold_hold(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({}, 422, "nothing to look for"),
-        ({"text": "  "}, 422, "nothing to look for"),
+        ({}, 422, "neither words nor a picture"),
+        ({"text": "  "}, 422, "neither words nor a picture"),
         ({"text": "?!"}, 422, "no letter and no digit"),
-        ({"id": NAME}, 404, "no picture of that id"),
-        ({"id": ["' OR 1=1 --"]}, 404, "no picture of that id"),
+        ({"id": NAME}, 404, "no picture with that id"),
+        ({"id": ["' OR 1=1 --"]}, 404, "no picture with that id"),
         ({"id": NAME, "image": "eA=="}, 422, "both an image and an id"),
         ({"text": "a", "limit": 0}, 422, "limit: "),
         ({"text": "a", "limit": "many"}, 422, "limit: "),
@@ -353,9 +353,9 @@ def test_the_same_but_takes_the_original_or_says_that_it_is_gone(
         assert [hit["id"] for hit in found["data"]] == ["in/left.png"] and found["note"] == ""
         assert found["data"][0]["score"] == pytest.approx(float(wanted @ vector_at(tmp_path, "in/left.png")), abs=1e-5)
         (tmp_path / "in" / "top.png").unlink()
-        assert "its small copy was used" in ask()["note"]
+        assert "its thumbnail was used" in ask()["note"]
         asked = {"id": "in/top.png", "question": "Which half is bright?", "answers": ["left", "top"]}
-        assert "its small copy was used" in client.post("/v1/answers", json=asked).json()["note"]
+        assert "its thumbnail was used" in client.post("/v1/answers", json=asked).json()["note"]
 
 
 def vector_at(folder: Path, name: str) -> np.ndarray:
@@ -435,7 +435,7 @@ def test_too_much_waiting_is_declined_and_given_up_requests_leave() -> None:
         first = asyncio.create_task(batcher.embed([row]))
         second = asyncio.create_task(batcher.embed([row, row]))
         await asyncio.sleep(0.05)
-        with pytest.raises(TooBusy, match="3 rows wait already"):
+        with pytest.raises(TooBusy, match="3 rows are waiting already"):
             await batcher.embed([row])
         second.cancel()
         await asyncio.sleep(0)
@@ -454,13 +454,15 @@ class Slow:
 
     width = 4
 
-    def __init__(self, real: Embedder, seconds: float = 0, value: float = 0.5) -> None:
+    def __init__(self, real: Embedder, seconds: float = 0, is_broken: bool = False) -> None:
         self.model, self.processor, self.pixels, self.digest = real.model, real.processor, real.pixels, real.digest
-        self._seconds, self._value = seconds, value
+        self._seconds, self._is_broken = seconds, is_broken
 
     def embed(self, images: list[Any], texts: list[Any]) -> np.ndarray:
         time.sleep(self._seconds)
-        return np.full((len(images), 4), self._value, np.float32)
+        if self._is_broken:
+            raise FuselipError("row 0: its embedding is not finite")  # as `Embedder.embed`
+        return np.full((len(images), 4), 0.5, np.float32)
 
 
 def test_a_request_that_takes_too_long_and_one_too_many(embedder: Embedder) -> None:
@@ -471,8 +473,10 @@ def test_a_request_that_takes_too_long_and_one_too_many(embedder: Embedder) -> N
     narrow = Engine("narrow", Slow(embedder), None, Limits(waiting_rows=1))  # type: ignore[arg-type]
     with TestClient(create_app(narrow), base_url=LOCAL) as client:
         answer = client.post("/v1/embeddings", json={"input": ["a", "b"]})
-        assert answer.status_code == 429 and answer.headers["retry-after"] == "1" and "wait already" in sentence(answer)
-    broken = Engine("broken", Slow(embedder, 0, float("nan")), None, Limits())  # type: ignore[arg-type]
+        assert (
+            answer.status_code == 429 and answer.headers["retry-after"] == "1" and "waiting already" in sentence(answer)
+        )
+    broken = Engine("broken", Slow(embedder, is_broken=True), None, Limits())  # type: ignore[arg-type]
     with TestClient(create_app(broken), base_url=LOCAL) as client:
         for form in ("float", "base64"):
             answer = client.post("/v1/embeddings", json={"input": "a", "encoding_format": form})
@@ -549,7 +553,7 @@ def test_nothing_of_a_request_is_logged_or_counted(
     assert unforeseen.status_code == 503 and "RuntimeError" in sentence(unforeseen)
     # What the client logs of its own is not the server's.
     logged = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpx"))
-    assert "POST /v1/embeddings 422" in logged and "unforeseen RuntimeError" in logged
+    assert "POST /v1/embeddings 422" in logged and "unexpected RuntimeError" in logged
     assert "Smith" not in logged
     counted = client.get("/metrics").text
     assert "Smith" not in counted and 'route="/v1/embeddings",status="422"' in counted

@@ -291,7 +291,9 @@ def test_metrics_of_another_training_are_not_registered(run: Settings, tmp_path:
     shutil.copy(run.artifacts / "metrics.json", tmp_path)
     trained = json.loads((tmp_path / "model" / "training.json").read_text())
     (tmp_path / "model" / "training.json").write_text(json.dumps(trained | {"train/seconds": 1e6}))
-    with pytest.raises(FuselipError, match=r"metrics\.json is of another training than .*run the evaluate stage again"):
+    with pytest.raises(
+        FuselipError, match=r"metrics\.json belongs to another training than .*run the evaluate stage again"
+    ):
         stages.register(run.model_copy(update={"artifacts": tmp_path}))
 
 

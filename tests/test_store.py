@@ -82,7 +82,7 @@ def test_a_half_made_store_is_named_with_the_way_out(tmp_path: Path) -> None:
     with sqlite3.connect(database) as connection:
         connection.execute("CREATE TABLE _alembic_tmp_params (x)")
         connection.execute("CREATE TABLE experiments (x)")
-    with pytest.raises(FuselipError, match=rf"{database} is half made.*delete it.*run the same command again"):
+    with pytest.raises(FuselipError, match=rf"{database} is incomplete.*delete it.*run the same command again"):
         mlflow_client(f"sqlite:///{database}")
     database.write_bytes(b"no database" * 1000)
     with pytest.raises(FuselipError, match=rf"{database} is damaged .*restore a copy"):

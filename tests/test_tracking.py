@@ -346,7 +346,7 @@ def test_wandb_offline_is_one_folder_a_run_and_says_how_to_upload_it(
     known = tracking.run_of(settings.artifacts)
     assert known["wandb_run_id"] in made.name
     assert known["sent"]["wandb"] == (folder / "events.jsonl").stat().st_size
-    said = [record.message for record in caplog.records if record.message.startswith("W&B: the run lies in")]
+    said = [record.message for record in caplog.records if record.message.startswith("W&B: the run is in")]
     assert said[-1].endswith(f"wandb sync {os.path.relpath(made)}")
     program = said[-1].rpartition("upload it with: ")[2].split()[0]
     assert (

@@ -1,4 +1,4 @@
-"""The card of prepared data, in the Hub's format: contents, origin, licences, and what was left out."""
+"""The data card of prepared data, in the Hub's format: contents, origin, licences, and rows set aside."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 
 
 def data_card(folder: Path) -> str:
-    """Markdown with a metadata block; raises DataError where `folder` holds no prepared data."""
+    """Markdown with a metadata block; raises DataError if `folder` holds no prepared data."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
     prepared = PreparedData(folder)
@@ -64,7 +64,7 @@ def data_card(folder: Path) -> str:
 
 
 def licence_of(manifest: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The licence that the host of the raw data states; "other" and a name where it states none that the Hub knows."""
+    """The licence that the raw data's host states; or "other" and its name if the Hub does not know it."""
     if manifest["source"] == "phantom":  # drawn by this project
         return "cc0-1.0", None
     stated = str(manifest["origin"].get("licence") or "")
@@ -74,7 +74,7 @@ def licence_of(manifest: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def origin_of(manifest: Mapping[str, Any]) -> str:
-    """Where the raw data are from, as far as their download says."""
+    """Source and revision of the raw data, if their download recorded them."""
     source, revision = manifest["origin"].get("source"), manifest["origin"].get("revision")
     if not source:
         return "a folder without a record of its download"
@@ -82,8 +82,8 @@ def origin_of(manifest: Mapping[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as text that cannot leave its cell of a Markdown table, or become HTML."""
-    if isinstance(value, Mapping):  # a share, as the report has it
+    """A value as text for a cell of a Markdown table, escaped so that it cannot break the table or become HTML."""
+    if isinstance(value, Mapping):  # a share with its interval, from the report
         value = " ".join(filter(None, (value["value"], value.get("interval"))))
     return re.sub(r"([|<\\])", r"\\\1", " ".join(str(value).split()))
 
@@ -104,7 +104,7 @@ def _counts(counts: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _by_split(counts: Mapping[str, Counter[str]], splits: list[str]) -> list[list[str]]:
-    """A row for each name, the most frequent first, with its count in every split."""
+    """One row a name with its count in every split, most frequent first."""
     total = Counter[str]()
     for split in splits:
         total += counts[split]
@@ -112,7 +112,7 @@ def _by_split(counts: Mapping[str, Counter[str]], splits: list[str]) -> list[lis
 
 
 def _licences(prepared: PreparedData, splits: list[str]) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Licence, images and authors to name, the most frequent first; and every attribution, once."""
+    """Rows of licence, images and attributions, most frequent first; and the distinct attributions."""
     images, authors = Counter[str](), dict[str, set[str]]()
     for split in splits:
         for batch in prepared.iter_images(split, ["licence", "attribution"], 1 << 16):

@@ -1,4 +1,4 @@
-"""The card of a trained model, in the Hub's format: use, limits, results with controls, and how it was made."""
+"""The model card, in the Hub's format: use, limits, results with controls, and how the model was made."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 FOLDER, MODEL_CARD, DATA_CARD = "cards", "README.md", "DATA_CARD.md"
-# Metric of metrics.json → its name in the metadata block, from which the Hub makes its table of results.
+# Metric in metrics.json → its name in the metadata block, which the Hub shows as a table of results.
 HEADLINES = {
     "retrieval/image_to_text/recall_at_1": "Image to caption, recall@1",
     "retrieval/image_to_text/recall_at_10": "Image to caption, recall@10",
@@ -33,9 +33,9 @@ HEADLINES = {
 
 
 def write_cards(settings: Settings) -> Path:
-    """Writes cards/ below `settings.artifacts`: README.md on the model, DATA_CARD.md on its data. Returns the folder.
+    """Writes the model card README.md and DATA_CARD.md into cards/ below `settings.artifacts`; returns that folder.
 
-    Raises FuselipError where the run has no model or was not measured.
+    Raises FuselipError if the run has no model or was not evaluated.
     """
     folder = settings.artifacts / FOLDER
     with atomic_folder(folder) as partial:
@@ -45,7 +45,7 @@ def write_cards(settings: Settings) -> Path:
 
 
 def model_card(settings: Settings) -> str:
-    """Markdown with a metadata block, from what the stages left below `settings.artifacts`."""
+    """Markdown with a metadata block, from the stages' outputs below `settings.artifacts`."""
     from huggingface_hub import ModelCard, ModelCardData
 
     artifacts = settings.artifacts
@@ -117,7 +117,7 @@ def _eval_results(numbers: Mapping[str, float], manifest: Mapping[str, Any], spl
 
 
 def _tables(numbers: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Results beside chance and controls, with what the rows mean."""
+    """Tables of results with chance and controls, each with an explanation."""
     found = []
     if retrieval := sections.retrieval(numbers):
         text = f"Every one of {retrieval['pool']} captions, or of {retrieval['pool_images']} images, is a candidate."
@@ -138,7 +138,7 @@ def _table(title: str, head: list[str], rows: list[tuple[Any, ...]], text: str =
 def _facts(
     settings: Settings, numbers: Mapping[str, float], manifest: Mapping[str, Any], started: str | None
 ) -> list[tuple[str, str]]:
-    """How the model was made, as rows of a table."""
+    """Rows of the table "How it was made"."""
     run = run_of(settings.artifacts)
     tags = run.get("tags", {})
     changed = ", with changes that the registered state holds" if tags.get("git_dirty") == "true" else ""
@@ -149,7 +149,8 @@ def _facts(
         "Data version": f"`{manifest['data_version']}`",
         "Started from": f"`{started}`" if started else "random weights",
         "Image tokenizer": f"from `{settings.codebook.init}`" if settings.codebook.init else "trained from scratch",
-        "Pairs a step": f"{settings.train.batch_size:,}: {_mixture(settings.train.mixture)}",
+        "Batch size and mixture": f"{settings.train.batch_size:,}: "
+        + ", ".join(f"{kind} {weight:g}" for kind, weight in settings.train.mixture.items()),
         "Steps": f"{numbers['train/steps']:,.0f}",
         "Peak learning rate": f"{settings.train.learning_rate:g}",
         "Training time": "{:,.0f} min {:.0f} s".format(*divmod(numbers["train/seconds"], 60)),
@@ -158,13 +159,9 @@ def _facts(
     return [(name, cell(value)) for name, value in facts.items()]
 
 
-def _mixture(weights: Mapping[str, float]) -> str:
-    return ", ".join(f"{kind} {weight:g}" for kind, weight in weights.items())
-
-
 def cards_of(model: Path) -> Path:
-    """The folder of a model's card: its own, or cards/ beside it. Raises FuselipError where neither has one."""
+    """The folder with a model's card: its own, or cards/ beside it. Raises FuselipError if there is no card."""
     for folder in (model, model.parent / FOLDER):
         if (folder / MODEL_CARD).is_file():
             return folder
-    raise FuselipError(f"{model} has no model card; run `fuselip card` with the settings of its run")
+    raise FuselipError(f"{model} has no model card; run `fuselip card` with the settings of its run first")

@@ -1,4 +1,4 @@
-"""A model with its processor and cards onto the Hugging Face Hub."""
+"""Uploads a model with its processor and cards to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ FILES = ["*.json", "*.safetensors"]
 
 
 def push_model(model: str | Path, repository: str, private: bool = False) -> str:
-    """Uploads the model in one commit and returns its address; HF_ENDPOINT is heeded.
+    """Uploads the model in one commit and returns the commit's URL. Respects HF_ENDPOINT.
 
-    The model is loaded first, so that nothing damaged is published. Raises FuselipError where it has no card, where the
-    Hub refuses, or where it cannot be reached.
+    Loads the model first, so that no damaged one is published. Raises FuselipError if the model has no card, or if the
+    Hub refuses it or cannot be reached.
     """
     if not HUB_ID.fullmatch(repository):
-        raise FuselipError(f"'{repository}' is no name of a repository; give OWNER/NAME")
+        raise FuselipError(f"'{repository}' is not the name of a repository; give OWNER/NAME")
     folder = fetch(model)
     cards = cards_of(folder)
     load_pretrained(folder, "cpu")
@@ -35,11 +35,11 @@ def push_model(model: str | Path, repository: str, private: bool = False) -> str
             commit_message="Model, processor and cards",
         )
     except errors.LocalTokenNotFoundError as error:
-        raise FuselipError("you are not logged in; run `hf auth login` with a token that may write") from error
+        raise FuselipError("you are not logged in to the Hub; run `hf auth login` with a write token") from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        remedy = "run `hf auth login` with a token that may write there" if status in (401, 403) else "try again later"
-        raise FuselipError(f"the Hub refuses to take {repository} ({status}); {remedy}") from error
+        remedy = "run `hf auth login` with a write token for it" if status in (401, 403) else "try again later"
+        raise FuselipError(f"the Hub refuses the upload to {repository} ({status}); {remedy}") from error
     except Exception as error:
         if not is_unreachable(error):
             raise

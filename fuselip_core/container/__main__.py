@@ -4,8 +4,8 @@
     bacor_fuselip_train [small|base|large|tiny] [--recipe NAME] [section.field=value ...]
     bacor_fuselip_train tokenize|evaluate|embed|sync ...
 
-No step of its own: `fuselip_core/stages.py` does the work, this module finds the data, skips what is done, and says in
-one sentence what is wrong. Exit codes: 0 done, 1 failed, 2 wrong arguments, 75 stopped with its state saved.
+`fuselip_core/stages.py` does the work. This module finds the data, skips finished stages, and reports errors in one
+sentence. Exit codes: 0 done, 1 failed, 2 wrong arguments, 75 stopped with its state saved.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger("fuselip")
 
 _APP: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
 download_image, train_image = typer.Typer(**_APP), typer.Typer(**_APP)
-# The verbs that may follow the training image's name; without one, `train` is meant.
+# Verbs of the training image; without one, `train` is meant.
 VERBS = ("train", "tokenize", "evaluate", "embed", "sync")
 FOLDERS = (
     "Other verbs: tokenize, evaluate, embed, sync. Folders: data in /workspace/ROCOv2_data (Parquet, zip, or JPEG with "
@@ -53,11 +53,11 @@ FOLDERS = (
 
 
 class Stopped(SystemExit):
-    """SIGTERM or Ctrl-C arrived in a stage that keeps no checkpoint of its own; no `except Exception` swallows it."""
+    """SIGTERM or Ctrl-C arrived in a stage without checkpoints. Not an Exception, so that no handler swallows it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs an image's command; the first argument, which the image's entry point gives, says which image this is."""
+    """Runs an image's command. The first argument, set by the image's entry point, says which image this is."""
     image, *words = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -89,24 +89,24 @@ def _command(image: str, words: list[str]) -> None:
 
 
 def _hand_over(image: typer.Typer, name: str, words: list[str]) -> None:
-    """Runs a command of `image`; a wrong option is one sentence, as every other error here."""
+    """Runs a command of `image`, and turns Typer's errors about options into one sentence."""
     try:
         image(args=words, prog_name=name, standalone_mode=False)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # which Typer's own errors have
+        if not hasattr(error, "format_message"):  # only Typer's own errors have it
             raise
         said = error.format_message().rstrip(".")
-        raise config.SettingsError(f"{said}; `{name} --help` lists what there is") from error
+        raise config.SettingsError(f"{said}; see `{name} --help`") from error
 
 
 def _heed_signals() -> None:
-    """SIGTERM ends this process, which as a container's first one would otherwise never see it; Ctrl-C is the same."""
+    """Stops on SIGTERM, which the kernel ignores for a container's first process by default, and on Ctrl-C."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(Interrupted.exit_code)
 
     signal.signal(signal.SIGTERM, stop)
-    # Whoever heeds SIGTERM just then, as the training loop does between two steps, gets it.
+    # Raises SIGTERM, because the training loop replaces that handler to save a checkpoint.
     signal.signal(signal.SIGINT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
 
 
@@ -116,12 +116,14 @@ def _heed_signals() -> None:
 @download_image.command()
 def download(
     source: Annotated[str, typer.Argument(help="rocov2, rocov2-zenodo, ..., hub:OWNER/NAME")] = "rocov2",
-    out: Annotated[Path | None, typer.Option(help="Folder; the mounted one if empty.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: the mounted one.")] = None,
     include: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Only these files; repeatable.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a Hub data set.")] = None,
-    verify: Annotated[Literal["quick", "full"], typer.Option(help="Present files: sizes or checksums.")] = "quick",
+    verify: Annotated[
+        Literal["quick", "full"], typer.Option(help="How to verify existing files: size, or checksum.")
+    ] = "quick",
 ) -> None:
-    """Fetch a data set whole into the mounted folder; a second call resumes, or verifies what is there."""
+    """Download a data set into the mounted folder; a second call resumes, or verifies the files."""
     from fuselip_core.data.download.download import DownloadSettings
     from fuselip_core.data.download.download import download as fetch
 
@@ -129,7 +131,7 @@ def download(
     require_writable(target, f"-v $(pwd)/ROCOv2_data:{target}", _in_container())
     settings = DownloadSettings(include=tuple(include or ()), revision=revision, verify=verify)
     manifest = fetch(source, target, settings)
-    _say(f"{len(manifest.files)} files, {manifest.size / 1e9:.2f} GB in {target}, all whole")
+    _say(f"{len(manifest.files)} files, {manifest.size / 1e9:.2f} GB in {target}, all complete")
 
 
 # ---- the training image ------------------------------------------------------------------------------------------
@@ -142,23 +144,23 @@ def _add_verb(verb: str, stages: Sequence[str], what: str) -> None:
             list[str] | None,
             typer.Argument(metavar="WORD", help="Size (small, base, large, tiny), or section.field=value."),
         ] = None,
-        recipe: Annotated[str | None, typer.Option(help="Recipe to start from; the size's if empty.")] = None,
+        recipe: Annotated[str | None, typer.Option(help="Recipe; default: that of the size.")] = None,
         overrides: Annotated[
-            list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override of a field.")
+            list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field.")
         ] = None,
-        name: Annotated[str | None, typer.Option(help="Folder of the model; name and size if empty.")] = None,
+        name: Annotated[str | None, typer.Option(help="Folder of the model; default: name and size.")] = None,
     ) -> None:
         _run(read_words(words or [], recipe, overrides or [], name), verb, stages)
 
 
 _add_verb("train", config.STAGES, "Run all stages on the mounted data set; finished ones are skipped.")
-_add_verb("tokenize", config.STAGES[:3], "Prepare and tokenize the mounted data set; a later `train` continues there.")
-_add_verb("evaluate", ("evaluate",), "Measure a trained model again; size and recipe as for `train`.")
+_add_verb("tokenize", config.STAGES[:3], "Prepare and tokenize the mounted data set; `train` continues from there.")
+_add_verb("evaluate", ("evaluate",), "Evaluate a trained model again; size and recipe as for `train`.")
 
 
 @train_image.command()
 def sync() -> None:
-    """Send what MLflow and wandb could not receive; correct the addresses in a store that has moved."""
+    """Send events that MLflow or wandb have missed; correct the paths in an MLflow store that has moved."""
     require_writable(_workspace() / "logs", LOGS_VOLUME, _in_container())
     _set_tracking_uri()
     from fuselip_core.tracking.run import sync as send
@@ -166,16 +168,16 @@ def sync() -> None:
     work = _work_folder()
     names = sorted(path.name for path in work.iterdir()) if work.is_dir() else []
     if unsent := [name for name in names if send(work / name)]:
-        raise FuselipError(f"{', '.join(unsent)}: not all is sent; check MLFLOW_TRACKING_URI and try again")
-    _say(f"all is sent: {', '.join(names) or 'there are no runs yet'}")
+        raise FuselipError(f"not all events of {', '.join(unsent)} were sent; check MLFLOW_TRACKING_URI and try again")
+    _say(f"all events sent: {', '.join(names) or 'there are no runs yet'}")
 
 
 @train_image.command()
 def embed(
     model: Annotated[str, typer.Argument(help="Name of a folder in /workspace/models, a folder, or a hub id.")],
     archive: Annotated[Path, typer.Argument(help="Folder of pictures or DICOM files, prepared data, or a table.")],
-    out: Annotated[Path | None, typer.Option(help="Parquet file; logs/embeddings.parquet if empty.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Parquet file; default: logs/embeddings.parquet.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64,
 ) -> None:
     """Write embeddings of an archive to a Parquet file."""
     out = out or _workspace() / "logs" / "embeddings.parquet"
@@ -204,7 +206,7 @@ def _run(given: Asked, verb: str, stages: Sequence[str]) -> None:
     (logs / name).mkdir(parents=True, exist_ok=True)
     _keep_log(logs / name / f"{verb}.log")
     work.mkdir(parents=True, exist_ok=True)
-    busy = MountError(f"another container is at work in {work}; wait for it or stop it")
+    busy = MountError(f"another container is using {work}; wait for it or stop it")
     delivered: list[str] = []
 
     def deliver(stage: str, summary: Any) -> None:
@@ -224,34 +226,33 @@ def _run(given: Asked, verb: str, stages: Sequence[str]) -> None:
         try:
             run_stages(settings, stages, fit, deliver, force=verb == "evaluate")
         finally:
-            # Also where a later stage failed, such as registering.
+            # Also if a later stage failed, such as registering.
             for line in delivered:
                 _say(line)
 
 
 class Asked(NamedTuple):
-    """What the words of a command line mean: settings, the name of the run's folders, and what was given by name."""
+    """A parsed command line: settings, name of the run's folders, and the fields set explicitly, as train.steps."""
 
     settings: config.Settings
     name: str
-    # Such as train.steps.
     fields: frozenset[str]
 
 
 def read_words(words: Sequence[str], recipe: str | None, more: Sequence[str], name: str | None) -> Asked:
-    """What words (a size, overrides) and options ask for; raises SettingsError with a hint for a wrong one."""
+    """Parses words (a size, overrides) and options; raises SettingsError with a hint for a wrong one."""
     sizes = [word for word in words if "=" not in word]
     for word in sizes:
         if word not in SIZES:
             near = difflib.get_close_matches(word, [*SIZES, *VERBS], n=1)
             hint = f"did you mean {near[0]}?" if near else "write overrides as section.field=value"
-            raise config.SettingsError(f"'{word}' is no size ({', '.join(SIZES)}) and no override; {hint}")
+            raise config.SettingsError(f"'{word}' is neither a size ({', '.join(SIZES)}) nor an override; {hint}")
     if len(sizes) > 1:
-        raise config.SettingsError(f"one size is enough, not {' and '.join(sizes)}")
+        raise config.SettingsError(f"the command line names the sizes {' and '.join(sizes)}; give one")
     overrides = [*(word for word in words if "=" in word), *more]
     fields = frozenset(override.partition("=")[0] for override in overrides)
     if "artifacts" in fields:
-        raise config.SettingsError("artifacts lie where models are mounted; leave it out, or give the run a --name")
+        raise config.SettingsError("artifacts cannot be set, since they are mounted; give the run a --name instead")
     size = sizes[0] if sizes else None
     recipe = recipe or recipe_of_size(size)
     root = f"prepare.root={_workspace() / 'ROCOv2_data'}"
@@ -262,12 +263,12 @@ def read_words(words: Sequence[str], recipe: str | None, more: Sequence[str], na
 
 
 def recipe_of_size(size: str | None) -> str:
-    """The recipe that adapts to ROCOv2 at `size`, small if None; the tiny one starts from nothing and needs no GPU."""
+    """The recipe for ROCOv2 at `size` (small if None); tiny trains from scratch and needs no GPU."""
     return "rocov2-tiny" if size == "tiny" else "fuselip-rocov2"
 
 
 def _publish(stage: str, summary: Any, work: Path, model: Path, logs: Path) -> str | None:
-    """Copies what a finished stage made for a reader to the mounted folders; returns a line that says where it lies."""
+    """Copies a finished stage's results to the mounted folders; returns a line that says where they are."""
     if stage == "tokenize":
         return f"tokens: {work / 'tokens'}"
     if stage == "train":
@@ -296,7 +297,7 @@ def _say_device() -> None:
     if torch.cuda.is_available():
         _say(f"training on {torch.cuda.get_device_name()}")
     else:
-        _say("no GPU in this container (with one in the machine, add --gpus all): the CPU does the work")
+        _say("no GPU in this container, using the CPU (if the machine has one, add --gpus all)")
 
 
 def _keep_log(path: Path) -> None:
@@ -318,7 +319,7 @@ def _work_folder() -> Path:
 
 
 def _set_tracking_uri() -> None:
-    # An empty one, as of a variable that the caller has not set, is none.
+    # An empty variable counts as unset.
     own = f"sqlite:///{_workspace() / 'logs'}/mlflow/mlflow.db"
     os.environ["MLFLOW_TRACKING_URI"] = os.environ.get("MLFLOW_TRACKING_URI") or own
 

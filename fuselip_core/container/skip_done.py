@@ -1,6 +1,6 @@
 """Runs stages in the training image, which has no DVC, and skips those whose data and settings have not changed.
 
-A stage that ended leaves ``done/<stage>.json`` with a key of its data and settings, and of those before it.
+A finished stage leaves ``done/<stage>.json`` with a hash of its data and settings and those of all earlier stages.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def run_stages(
     deliver: Callable[[str, Any], None] = lambda stage, summary: None,
     force: bool = False,
 ) -> None:
-    """Runs the stages `names` in order, without those whose data and settings are the ones of their last run.
+    """Runs the stages `names` in order, except those whose data and settings have not changed since their last run.
 
-    `fit` gets the settings once the data are prepared, and returns those for the other stages. `deliver` gets each
-    stage's name and summary as soon as its output is there. `force` runs finished stages again.
+    fit: called with the settings after `prepare`, returns those for the other stages. deliver: called with the name and
+    summary of each stage when its output exists. force: run finished stages again.
     """
     before = config.STAGES[: config.STAGES.index(names[0])]
     key = _key_in(settings, before[-1]) if before else fingerprint(settings.prepare.root)
     for stage in names:
         key = _key(settings, stage, key)
         marker = _marker(settings, stage)
-        # Registering the same model twice makes no second version, and a store may have been emptied since.
+        # Always run `register`: it adds no second version of a model, and the store may have been emptied since.
         is_done = stage != "register" and (settings.artifacts / OUTPUT[stage]).exists()
         if is_done and not force and _key_in(settings, stage) == key:
             logger.info("%s: nothing has changed", stage)
@@ -56,7 +56,7 @@ def run_stages(
 
 
 def take_prepared(settings: config.Settings) -> bool:
-    """Whether the mounted folder holds this project's own shards, which then stand for the prepare stage's output."""
+    """Uses prepared shards in the mounted folder as the output of `prepare`; False if there are none."""
     target, found = settings.artifacts / "prepared", own_shards(settings.prepare.root)
     if found is None:
         return False
@@ -65,14 +65,14 @@ def take_prepared(settings: config.Settings) -> bool:
     elif target.exists():
         shutil.rmtree(target)
     target.symlink_to(found.resolve(), target_is_directory=True)
-    logger.info("prepare: %s holds prepared shards, which are used as they are", found)
+    logger.info("prepare: using the prepared shards in %s", found)
     return True
 
 
 def own_shards(root: Path) -> Path | None:
-    """The folder of this project's own shards in or below the mounted one; None if it holds another layout.
+    """The folder of prepared shards in or below the mounted one; None if it has another layout.
 
-    Raises DataError where shards are missing. Other programs write files named manifest.json, too.
+    Raises DataError if shards are missing. A manifest.json of another program is ignored.
     """
     ours = (folder for folder in (root, root / "prepared") if "data_version" in find_json(folder / MANIFEST))
     return PreparedData(found).folder if (found := next(ours, None)) else None
@@ -95,7 +95,7 @@ def _key(settings: config.Settings, stage: str, before: str) -> str:
 
 
 def _key_in(settings: config.Settings, stage: str) -> str:
-    """The key that the last run of the stage left; empty if there is none."""
+    """The key of the stage's last run; empty if there is none."""
     return str(find_json(_marker(settings, stage)).get("key", ""))
 
 

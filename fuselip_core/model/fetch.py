@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fuselip_core.errors import FuselipError
+from fuselip_core.errors import FORBIDDEN, FULL, FuselipError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Scheme of an address → what finds its folder; the package registers MLflow's, which this room must not know.
@@ -49,8 +49,10 @@ def fetch(name: str | Path, weights: bool = True) -> Path:
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Whether an error of huggingface_hub says that the Hub did not answer.
+    """Whether huggingface_hub raised `error` because the Hub did not answer, not because of the local disk.
 
-    It lets the errors of its HTTP library through: httpx in some releases, httpx2 in others.
+    Errors of its HTTP library pass through it: those of httpx in some releases, of httpx2 in others.
     """
-    return isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+    if isinstance(error, OSError):
+        return error.errno not in (*FULL, *FORBIDDEN)
+    return type(error).__module__.startswith("httpx")

@@ -1,4 +1,4 @@
-"""Whether what a model sees differs from what it was trained on. Array code; legend: N, M rows, W width."""
+"""Compares a model's inputs with its training data. Array code; legend: N, M rows, W width."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from fuselip_core.config import MonitorSettings
 from fuselip_core.monitoring.observations import SIDES, Observations
 
-FEWEST = 20  # rows of either kind, for a comparison
+FEWEST = 20  # rows that a comparison needs on each side
 SIGNIFICANCE = 0.01
 FAMILIAR_QUANTILE = 0.05
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison. low, high: 95 % interval where there is one; alarm: the value is beyond `at_most`, surely."""
+    """One comparison. low, high: 95 % interval, if there is one. alarm: `value` is above `at_most`, with evidence."""
 
     name: str
     title: str
@@ -33,7 +33,7 @@ class Finding:
 
 
 def compare(reference: Observations, seen: Observations, limits: MonitorSettings) -> list[Finding]:
-    """Everything that both have enough of."""
+    """All comparisons for which both sides have enough rows."""
     found: list[Finding | None] = [
         *(_domain(side, reference.vectors(side), seen.vectors(side), limits) for side in SIDES),
         *(_unfamiliar(side, reference.vectors(side), seen.vectors(side), limits) for side in SIDES),
@@ -51,16 +51,15 @@ def _domain(
     if min(len(reference), len(seen)) < FEWEST:
         return None
     auc, low, high = domain_auc(reference[: limits.rows], seen[: limits.rows])
-    note = f"A classifier tells {len(seen)} seen from {len(reference)} training rows; 0.5 is chance."
+    note = f"AUC of a classifier that separates {len(seen)} seen from {len(reference)} training rows; 0.5 is chance."
     title = f"Domain classifier, {_named(side)}"
     return Finding(f"domain_auc/{side}", title, auc, limits.domain_auc, low > limits.domain_auc, note, low, high)
 
 
 def domain_auc(reference: NDArray[np.float32], seen: NDArray[np.float32]) -> tuple[float, float, float]:
-    """AUC of a logistic regression that tells two sets of vectors (N, W), (M, W) apart, and its 95 % interval.
+    """AUC of a logistic regression that separates two sets of vectors (N, W), (M, W), and its 95 % interval.
 
-    Each row is scored by a model that was fitted without it (5 folds). The interval is DeLong's (DeLong, DeLong and
-    Clarke-Pearson 1988), clipped to 0 and 1.
+    Cross-validated in 5 folds. The interval is DeLong's (DeLong, DeLong and Clarke-Pearson 1988), clipped to [0, 1].
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -76,7 +75,7 @@ def domain_auc(reference: NDArray[np.float32], seen: NDArray[np.float32]) -> tup
 
 
 def auc_with_interval(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> tuple[float, float, float]:
-    """AUC of scores (M), (N), ties half, with DeLong's 95 % interval."""
+    """AUC of scores (M), (N), ties counted as half, with DeLong's 95 % interval."""
     wins = (positive[:, None] > negative).astype(np.float64) + 0.5 * (positive[:, None] == negative)
     auc = float(wins.mean())
     spread = math.sqrt(wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative))
@@ -97,8 +96,8 @@ def _unfamiliar(
     error = 1.96 * math.sqrt(max(share * (1 - share), 1 / len(best)) / len(best))
     low, high = max(0.0, share - error), min(1.0, share + error)
     note = (
-        f"Share of rows whose best hit among the training rows is below {usual:.3f}, as are {FAMILIAR_QUANTILE:.0%} of "
-        f"the training rows; the median best hit is {float(np.median(best)):.3f}."
+        f"Share of rows whose best hit among the training rows scores below {usual:.3f}, as {FAMILIAR_QUANTILE:.0%} of "
+        f"the training rows do; the median best hit is {float(np.median(best)):.3f}."
     )
     title, alarm = f"Unfamiliar {_named(side)}", low > limits.unfamiliar_share
     return Finding(f"unfamiliar/{side}", title, share, limits.unfamiliar_share, alarm, note, low, high)
@@ -116,7 +115,7 @@ def _modalities(reference: Sequence[str], seen: Sequence[str], at_most: float) -
     distance = float(abs(shares[0] - shares[1]).sum() / 2)
     chance = 1.0 if len(names) == 1 else float(chi2_contingency(table).pvalue)
     parts = ", ".join(f"{name} {ours:.0%} → {theirs:.0%}" for name, ours, theirs in zip(names, *shares, strict=True))
-    note = f"Total variation between the shares of training and seen rows: {parts} (p = {chance:.2g})."
+    note = f"Total variation distance between the shares in training and seen rows: {parts} (p = {chance:.2g})."
     alarm = distance > at_most and chance < SIGNIFICANCE
     return Finding("modality_distance", "Mix of modalities", distance, at_most, alarm, note)
 
@@ -139,7 +138,7 @@ def _numbers(name: str, title: str, reference: Observations, seen: Observations,
 def _unreadable(seen: Observations, at_most: float) -> Finding:
     total = seen.unreadable + len(seen.table)
     share = seen.unreadable / total if total else 0.0
-    note = f"{seen.unreadable} of {total} rows could not be used."
+    note = f"{seen.unreadable} of {total} rows could not be read."
     return Finding("unreadable_share", "Unreadable rows", share, at_most, share > at_most, note)
 
 

@@ -1,4 +1,4 @@
-"""One look at what a model sees: reference and seen rows → findings, a page, and metrics in MLflow."""
+"""Monitoring of a model's inputs: reference and seen rows → findings, a page, and metrics in MLflow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLDER, REFERENCE = "monitoring", "reference.parquet"
 def monitor(settings: Settings, source: Path, model: str | None = None, kind: str | None = None) -> list[Finding]:
     """Compares `source`, an archive or a server's observations, with the training split of the run's prepared data.
 
-    Writes index.html and findings.json into monitoring/ below the run's artifacts. `model` None: the run's own.
+    Writes index.html and findings.json into monitoring/ below the run's artifacts. `model`: by default the run's own.
     """
     from fuselip_core import Embedder
 

@@ -1,4 +1,4 @@
-"""What is kept of rows that a model has seen: their vectors and a few numbers, no image and no text.
+"""Observations of the rows that a model has seen: their vectors and a few numbers, but no image and no text.
 
 Legend: N rows, W the width of an embedding.
 """
@@ -6,7 +6,6 @@ Legend: N rows, W the width of an embedding.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ BATCH_ROWS = 64
 
 
 def schema_of(width: int) -> pa.Schema:
-    """Columns of observations. words: of the text, null without one; brightness: mean grey value from 0 to 1."""
+    """Columns. words: number of words, null without a text. brightness: mean grey value from 0 to 1."""
     return pa.schema(
         [
             ("side", pa.string()),
@@ -45,9 +44,9 @@ def schema_of(width: int) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Observations:
-    """Rows as `schema_of` has them, and how many more could not be read.
+    """Rows with the columns of `schema_of`. unreadable: further rows that could not be read.
 
-    digest: of the model that embedded them. of: which rows of which data these are.
+    digest: of the model that embedded them. of: data version and number of rows that were asked for.
     """
 
     table: pa.Table
@@ -56,20 +55,17 @@ class Observations:
     of: str = ""
 
     def vectors(self, side: str) -> NDArray[np.float32]:
-        """(N, W) of the rows that are an image, a text, or both."""
-        column = self._of(side)["vector"].combine_chunks()
+        """Vectors (N, W) of the rows whose `side` is image, text or both."""
+        column = self.table.filter(pc.equal(self.table["side"], side))["vector"].combine_chunks()
         return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), column.type.list_size)
 
     def values(self, name: str) -> NDArray[np.float64]:
-        """The numbers of a column where there are any."""
+        """The values of a column that are not null."""
         return np.asarray(self.table[name].drop_null(), dtype=np.float64)
 
     def modalities(self) -> list[str]:
-        """The modality of every row with an image; empty where it is unknown."""
+        """The modality of every row with an image; empty if unknown."""
         return list(self.table.filter(pc.not_equal(self.table["side"], "text"))["modality"].to_pylist())
-
-    def _of(self, side: str) -> pa.Table:
-        return self.table.filter(pc.equal(self.table["side"], side))
 
     def write(self, path: Path) -> None:
         """Writes a Parquet file."""
@@ -80,7 +76,7 @@ class Observations:
 
     @classmethod
     def read(cls, path: Path) -> Observations:
-        """What `write` left; raises FuselipError for another file."""
+        """Reads what `write` wrote; raises FuselipError for any other file."""
         try:
             table = pq.read_table(path)
             about = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
@@ -90,9 +86,9 @@ class Observations:
 
 
 def observe(source: Path, embedder: Embedder, limit: int, kind: str | None = None, split: str = "") -> Observations:
-    """Embeds about `limit` images of an archive, the same at every call, and apart from them their captions.
+    """Embeds about `limit` images of an archive, the same ones each time, and their captions as rows of their own.
 
-    split: only its rows. Raises FuselipError where there is nothing to embed.
+    split: use only its rows. Raises FuselipError if there is nothing to embed.
     """
     archive = _WithCaptions(source, kind)
     share = min(1.0, limit / archive.total) if archive.total else 1.0
@@ -100,8 +96,7 @@ def observe(source: Path, embedder: Embedder, limit: int, kind: str | None = Non
 
     def judge(row: Row, stamp: str) -> str | None:
         nonlocal taken
-        short = int.from_bytes(hashlib.blake2b(row.id.encode(errors="surrogateescape"), digest_size=8).digest())
-        if (split and row.split != split) or taken >= 2 * limit or short >= share * 2**64:
+        if (split and row.split != split) or taken >= 2 * limit or row.id_hash() >= share * 2**64:
             return UNCHANGED
         taken += 1
         return None
@@ -111,12 +106,12 @@ def observe(source: Path, embedder: Embedder, limit: int, kind: str | None = Non
         records += map(_record, items)
         unreadable += len(batch.set_aside)
     if not records:
-        raise FuselipError(f"{source} holds nothing to compare{f' in its split {split}' * bool(split)}; name another")
+        raise FuselipError(f"{source} has no rows to compare{f' in its split {split}' * bool(split)}; name another")
     return Observations(pa.Table.from_pylist(records, schema_of(embedder.width)), unreadable, embedder.digest)
 
 
 class _WithCaptions(Archive):
-    """An archive, and behind each image its caption as a row of its own."""
+    """An archive that yields each image's caption as a row of its own after the image."""
 
     def rows(self, set_aside: OnSetAside) -> Iterator[Row]:
         for row in super().rows(set_aside):

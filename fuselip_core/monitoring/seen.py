@@ -1,4 +1,4 @@
-"""What a server embeds, kept as observations in a folder: vectors and lengths, no image and no text."""
+"""Writes what a server embeds as observations into a folder: vectors and lengths, but no image and no text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILE_ROWS, MOST_FILES = 500, 20  # the oldest files are deleted
 
 
 class Seen:
-    """Collects rows and writes them in files of FILE_ROWS, each of one model; safe to use from many threads."""
+    """Collects rows and writes them in files of about FILE_ROWS, one model each; safe to use from many threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -29,7 +29,7 @@ class Seen:
         self._lock = threading.Lock()
 
     def add(self, rows: Sequence[tuple[bool, str | None]], vectors: NDArray[np.float32], digest: str) -> None:
-        """Notes rows (whether there is an image, and the text) with their vectors (N, W) by the model of `digest`."""
+        """Adds rows (whether there is an image, and the text) with their vectors (N, W) from the model of `digest`."""
         with self._lock:
             if digest != self._digest or len(self._rows) >= FILE_ROWS:
                 self._write()
@@ -37,17 +37,17 @@ class Seen:
             self._rows += [record(image, text, vector) for (image, text), vector in zip(rows, vectors, strict=True)]
 
     def add_unreadable(self) -> None:
-        """Notes an image that could not be read."""
+        """Counts an image that could not be read."""
         with self._lock:
             self._unreadable += 1
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining rows."""
         with self._lock:
             self._write()
 
     def _write(self) -> None:
-        if not self._rows:  # what could not be read waits for rows of a model
+        if not self._rows:  # unreadable images are written with the next rows
             return
         table = pa.Table.from_pylist(self._rows, schema_of(len(self._rows[0]["vector"])))
         Observations(table, self._unreadable, self._digest).write(self.folder / f"seen-{time.time_ns()}.parquet")
@@ -57,11 +57,11 @@ class Seen:
 
 
 def read_seen(folder: Path, digest: str) -> Observations:
-    """All that the model of `digest` has embedded; raises FuselipError where that is nothing."""
+    """All observations by the model of `digest`; raises FuselipError if there are none."""
     parts = [Observations.read(path) for path in sorted(folder.glob(OBSERVED))]
     parts = [part for part in parts if part.digest == digest]
     if not parts:
-        raise FuselipError(f"{folder} was seen by other models alone; name the one that is served with --model")
+        raise FuselipError(f"the observations in {folder} are by other models; name the served model with --model")
     return Observations(
         pa.concat_tables([part.table for part in parts]), sum(part.unreadable for part in parts), digest
     )

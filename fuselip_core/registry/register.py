@@ -1,6 +1,6 @@
 """Registration in MLflow: every trained encoder becomes a version; the alias moves only if all gates pass.
 
-Names and policy stand in mlflow/README.md.
+mlflow/README.md describes names and policy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fuselip_core.evaluation.comparisons import comparison_rows
 from fuselip_core.files import read_json, read_numbers, sha256_of, write_json
 from fuselip_core.registry.state import STATE_FOLDER, write_state
 from fuselip_core.tracking.run import experiment_name, run_of
-from fuselip_core.tracking.store import experiment_id, mlflow_client, tracking_uri
+from fuselip_core.tracking.store import experiment_id, global_mlflow, mlflow_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parents[1]
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
-# What served_model.py imports, directly or not. MLflow's own inference takes 11 s and misses some.
+# What served_model.py imports, directly or indirectly. MLflow's own inference takes 11 s and misses some.
 REQUIREMENTS = (
     "numpy",
     "open-clip-torch",
@@ -61,7 +61,7 @@ ABOUT = (
     "software, no medical device."
 )
 EXAMPLE = {"image": [None], "text": ["chest radiograph with a left-sided nodule"]}
-# Always the newest version, whether it passed or not; MLflow keeps the word "latest" for itself.
+# Always the newest version, gates passed or not; MLflow reserves the word "latest".
 NEWEST_ALIAS = "candidate"
 
 logger = logging.getLogger("fuselip")
@@ -69,7 +69,7 @@ logger = logging.getLogger("fuselip")
 
 @dataclass(frozen=True)
 class GateResult:
-    """How one gate went; `value` is None if the metric is missing. `of` says whose value is the bound, if it is one."""
+    """Result of one gate. value: None if the metric is missing. of: "gate", or the version that sets the bound."""
 
     metric: str
     at_least: float
@@ -79,9 +79,9 @@ class GateResult:
 
 
 def check_gates(gates: Sequence[Gate], metrics: Mapping[str, float], of: str = "gate") -> list[GateResult]:
-    """One result a gate, in order; a missing or undefined metric does not pass.
+    """One result for each gate, in order. A missing or undefined metric fails.
 
-    A metric that has an interval over cases passes by its lower bound.
+    A metric with an interval over cases must pass with its lower bound.
     """
     results = []
     for gate in gates:
@@ -100,7 +100,7 @@ def register_run(settings: Settings) -> dict[str, Any]:
         raise FuselipError(f"{model} holds no trained model; run the train stage first")
     metrics, trained = read_numbers(measured), read_numbers(model / "training.json")
     if any(metrics.get(name) != value for name, value in trained.items()):
-        raise FuselipError(f"{measured} is of another training than {model}; run the evaluate stage again")
+        raise FuselipError(f"{measured} belongs to another training than {model}; run the evaluate stage again")
     write_cards(settings)
     registered = register_model(settings, model, metrics, Embedder.from_pretrained(model, "cpu").width)
     write_json(settings.artifacts / "registered.json", registered)
@@ -108,10 +108,10 @@ def register_run(settings: Settings) -> dict[str, Any]:
 
 
 def register_model(settings: Settings, model: Path, metrics: Mapping[str, float], width: int) -> dict[str, Any]:
-    """Makes a version of the encoder saved in folder `model` and moves the alias if all gates pass.
+    """Registers the encoder in folder `model` as a version, and moves the alias if all gates pass.
 
-    `width` is the embedding's D. Returns what registered.json holds: name, version, alias (None if it stays where it
-    was), gates, run_id, model_uri, tracking_uri. The same model with the same metrics is no second version.
+    `width` is the embedding's D. Returns the content of registered.json: name, version, alias (None if it does not
+    move), gates, run_id, model_uri, tracking_uri. Registering the same model and metrics again makes no new version.
     """
     if not model.is_dir():
         raise FuselipError(f"no trained model in {model}; run the train stage first")
@@ -123,12 +123,12 @@ def register_model(settings: Settings, model: Path, metrics: Mapping[str, float]
         return _register(settings, model, metrics, width)
     except FuselipError:
         raise
-    # The registry's store may fail in any way it likes: MLflow passes on what its database or its disk raises.
+    # Any exception: MLflow passes on whatever its database or disk raises.
     except Exception as error:
         reason = one_line(error)[:300]
         raise FuselipError(
-            f"the registry {tracking_uri()} did not take the model ({reason}); see that it answers and run the same "
-            "command again, which only registers"
+            f"the registry {tracking_uri()} did not accept the model ({reason}); check that it answers and run the "
+            "same command again, which only registers"
         ) from error
 
 
@@ -137,7 +137,7 @@ def _register(settings: Settings, model: Path, metrics: Mapping[str, float], wid
     client = mlflow_client(uri)
     fingerprint = _fingerprint(model, metrics)
     found = _version_of(client, name, fingerprint)
-    # Gates are noted last, so a version with them was registered to the end.
+    # The tag `gates` is set last, so a version with it was registered completely.
     known = found is not None and "gates" in found.tags
     if found is None:
         found = _log_version(client, settings, name, model, metrics, width, fingerprint)
@@ -152,7 +152,7 @@ def _register(settings: Settings, model: Path, metrics: Mapping[str, float], wid
     else:
         _move_alias(client, name, NEWEST_ALIAS, found.version, "newest version")
         if missed:
-            logger.warning("%s of %s stays where it is: %s", alias, name, missed)
+            logger.warning("the alias %s of %s does not move: %s", alias, name, missed)
         else:
             _move_alias(client, name, alias, found.version, f"{len(gates)} gates passed")
         client.set_model_version_tag(name, found.version, "gates", "failed" if missed else "passed")
@@ -175,19 +175,19 @@ def _against(
     gates: Sequence[GateResult],
     metrics: Mapping[str, float],
 ) -> list[GateResult]:
-    """Whether each gate's metric is as good as the champion's within noise; empty if that has another data version."""
+    """Compares each gate's metric with the champion's, within noise; empty if that was measured on other data."""
     of = f"version {champion.version}"
     if champion.tags.get("data_version") != tags.get("data_version") or "state" not in champion.tags:
         logger.info(
-            "not compared with %s of %s: it was measured on other data, or its measures are gone", of, champion.name
+            "not compared with %s of %s: it was measured on other data, or its metrics are gone", of, champion.name
         )
         return []
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         place = client.download_artifacts(str(champion.run_id), f"{champion.tags['state']}/metrics.json", folder)
-        best = read_json(Path(place), f"run `python -m flows.promote` to give the alias to another than {of}")
+        best = read_json(Path(place), f"run `python -m flows.promote` to give the alias to another version than {of}")
     results = []
     for metric in dict.fromkeys(gate.metric for gate in gates if gate.metric in best):
-        # By as much as both intervals allow, two measures may differ by chance alone.
+        # Two measurements may differ by this much by chance alone, according to both intervals.
         bound = best[metric] - math.hypot(_noise(best, metric), _noise(metrics, metric))
         value = metrics.get(metric)
         results.append(GateResult(metric, bound, value, value is not None and value >= bound, of))
@@ -195,7 +195,7 @@ def _against(
 
 
 def _noise(metrics: Mapping[str, float], metric: str) -> float:
-    """Half the interval of a metric; 0 where it has none."""
+    """Half the interval of a metric; 0 if it has none."""
     return (metrics.get(f"{metric}/high", 0.0) - metrics.get(f"{metric}/low", 0.0)) / 2
 
 
@@ -205,7 +205,7 @@ def _missed(gate: GateResult) -> str:
 
 
 def _version_with(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """The version that `alias` means; None if there is none."""
+    """The version with `alias`; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -217,7 +217,7 @@ def _version_with(client: MlflowClient, name: str, alias: str) -> ModelVersion |
 
 
 def _move_alias(client: MlflowClient, name: str, alias: str, version: str, reason: str) -> str | None:
-    """Points `alias` to `version`, and notes why in the log and as a tag; returns the version that it meant before."""
+    """Points `alias` to `version` and records the reason in the log and as a tag; returns the previous version."""
     before = _version_with(client, name, alias)
     former = str(before.version) if before else None
     if former != str(version):
@@ -231,8 +231,8 @@ def _move_alias(client: MlflowClient, name: str, alias: str, version: str, reaso
 def promote(name: str, version: int | None, alias: str, despite_gates: bool = False) -> dict[str, Any]:
     """Moves `alias` of the registered model `name` to `version`, or to the newest one if it is None.
 
-    Returns name, version, alias and, as `before`, the version that had the alias. Raises FuselipError if there is no
-    such version, or if a gate of it was missed and `despite_gates` is not set.
+    Returns name, version, alias and `before`, the version that had the alias. Raises FuselipError if there is no such
+    version, or if it failed a gate and `despite_gates` is not set.
     """
     from mlflow.exceptions import MlflowException
 
@@ -244,18 +244,19 @@ def promote(name: str, version: int | None, alias: str, despite_gates: bool = Fa
             found = client.get_model_version(name, str(version))
     except MlflowException as error:
         wanted = f"version {version} of {name}" if version else f"model {name}"
-        raise FuselipError(f"there is no {wanted} on {tracking_uri()}; its Models page lists what there is") from error
-    if found.tags.get("gates") == "failed" and not despite_gates:
+        raise FuselipError(f"there is no {wanted} on {tracking_uri()}; see its Models page") from error
+    failed = found.tags.get("gates") == "failed"
+    if failed and not despite_gates:
         raise FuselipError(
-            f"{name} version {found.version} missed a gate; set despite_gates to move {alias} to it anyway"
+            f"{name} version {found.version} failed a gate; set despite_gates to move {alias} to it anyway"
         )
-    reason = "promoted by hand" + (", despite a missed gate" if found.tags.get("gates") == "failed" else "")
+    reason = "promoted by hand" + (", despite a failed gate" if failed else "")
     before = _move_alias(client, name, alias, found.version, reason)
     return {"name": name, "version": int(found.version), "alias": alias, "before": int(before) if before else None}
 
 
 def is_registered(registered: Mapping[str, Any]) -> bool:
-    """Whether the version that a registered.json names is still in the registry it names."""
+    """Whether the version in a registered.json is still in the registry."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -267,13 +268,15 @@ def is_registered(registered: Mapping[str, Any]) -> bool:
 
 
 def fetch_state(uri: str, folder: Path) -> tuple[str, str, Path]:
-    """Name and version of the model that `uri` (models:/NAME@ALIAS or /VERSION) means, and where in `folder` its state
-    now lies; raises FuselipError where there is none."""
+    """Downloads the state of the model at `uri` (models:/NAME@ALIAS or /VERSION) into `folder`.
+
+    Returns the model's name, its version and the path of the state. Raises FuselipError if there is none.
+    """
     from mlflow.exceptions import MlflowException
 
     asked = MODEL_URI.fullmatch(uri)
     if not asked:
-        raise FuselipError(f"'{uri}' names no registered model; write models:/NAME@champion or models:/NAME/3")
+        raise FuselipError(f"'{uri}' is not a registered model; write models:/NAME@champion or models:/NAME/3")
     client = mlflow_client(tracking_uri())
     try:
         if asked["alias"]:
@@ -281,7 +284,7 @@ def fetch_state(uri: str, folder: Path) -> tuple[str, str, Path]:
         else:
             found = client.get_model_version(asked["name"], asked["version"])
         if "state" not in found.tags:
-            raise FuselipError(f"{uri} was registered before models kept their state; register it again")
+            raise FuselipError(f"{uri} was registered by a version that stored no state; register it again")
         with _without_advice():
             place = client.download_artifacts(str(found.run_id), found.tags["state"], str(folder))
     except MlflowException as error:
@@ -299,15 +302,14 @@ def _log_version(
     width: int,
     fingerprint: str,
 ) -> ModelVersion:
-    import mlflow
     import pandas as pd
 
+    mlflow = global_mlflow()
     run_id = _run_for(client, settings)
     state = f"{STATE_FOLDER}/{fingerprint[:12]}"
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         made_from = write_state(Path(folder), settings, metrics)
         client.log_artifacts(run_id, folder, state)
-    mlflow.set_tracking_uri(tracking_uri())
     cards = settings.artifacts / FOLDER
     with mlflow.start_run(run_id=run_id, log_system_metrics=False), _without_advice():
         logged = mlflow.pyfunc.log_model(
@@ -331,7 +333,7 @@ def _log_version(
 
 
 def _description(settings: Settings, metrics: Mapping[str, float], commit: str) -> str:
-    """What a version is and how well it does, as Markdown."""
+    """Origin and results of a version, as Markdown."""
     rows = [
         f"| {row['measure'] or '〃'} | {row['value']} | {row['control']} | {row['value of control']} |"
         for row in comparison_rows(dict(metrics))
@@ -347,7 +349,7 @@ def _description(settings: Settings, metrics: Mapping[str, float], commit: str) 
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Silences what MLflow recommends while it logs a model; its warnings about anything else stay."""
+    """Silences MLflow's recommendations while it logs a model, but no other warnings."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("mlflow.models.signature", "mlflow.utils.environment"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -357,7 +359,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def _run_for(client: MlflowClient, settings: Settings) -> str:
-    """The run that trained the model, or a new one where it was trained out of this server's sight."""
+    """The run that trained the model, or a new one if the server does not know it."""
     from mlflow.exceptions import MlflowException
 
     known = run_of(settings.artifacts)
@@ -365,19 +367,21 @@ def _run_for(client: MlflowClient, settings: Settings) -> str:
         try:
             return str(client.get_run(known["mlflow_run_id"]).info.run_id)
         except MlflowException:
-            logger.info("the run that trained this model is not on %s; a new one is made", tracking_uri())
+            logger.info("the run that trained this model is not on %s: starting a new one", tracking_uri())
     experiment = experiment_id(client, experiment_name(settings.recipe), tracking_uri())
     return str(client.create_run(experiment, run_name=f"register-{settings.model.size}").info.run_id)
 
 
 def _signature(width: int) -> ModelSignature:
-    """Parameters and output. Without an input schema the model sees the request as it came and checks it strictly;
-    with one, MLflow turns numbers into text, drops unknown columns, and quotes the request in its errors."""
+    """Parameters and output, but no input schema, so that the model itself checks the unchanged request.
+
+    With a schema, MLflow would turn numbers into text, drop unknown columns and quote the request in its errors.
+    """
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
-    # No name: a single unnamed tensor is what an array is checked against.
+    # Unnamed, since MLflow checks an array against a single unnamed tensor.
     embedding = TensorSpec(np.dtype(np.float32), (-1, width))
     truncate = ParamSpec("truncate", DataType.boolean, False)
     return ModelSignature(outputs=Schema([embedding]), params=ParamSchema([truncate]))

@@ -1,9 +1,8 @@
-"""The registered model: an MLflow model from code, loaded by MLflow from this very file.
+"""The registered model: an MLflow "model from code". MLflow runs this file; the stages don't import it.
 
-Input is a table with the columns `image` (base64 of an image file, a data URI allowed) and `text`, either one empty but
-not both in a row; output is (N, D) float32, unit-norm rows. A text that is longer than the model reads is refused, or
-cut if the parameter `truncate` is true. The rules are those of `request_rules`. The stages don't import this file:
-MLflow runs it.
+Input: a table with the columns `image` (base64 of an image file, or a data URI) and `text`; each row needs at least one
+of them. Output: (N, D) float32, unit-norm rows. A text that is too long for the model is refused, or cut if the
+parameter `truncate` is true. The rules are those of `request_rules`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
-# At run time too: MLflow reads the hints of `predict`, and warns where it cannot.
+# At run time too, since MLflow evaluates the type hints of `predict`.
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ COLUMNS = ("image", "text")
 
 
 class Refusal(MlflowException):
-    """A request that cannot be answered (HTTP 400). Its sentence stands: MLflow's server would put the data before."""
+    """An invalid request (HTTP 400). Its message cannot be changed: MLflow's server would prepend the data."""
 
     def __init__(self, sentence: str, error_code: int = INVALID_PARAMETER_VALUE) -> None:
         self._sentence = sentence
@@ -43,7 +42,7 @@ class Refusal(MlflowException):
 
 
 class FuselipEmbedding(PythonModel):
-    """Embeds images, texts, and images with text; the folder of the model is its only artifact."""
+    """Embeds images, texts, and images with text."""
 
     def load_context(self, context: Any) -> None:
         from fuselip_core.model.embedder import Embedder
@@ -51,7 +50,7 @@ class FuselipEmbedding(PythonModel):
         self.embedder = Embedder.from_pretrained(context.artifacts["model"])
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> NDArray[Any]:
-        """(N, D) float32; raises Refusal for a bad row, and HTTP 500 where an embedding is not finite."""
+        """(N, D) float32; raises Refusal for a bad row, and with HTTP 500 for an embedding that is not finite."""
         from fuselip_core import request_rules
 
         images, texts = read_rows(as_table(model_input))
@@ -70,25 +69,25 @@ class FuselipEmbedding(PythonModel):
 
 
 def as_table(data: Any) -> pd.DataFrame:
-    """The request as a table: MLflow gives one, or, for `inputs` and `instances`, columns."""
+    """The request as a table; for `inputs` and `instances` MLflow passes columns."""
     if isinstance(data, pd.DataFrame):
         return data
     if isinstance(data, dict):
         try:
             return pd.DataFrame({name: list(np.atleast_1d(values)) for name, values in data.items()}, dtype=object)
         except ValueError as error:
-            raise Refusal("the columns of the input differ in length") from error
-    raise Refusal("the input is no table; send dataframe_records or dataframe_split")
+            raise Refusal("the columns of the input differ in length; fill them up") from error
+    raise Refusal("the input is not a table; send dataframe_records or dataframe_split")
 
 
 def read_rows(table: pd.DataFrame) -> tuple[list[Image.Image | None], list[str | None]]:
-    """The two sides of every row; raises Refusal for a row without either, of wrong types or with a bad image."""
+    """Images and texts of all rows; raises Refusal as `request_rules.read_row` does."""
     from fuselip_core import request_rules
 
     if not set(table.columns) <= set(COLUMNS) or table.columns.has_duplicates or not len(table.columns):
         raise Refusal("the columns of the input are not image, text or both, once each; rename or drop the others")
     if table.empty:
-        raise Refusal("the input has no rows")
+        raise Refusal("the input has no rows; send at least one")
     try:
         rows = [
             request_rules.read_row(row, image, text)
@@ -100,7 +99,7 @@ def read_rows(table: pd.DataFrame) -> tuple[list[Image.Image | None], list[str |
 
 
 def _column(table: pd.DataFrame, name: str) -> list[Any]:
-    """The values of a column, None where there is none."""
+    """The values of a column, with None for missing ones."""
     if name not in table.columns:
         return [None] * len(table)
     return [

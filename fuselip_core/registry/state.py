@@ -1,8 +1,8 @@
 """The state that a registered model was made from, stored with it for `fuselip reproduce`.
 
-The state is a folder of plain files: state.json (commit, run folder, versions), settings.json and metrics.json, beside
-them copies of the run's params.yaml, dvc.yaml and dvc.lock, of data.dvc, and changes.patch where the code was not that
-of the commit. All of it is known when the register stage starts, and none of it needs to be committed first.
+The state is a folder: state.json (commit, run folder, versions), settings.json, metrics.json, copies of the run's
+params.yaml, dvc.yaml and dvc.lock and of data.dvc, and changes.patch if the code differed from the commit. Nothing of
+it needs to be committed before registering.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 from fuselip_core.config import Settings
 from fuselip_core.files import sha256_of, write_json
 from fuselip_core.tracking.run import data_version
-from fuselip_core.tracking.store import repository_root
+from fuselip_core.tracking.store import git, repository_root
 
 STATE_FOLDER = "state"
 PATCH = "changes.patch"
 # Files that DVC wrote or reads: of the run's folder, and of the repository.
 OF_RUN = ("params.yaml", "dvc.yaml", "dvc.lock")
 OF_REPOSITORY = ("data.dvc",)
-# What a stage's output can depend on; anything else in the repository may differ from the commit.
+# Code that a stage's output can depend on; other files may differ from the commit.
 CODE = ("fuselip_core", "dvc.yaml", "params.yaml", "pyproject.toml", "requirements.lock")
 LIBRARIES = ("torch", "numpy", "pillow")
-# Files whose bytes are a stage's result, without times or paths in them; in the order in which they are made.
+# Reproducible results of the stages (no times or paths in them), in the order of the pipeline.
 RESULTS = {
     "prepared data": "prepared/manifest.json",
     "image tokenizer": "codebook/model.safetensors",
@@ -39,7 +39,7 @@ RESULTS = {
 
 
 def write_state(folder: Path, settings: Settings, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Fills `folder` with the state that the outputs of `settings` were made from; returns what state.json holds."""
+    """Writes the state that the outputs of `settings` were made from into `folder`; returns state.json's content."""
     repository = repository_root()
     run_folder = repository / settings.artifacts.parent
     for place, names in ((run_folder, OF_RUN), (repository, OF_REPOSITORY)):
@@ -65,7 +65,7 @@ def write_state(folder: Path, settings: Settings, metrics: Mapping[str, float]) 
 
 
 def results_of(artifacts: Path) -> dict[str, str]:
-    """Hash of each result that there is: of a file's bytes, and for prepared data of its shards."""
+    """Hash of each existing result: of the file, or for prepared data of its shards."""
     found = {}
     for name, place in RESULTS.items():
         path = artifacts / place
@@ -75,32 +75,26 @@ def results_of(artifacts: Path) -> dict[str, str]:
 
 
 def commit_of(repository: Path) -> str | None:
-    """The commit that is checked out; ``FUSELIP_COMMIT`` where git is absent, as in the images; else None."""
+    """The commit that is checked out; without git, as in the images, ``FUSELIP_COMMIT``; None if unknown."""
     try:
-        return _git(repository, "rev-parse", "HEAD").decode().strip()
+        return git(repository, "rev-parse", "HEAD").decode().strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("FUSELIP_COMMIT")
 
 
 def changes_of(repository: Path) -> bytes:
-    """A patch from the commit to the code as it is, new files included; empty if they are the same.
+    """A patch from the commit to the present code, new files included; empty if they are the same.
 
-    Where git is absent, the patch that ``FUSELIP_CHANGES`` names: flows/run/container.py makes one for its container.
+    Without git, the content of the file ``FUSELIP_CHANGES``, which flows/run/container.py writes for its container.
     """
     there = [name for name in CODE if (repository / name).exists()]
     try:
-        # An index of its own, so that what the user has staged stays as it is.
+        # In a separate git index, so that the user's staged changes stay untouched.
         with tempfile.TemporaryDirectory() as folder:
             index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-            _git(repository, "read-tree", "HEAD", environment=index)
-            _git(repository, "add", "--all", "--", *there, environment=index)
-            return _git(repository, "diff", "--cached", "--binary", "HEAD", "--", *CODE, environment=index)
+            git(repository, "read-tree", "HEAD", environment=index)
+            git(repository, "add", "--all", "--", *there, environment=index)
+            return git(repository, "diff", "--cached", "--binary", "HEAD", "--", *CODE, environment=index)
     except (OSError, subprocess.SubprocessError):
         given = os.environ.get("FUSELIP_CHANGES")
         return Path(given).read_bytes() if given else b""
-
-
-def _git(repository: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> bytes:
-    command = ["git", "-C", str(repository), *arguments]
-    own = {**os.environ, **(environment or {})}
-    return subprocess.run(command, capture_output=True, check=True, timeout=60, env=own).stdout

@@ -1,4 +1,4 @@
-"""From a registered model to a search over one's own archive: inputs → embed → index, which build changes."""
+"""Search over your own archive: inputs → embed → index. `build` makes and changes an index."""
 
-DEFAULT_INDEX = "index"  # folder, from where the command runs
+DEFAULT_INDEX = "index"  # a folder in the current one
 DEFAULT_MODEL = "models:/fuselip-sample-tiny@champion"  # what `make demo` registers

@@ -1,7 +1,7 @@
-"""Building an index and changing it: build, add, remove, verify.
+"""Builds and changes an index: build, add, update, remove, verify.
 
-Rows are embedded into parts on disk first (`embed.Parts`), where a killed run goes on. What then changes the
-table is one transaction. Old versions of the table are deleted at once, since they hold what was removed.
+Rows are first embedded into parts on disk (`embed.Parts`), from which an interrupted run resumes. The table then
+changes in one transaction. Its old versions are deleted at once, since they still contain what was removed.
 """
 
 from __future__ import annotations
@@ -45,19 +45,18 @@ def build(
     name: str | None = None,
     batch_size: int = 64,
 ) -> Outcome:
-    """Builds the index in `folder` of the rows of `source`; an older one is replaced when the new one is whole.
+    """Builds the index in `folder` from the rows of `source`; an existing one is replaced once the new one is complete.
 
     source: what `Archive` reads, or the address of a DICOMweb server.
     """
-    with _sole_builder(folder) as work:
+    with _sole_builder(folder) as work, _opened(source, kind, name, work) as archive:
         schema = schema_of(embedder.width, embedder.name, embedder.digest, pin_version(embedder.name))
         parts = Parts(work, schema, _records)
-        outcome = parts.write(_opened(source, kind, name, work), embedder, batch_size, _judge({}))
+        outcome = parts.write(archive, embedder, batch_size, _judge({}))
         if not outcome.rows:
-            raise FuselipError(f"{source} holds nothing that can be indexed ({outcome.sentence()}); name another")
+            raise FuselipError(f"{source} has no row that can be indexed ({outcome.sentence()}); name another")
         _finish(connect(folder).create_table(TABLE, parts.batches(), mode="overwrite"), folder)
         parts.finish(_beside(folder))
-        _drop_studies(work)
     return outcome
 
 
@@ -69,30 +68,29 @@ def add(
     name: str | None = None,
     batch_size: int = 64,
 ) -> Outcome:
-    """Adds the rows of `source`. A row that is there already stays as it is, and is replaced if it has changed.
+    """Adds the rows of `source` that are new, and replaces those that have changed.
 
-    Raises FuselipError for a model that is not the index's, and where an id belongs to a picture of another place.
+    Raises FuselipError for another model than the index's, and for an id that a picture in another place has.
     """
     index = Index.open(folder)
     index.check_model(embedder.digest)
-    with _sole_builder(folder) as work:
+    with _sole_builder(folder) as work, _opened(source, kind, name, work) as archive:
         table = connect(folder).open_table(TABLE)
         known = {row["id"]: row for row in table.search().select(["id", "stamp", "sha256", "place"]).to_list()}
         schema = _schema(index)
         parts = Parts(work, schema, lambda items: _records(items, known), salt=str(table.version))
-        outcome = parts.write(_opened(source, kind, name, work), embedder, batch_size, _judge(known))
+        outcome = parts.write(archive, embedder, batch_size, _judge(known))
         if outcome.rows:
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(parts.batches())
-        if outcome.rows or len(table.list_versions()) > 1:  # more than one: a killed process left them
+        if outcome.rows or len(table.list_versions()) > 1:  # more than one: left by a killed process
             _finish(table, folder)
         parts.finish(_beside(folder))
-        _drop_studies(work)
     return outcome
 
 
 def update(source: Path | str, folder: str | Path, embedder: Embedder, kind: str | None = None) -> Outcome:
-    """Brings an index up to date: as `add`, or as `build` where it is of another model, or not there yet."""
+    """Brings an index up to date: `add`, or `build` if there is no index yet or it was built with another model."""
     try:
         same = Index.open(folder).model_digest == embedder.digest
     except NoIndex:
@@ -101,9 +99,9 @@ def update(source: Path | str, folder: str | Path, embedder: Embedder, kind: str
 
 
 def remove(folder: str | Path, case: str | None = None, ids: Sequence[str] = ()) -> int:
-    """Removes a case, or pictures by their ids, for good: no file of the index holds them afterwards.
+    """Removes a case, or pictures by id, for good: no file of the index contains them afterwards.
 
-    Returns how many were removed. Raises FuselipError where there is nothing to remove.
+    Returns the number removed; raises FuselipError if there is none.
     """
     condition = f"case = {quoted([case])}" if case is not None else f"id IN ({quoted(ids)})"
     index = Index.open(folder)
@@ -112,19 +110,19 @@ def remove(folder: str | Path, case: str | None = None, ids: Sequence[str] = ())
         table = database.open_table(TABLE)
         count = int(table.count_rows(condition))
         if count:
-            # Not `delete`, which marks rows and keeps them in their files.
+            # Not `delete`, which only marks rows as deleted and leaves them in the files.
             rest = table.search().where(f"NOT ({condition})").to_batches(1024)
             table = database.create_table(TABLE, rest.cast(_schema(index)), mode="overwrite")
-        _finish(table, folder)  # also where an earlier removal was killed before its files were gone
+        _finish(table, folder)  # in any case: an earlier removal may have been killed before it deleted files
         if not count:
             raise FuselipError(f"the index in {folder} has no picture of {case or ', '.join(ids)}; nothing is removed")
     return count
 
 
 def verify(folder: str | Path) -> int:
-    """Reads all of an index, deletes what killed processes left, and returns the number of pictures.
+    """Reads the whole index, deletes leftovers of killed processes, and returns the number of pictures.
 
-    Raises FuselipError for repeated ids and for vectors that are not of unit length.
+    Raises FuselipError for repeated ids and vectors without unit norm.
     """
     index = Index.open(folder)
     with _sole_builder(folder):
@@ -133,7 +131,7 @@ def verify(folder: str | Path) -> int:
         for batch in table.search().select(["vector"]).to_batches(4096):
             vectors = np.asarray(batch["vector"].flatten()).reshape(-1, index.width)
             if not np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-3):
-                raise FuselipError(f"the index in {folder} has vectors that are damaged; build it again")
+                raise FuselipError(f"the index in {folder} has damaged vectors; build it again")
             count += len(vectors)
         names = table.search().select(["id"]).to_arrow()["id"]
         if pc.count_distinct(names).as_py() != count:
@@ -144,7 +142,7 @@ def verify(folder: str | Path) -> int:
 
 @contextmanager
 def _sole_builder(folder: str | Path) -> Iterator[Path]:
-    """Yields the folder of unfinished work while no other process changes the index."""
+    """Yields the folder for unfinished work, and keeps other processes from changing the index meanwhile."""
     if is_remote(folder):
         name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
         work = platformdirs.user_cache_path("fuselip") / f"index-{name}"
@@ -152,25 +150,21 @@ def _sole_builder(folder: str | Path) -> Iterator[Path]:
         place = Path(folder).absolute()
         work = place.with_name(f".{place.name}.parts")
     work.parent.mkdir(parents=True, exist_ok=True)
-    busy = FuselipError(f"another process changes the index in {folder}; wait for it, or name another folder")
+    busy = FuselipError(f"another process is changing the index in {folder}; wait for it, or name another folder")
     with sole_process(work.with_suffix(".lock"), busy), full_disk_named(work):
         yield work
 
 
-def _opened(source: Path | str, kind: str | None, name: str | None, work: Path) -> Archive:
-    """The archive; of a DICOMweb server what is fetched to a folder beside `work`, where a killed run goes on."""
+@contextmanager
+def _opened(source: Path | str, kind: str | None, name: str | None, work: Path) -> Iterator[Archive]:
+    """The archive. Studies of a DICOMweb server are downloaded beside `work` and deleted once the block succeeds."""
     if not is_address(source):
-        return Archive(Path(source), kind, name)
-    fetch_studies(str(source), _studies(work))
-    return Archive(_studies(work), "dicom", name, studies_at=str(source))
-
-
-def _studies(work: Path) -> Path:
-    return work.with_suffix(".studies")
-
-
-def _drop_studies(work: Path) -> None:
-    shutil.rmtree(_studies(work), ignore_errors=True)
+        yield Archive(Path(source), kind, name)
+        return
+    studies = work.with_suffix(".studies")
+    fetch_studies(str(source), studies)
+    yield Archive(studies, "dicom", name, studies_at=str(source))
+    shutil.rmtree(studies, ignore_errors=True)
 
 
 def _schema(index: Index) -> pa.Schema:
@@ -178,14 +172,13 @@ def _schema(index: Index) -> pa.Schema:
 
 
 def _judge(known: Mapping[str, Mapping[str, Any]]) -> Judge:
-    """Takes the rows that `known` has not, or has otherwise; an id counts once."""
-    seen: set[int] = set()  # 8 bytes of a hash each, for archives of millions
+    """Accepts rows that are not in `known` or have changed since, and sets repeated ids aside."""
+    seen: set[int] = set()
 
     def judge(row: Row, stamp: str) -> str | None:
-        short = int.from_bytes(hashlib.blake2b(row.id.encode(errors="surrogateescape"), digest_size=8).digest())
-        if short in seen:
+        if row.id_hash() in seen:
             return "repeated_id"
-        seen.add(short)
+        seen.add(row.id_hash())
         return UNCHANGED if row.id in known and known[row.id]["stamp"] == stamp else None
 
     return judge
@@ -194,7 +187,7 @@ def _judge(known: Mapping[str, Mapping[str, Any]]) -> Judge:
 def _records(
     items: Sequence[Embedded], known: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 ) -> list[dict[str, Any]]:
-    """Rows of the table; raises FuselipError where an id is `known` of another picture in another place."""
+    """Rows of the table; raises FuselipError if another picture in another place is `known` by the same id."""
     now = datetime.now(UTC)
     found = []
     for item in items:
@@ -216,12 +209,12 @@ def _records(
 
 
 def _beside(folder: str | Path) -> Path:
-    """The place that is named as the index is: beside it, or for one on S3 in the current folder."""
+    """The path of the index, or for one on S3 its name in the current folder: where the list of rejects goes."""
     return Path(Path(folder).name if is_remote(folder) else folder)
 
 
 def _finish(table: Any, folder: str | Path) -> None:
-    """Full text and, in a large index, approximate search; old versions go."""
+    """Builds the full-text index and, for a large table, the approximate one; deletes old versions."""
     from lancedb.index import FTS
 
     drop_map(connect(folder))
@@ -229,12 +222,12 @@ def _finish(table: Any, folder: str | Path) -> None:
     if table.count_rows() > ANN_ROWS:
         index_vectors(table)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that readers of old versions fail: they are meant to
+        warnings.simplefilter("ignore")  # "readers of old versions will fail": they retry (Index.search)
         table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
 
 
 def index_vectors(table: Any) -> None:
-    """Adds the index of approximate search to a table, or builds it again."""
+    """Builds the table's index for approximate search, or rebuilds it."""
     from lancedb.index import HnswSq
 
     table.create_index("vector", config=HnswSq(distance_type="cosine"), replace=True)

@@ -1,4 +1,4 @@
-"""Studies of a DICOMweb server (PS3.18: QIDO-RS, WADO-RS) as DICOM files in a folder, where `data/dicom` reads them."""
+"""Downloads the studies of a DICOMweb server (PS3.18: QIDO-RS, WADO-RS) as DICOM files, which `data/dicom` reads."""
 
 from __future__ import annotations
 
@@ -16,37 +16,35 @@ from fuselip_core.files import atomic_folder
 from fuselip_core.progress import track
 
 STUDY_UID = "0020000D"
-UID = re.compile(r"[0-9.]{1,64}")  # of which a path is made
+UID = re.compile(r"[0-9.]{1,64}")  # anything else must not become a folder's name
 PAGE = 500
-ATTEMPTS = 5
+ATTEMPTS, WAIT = 5, tenacity.wait_exponential(max=20)
+BUSY = (408, 429, 502, 503, 504)
 SECONDS = 60.0  # without a byte from the server
 
 
 def is_address(source: str | Path) -> bool:
-    """Whether a source is the address of a server."""
+    """Whether a source is a server's address, not a folder."""
     return str(source).startswith(("http://", "https://"))
 
 
 def study_address(url: str, file: Path) -> str:
-    """The address of the study that `fetch_studies` took a file from."""
+    """The address of the study that `file` belongs to."""
     return f"{url.rstrip('/')}/studies/{file.parent.name}"
 
 
 def fetch_studies(url: str, folder: Path) -> None:
-    """Writes the instances of every study at `url` to `folder`/<study UID>/; a study that is there is not asked again.
+    """Writes every study at `url` to `folder`/<study UID>/, and skips studies that are already there.
 
-    User and password come from ~/.netrc. Raises FuselipError where the server does not answer as DICOMweb.
+    User and password come from ~/.netrc. Raises FuselipError if the server does not answer, or not as DICOMweb.
     """
     import requests
 
     if "@" in urlsplit(url).netloc:
-        raise FuselipError("the address holds a user or password, which would be shown; put them into ~/.netrc")
+        raise FuselipError("the address contains a user or password, which logs would show; put them into ~/.netrc")
     client = _client(url)
     again = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
-        wait=tenacity.wait_exponential(max=20),
-        retry=tenacity.retry_if_exception_type((requests.ConnectionError, requests.Timeout)),
-        reraise=True,
+        stop=tenacity.stop_after_attempt(ATTEMPTS), wait=WAIT, retry=tenacity.retry_if_exception(_passes), reraise=True
     )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
@@ -60,15 +58,26 @@ def fetch_studies(url: str, folder: Path) -> None:
         raise
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
-        raise FuselipError(
-            f"the DICOMweb server at {url} answers {status}; check the address, and user and password in ~/.netrc"
-        ) from None  # its own words name the study
+        remedy = "try again later" if status in BUSY else "check the address, and user and password in ~/.netrc"
+        # From None, since the error quotes the study's address.
+        raise FuselipError(f"the DICOMweb server at {url} answers {status}; {remedy}") from None
     except requests.RequestException as error:
         raise FuselipError(f"no DICOMweb server answers at {url} ({type(error).__name__}); check the address") from None
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise FuselipError(
-            f"what answers at {url} is no DICOMweb server ({type(error).__name__}); Orthanc's ends in /dicom-web"
+            f"the server at {url} does not speak DICOMweb ({type(error).__name__}); check the address, which for "
+            "Orthanc ends in /dicom-web"
         ) from None
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a second try may succeed: the connection broke, also in the middle of a study, or the server is busy."""
+    import requests
+
+    if isinstance(error, requests.HTTPError):
+        return error.response is not None and error.response.status_code in BUSY
+    broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    return isinstance(error, broken)
 
 
 def _client(url: str) -> Any:
@@ -78,8 +87,8 @@ def _client(url: str) -> Any:
     try:
         client = DICOMwebClient(url.rstrip("/"), session=requests.Session(), timeout=SECONDS)
     except ValueError:
-        raise FuselipError(f"{url} is no address of a DICOMweb server; give one as https://host/dicom-web") from None
-    client.set_http_retry_params(max_attempts=ATTEMPTS)
+        raise FuselipError(f"{url} is no DICOMweb address; give one such as https://host/dicom-web") from None
+    client.set_http_retry_params(retry=False)  # fetch_studies retries, which covers a study that breaks off as well
     return client
 
 
@@ -97,4 +106,4 @@ def _fetch(client: Any, uid: str, folder: Path) -> None:
         for number, dataset in enumerate(client.iter_study(uid)):
             path = partial / f"{number:06d}.dcm"
             dataset.save_as(path, enforce_file_format=True)
-            os.utime(path, (0, 0))  # fetched again, the file is the same
+            os.utime(path, (0, 0))  # so that a second download counts as unchanged

@@ -1,7 +1,7 @@
-"""Bulk embedding: rows of an archive → vectors, in parts on disk, so that a killed run goes on where it was.
+"""Bulk embedding: rows of an archive → vectors, written in parts so that an interrupted run can resume.
 
-Memory stays flat: a few batches exist at a time. Threads read and decode the next ones while the model works. A row
-that cannot be used is set aside with its reason. Legend: N rows, W the width of an embedding.
+Memory use is constant: only a few batches exist at a time, and threads read and decode the next ones while the model
+works. Unusable rows are set aside with a reason. Legend: N rows, W the width of an embedding.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
     from fuselip_core.model.embedder import Embedder
 
 BATCHES_AHEAD = 2
-# A part is written when it has so many rows, or is so old: what a killed run loses.
+# A part is written after this many rows or seconds, which is the most that an interrupted run loses.
 PART_ROWS, PART_SECONDS = 2048, 30.0
 THUMBNAIL_SIDE = 256
 SET_ASIDE_SUFFIX = ".set_aside.jsonl"
 UNCHANGED = "unchanged"
 
-Judge = Callable[[Row, str], str | None]  # row and stamp → UNCHANGED, why it is set aside, or None to take it
+Judge = Callable[[Row, str], str | None]  # row and stamp → None to embed it, UNCHANGED, or the reason to set it aside
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is kept of a picture: SHA-256 of its file, fingerprint, and a JPEG of at most THUMBNAIL_SIDE pixels."""
+    """SHA-256 of a picture's file, its fingerprint, and a JPEG of at most THUMBNAIL_SIDE pixels a side."""
 
     sha256: str
     mark: Fingerprint
@@ -60,7 +60,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """A row with its stamp, its vector (W) float32 of unit norm, and the look of its picture where it has one."""
+    """A row with its stamp, its vector (W) float32 of unit norm and, if it has a picture, the look of that."""
 
     row: Row
     stamp: str
@@ -70,9 +70,9 @@ class Embedded:
 
 @dataclass
 class Batch:
-    """Rows to embed together with their stamps, and how far the archive is read behind them.
+    """Rows to embed together, each with its stamp, and the position in the archive after them.
 
-    used: rows of the archive up to here; digest: a hash of them; the others count what was met since the last batch.
+    used: rows of the archive read so far. digest: hash of those. The other fields count since the last batch.
     """
 
     rows: list[tuple[Row, str]] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Batch:
 
 @dataclass
 class Outcome:
-    """What became of the rows of an archive. cut: texts that are longer than the model reads."""
+    """Counts of an archive's rows. cut: texts longer than the model's context."""
 
     rows: int = 0
     unchanged: int = 0
@@ -95,7 +95,7 @@ class Outcome:
     def sentence(self) -> str:
         parts = [f"{self.rows:,} rows embedded"]
         parts += [f"{self.unchanged:,} unchanged"] if self.unchanged else []
-        parts += [f"{self.cut:,} texts cut to what the model reads"] if self.cut else []
+        parts += [f"{self.cut:,} texts cut to the model's length"] if self.cut else []
         if self.set_aside:
             reasons = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.set_aside.most_common())
             parts.append(f"set aside: {', '.join(reasons)}")
@@ -106,11 +106,11 @@ class Outcome:
 
 
 def read_batches(archive: Archive, size: int, judge: Judge) -> Iterator[Batch]:
-    """The rows of an archive that `judge` takes, `size` at a time; the last batch may have fewer, or none."""
+    """The rows that `judge` accepts, `size` at a time; the last batch may have fewer, or none."""
     hashed, batch = hashlib.sha256(), Batch()
     listed: list[SetAside] = []
     for used, row in enumerate(archive.rows(listed.append), 1):
-        if len(batch.rows) == size:  # only now, so that what is set aside behind the last row has a batch
+        if len(batch.rows) == size:  # checked here, so that rows set aside at the very end still get a batch
             batch.set_aside += listed
             listed.clear()
             yield batch
@@ -130,9 +130,9 @@ def read_batches(archive: Archive, size: int, judge: Judge) -> Iterator[Batch]:
 
 
 def embed_batches(batches: Iterable[Batch], embedder: Embedder) -> Iterator[tuple[Batch, list[Embedded]]]:
-    """Yields each batch with its embedded rows; those that cannot be used join what it set aside.
+    """Yields each batch with its embedded rows; unusable rows are added to its `set_aside`.
 
-    Raises FuselipError where an embedding is not finite.
+    Raises FuselipError for an embedding that is not finite.
     """
     with decoding_threads() as pool, ImageReader() as reader, discreet(), quiet_decoders():
         waiting: deque[tuple[Batch, list[Future[_Opened]]]] = deque()
@@ -148,7 +148,7 @@ _Opened = tuple[Any, Look | None, bool]  # pixels as the model takes them, look,
 
 
 def _started(row: Row, pool: ThreadPoolExecutor, reader: ImageReader, embedder: Embedder) -> Future[_Opened]:
-    """Archives and Parquet files are read in order, by one reader; what reads itself does so in a thread."""
+    """Reads archives and Parquet files here, in order and with one reader; everything else in a thread."""
     data = row.image
     if data is not None and not isinstance(data, bytes | Readable):
         try:
@@ -199,9 +199,9 @@ def _embedded(batch: Batch, jobs: list[Future[_Opened]], embedder: Embedder) -> 
 
 @dataclass
 class Parts:
-    """Parquet files of embedded rows in the folder `work`, each written whole; those of a killed run are kept.
+    """Parquet files of embedded rows in the folder `work`, each written atomically; a later run continues after them.
 
-    schema, records: columns, and what makes them of embedded rows. salt: what else the rows depend on.
+    schema: their columns. records: turns embedded rows into table rows. salt: anything else that the rows depend on.
     """
 
     work: Path
@@ -211,7 +211,7 @@ class Parts:
     paths: list[Path] = field(default_factory=list)
 
     def write(self, archive: Archive, embedder: Embedder, batch_size: int, judge: Judge) -> Outcome:
-        """Embeds what is not there yet, and returns what became of all rows."""
+        """Embeds the rows that no part contains yet, and returns the counts of all rows."""
         parts = (archive.source.absolute(), archive.kind, embedder.digest, self.schema, batch_size, self.salt)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()
         if find_json(self.work / "key.json").get("key") != key:
@@ -220,14 +220,20 @@ class Parts:
             write_json(self.work / "key.json", {"key": key})
         batches = self._behind_finished(read_batches(archive, batch_size, judge))
         if batches is None:
-            logger.info("the archive has changed since this was interrupted: starting again")
+            logger.info("the archive has changed since the interruption: starting again")
             self.remove()
             return self.write(archive, embedder, batch_size, judge)
         total = None if archive.total is None else -(-archive.total // batch_size)
         fresh, state, started = list[Embedded](), Batch(), time.monotonic()
         for batch, items in embed_batches(track(batches, f"embed, in batches of {batch_size}", total), embedder):
             fresh += items
-            state = _joined(state, batch)
+            state = Batch(
+                used=batch.used,
+                digest=batch.digest,
+                unchanged=state.unchanged + batch.unchanged,
+                cut=state.cut + batch.cut,
+                set_aside=state.set_aside + batch.set_aside,
+            )
             if len(fresh) >= PART_ROWS or time.monotonic() - started > PART_SECONDS:
                 self._flush(fresh, state)
                 fresh, state, started = [], Batch(), time.monotonic()
@@ -240,7 +246,7 @@ class Parts:
         self.paths = []
 
     def _behind_finished(self, batches: Iterator[Batch]) -> Iterator[Batch] | None:
-        """The batches that no part holds; None where the archive no longer begins with those that one does."""
+        """The batches that no part contains; None if the archive no longer starts with the rows of the parts."""
         for path in sorted(self.work.glob("part-*.parquet")):
             state = state_of(path)
             batch = next((batch for batch in batches if batch.used >= state["used"]), Batch())
@@ -273,7 +279,7 @@ class Parts:
         return pa.RecordBatchReader.from_batches(self.schema, (batch.cast(self.schema) for batch in found))
 
     def finish(self, place: Path) -> None:
-        """Removes the parts; beside `place` one JSON line says of each row that was set aside why, if there are any."""
+        """Removes the parts. If rows were set aside, a file beside `place` says why, one JSON line a row."""
         path = place.with_name(place.name + SET_ASIDE_SUFFIX)
         lines = (json.dumps(item, ensure_ascii=False) for part in self.paths for item in state_of(part)["set_aside"])
         path.unlink(missing_ok=True)
@@ -283,19 +289,8 @@ class Parts:
         self.remove()
 
 
-def _joined(one: Batch, next_one: Batch) -> Batch:
-    """The counts of two batches that follow each other."""
-    return Batch(
-        used=next_one.used,
-        digest=next_one.digest,
-        unchanged=one.unchanged + next_one.unchanged,
-        cut=one.cut + next_one.cut,
-        set_aside=one.set_aside + next_one.set_aside,
-    )
-
-
 def state_of(part: Path) -> dict[str, Any]:
-    """The counts of a part, as `Batch` has them."""
+    """The fields of `Batch` for a part."""
     return dict(json.loads(pq.read_schema(part).metadata[b"fuselip"]))
 
 
@@ -307,35 +302,33 @@ def embed_archive(
 ) -> Outcome:
     """Writes id, image, text and embedding (W float32, unit norm) of every row of `source` to the Parquet file `out`.
 
-    What was set aside is named in a file beside `out`. Raises FuselipError for a source that cannot be used.
+    Rows that were set aside are listed in a file beside `out`. Raises FuselipError for an unusable source.
     """
     archive = Archive(source, kind)
-    base = source if source.is_dir() else source.parent
+    base = (source if source.is_dir() else source.parent).absolute()
     strings = [(name, pa.string()) for name in ("id", "image", "text")]
     schema = pa.schema([*strings, ("embedding", pa.list_(pa.float32(), embedder.width))])
 
     def records(items: Sequence[Embedded]) -> list[dict[str, Any]]:
         return [
-            {"id": item.row.id, "image": _as_given(item.row, base), "text": item.row.text, "embedding": item.vector}
+            {
+                "id": item.row.id,
+                "image": None if item.row.image is None else item.row.place.removeprefix(f"{base}/"),
+                "text": item.row.text,
+                "embedding": item.vector,
+            }
             for item in items
         ]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     parts = Parts(out.with_name(f".{out.name}.parts"), schema, records)
-    busy = FuselipError(f"another process embeds into {out}; wait for it, or name another file with --out")
+    busy = FuselipError(f"another process is embedding into {out}; wait for it, or name another file with --out")
     with sole_process(out.with_name(f".{out.name}.lock"), busy):
         outcome = parts.write(archive, embedder, batch_size, lambda row, stamp: None)
         if not outcome.rows:
-            raise FuselipError(f"{source} holds nothing that can be embedded ({outcome.sentence()}); name another")
+            raise FuselipError(f"{source} has no row that can be embedded ({outcome.sentence()}); name another")
         with atomic_write(out) as partial, pq.ParquetWriter(partial, schema) as writer:
             for batch in parts.batches():
                 writer.write_batch(batch)
         parts.finish(out)
     return outcome
-
-
-def _as_given(row: Row, base: Path) -> str | None:
-    """The path of a picture from `base`, as a table gives it; None for a text alone."""
-    if row.image is None:
-        return None
-    return row.place.removeprefix(f"{base.absolute()}/")

@@ -1,7 +1,7 @@
 """An index over an archive: vectors, captions and thumbnails in one LanceDB table, in a folder or on S3.
 
-Every change is one transaction of the table: a process that is killed leaves the index as it was or as it is to be. An
-index remembers the digest of its model, and a query of another one is refused. Legend: N rows, W width of a vector.
+Every change is one transaction of the table, so a killed process never leaves a half-changed index. The index stores
+the digest of its model, and queries from another model are refused. Legend: N rows, W width of a vector.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from fuselip_core.search.vectors import Vectors
 
 TABLE, MAP_TABLE = "pictures", "map"
 METADATA = b"fuselip"
-ANN_ROWS = 100_000  # above so many rows a search is approximate unless asked otherwise
-EF = 200  # candidates that an approximate search keeps; more of them find more and take longer
+ANN_ROWS = 100_000  # above this size, searches are approximate by default
+EF = 200  # candidates of an approximate search: more give a higher recall and take longer
 RANK_CONSTANT = 60  # of reciprocal rank fusion (Cormack, Clarke and Buettcher 2009)
-HYBRID_DEPTH = 50  # the least number of rows of each ranking that are fused
+HYBRID_DEPTH = 50  # rows of each ranking that are fused, at least
 MOST_ON_MAP, FEWEST_FOR_UMAP = 10_000, 32
 SHOWN = ("id", "caption", "concepts", "modality", "case", "split", "source", "licence", "place", "thumbnail")
 LOOK = ("sha256", "bits", "grey")
@@ -43,9 +43,9 @@ LOOK = ("sha256", "bits", "grey")
 
 @dataclass(frozen=True)
 class Hit:
-    """A found picture. score: cosine similarity, or of a search by words alone the BM25 score.
+    """A found picture. score: cosine similarity, or the BM25 score of a search by words alone.
 
-    thumbnail: JPEG. folded: how many equal pictures, ranked behind it, this one stands for.
+    thumbnail: JPEG. folded: number of equal pictures with a lower rank, which are not listed.
     """
 
     id: str
@@ -65,7 +65,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Filters:
-    """What a picture must be, to be found: one of the named values of each field that names any."""
+    """Restricts a search: in every field that has values here, a picture must have one of them."""
 
     modality: tuple[str, ...] = ()
     concept: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class Filters:
     indexed_before: datetime | None = None
 
     def condition(self) -> str | None:
-        """The filter in the table's SQL; None where there is none."""
+        """The filter as SQL; None if it is empty."""
         parts = [
             f"{name} IN ({quoted(values)})"
             for name in ("modality", "split", "source")
@@ -93,7 +93,7 @@ NO_FILTERS = Filters()
 
 
 def schema_of(width: int, model_name: str, model_digest: str, model_address: str) -> pa.Schema:
-    """Columns of the table; its metadata names the model, and the address of just this version of it."""
+    """Columns of the table. Its metadata identify the model, and `model_address` its exact version."""
     texts = ("id", "caption", "modality", "case", "split", "source", "licence", "place", "origin", "sha256", "stamp")
     about = {"model_name": model_name, "model_digest": model_digest, "model_address": model_address, "width": width}
     return pa.schema(
@@ -111,8 +111,8 @@ def schema_of(width: int, model_name: str, model_digest: str, model_address: str
 
 
 def connect(folder: str | Path) -> Any:
-    """The database in a folder or at an s3:// address; each read sees the newest state."""
-    os.environ.setdefault("LANCEDB_LOG", "error")  # else every new table is announced on the terminal
+    """The database in a folder or at an s3:// address; every read returns the newest state."""
+    os.environ.setdefault("LANCEDB_LOG", "error")  # LanceDB logs every new table otherwise
     try:
         import lancedb
     except ImportError as error:
@@ -121,12 +121,12 @@ def connect(folder: str | Path) -> Any:
 
 
 def is_remote(folder: str | Path) -> bool:
-    """Whether an index lies in an object store."""
+    """Whether an index is in an object store."""
     return str(folder).startswith("s3://")
 
 
 def drop_map(database: Any) -> None:
-    """Deletes the map, which names pictures, with its files."""
+    """Deletes the map with its files, since it lists pictures by id."""
     if MAP_TABLE in database.list_tables().tables:
         database.drop_table(MAP_TABLE)
 
@@ -136,13 +136,13 @@ class NoIndex(FuselipError):
 
 
 class ReplacedIndex(FuselipError):
-    """The index was built again with another model, so it is another one."""
+    """The index was rebuilt with another model."""
 
 
 class Index:
-    """An index that was built; safe to use from many threads, and beside a process that adds or removes.
+    """An existing index. Safe to use from many threads, also while another process changes the index.
 
-    in_memory: exact searches keep the vectors in memory (N * W * 4 bytes), for a process that searches often.
+    in_memory: keep the vectors in memory (N * W * 4 bytes) for exact searches; pays off for repeated searches.
     """
 
     def __init__(self, folder: str | Path, table: Any, in_memory: bool = False) -> None:
@@ -155,7 +155,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | Path = DEFAULT_INDEX, in_memory: bool = False) -> Index:
-        """Raises FuselipError where there is no index, or it cannot be read."""
+        """Raises NoIndex if there is none, and FuselipError if it cannot be read."""
         remedy = f"build one with `fuselip index build ARCHIVE --index {folder}`"
         try:
             database = connect(folder) if is_remote(folder) or Path(folder).is_dir() else None
@@ -165,7 +165,7 @@ class Index:
         except FuselipError:
             raise
         except (KeyError, TypeError) as error:
-            raise FuselipError(f"{folder} holds a table that is no index of this project; {remedy}") from error
+            raise FuselipError(f"the table in {folder} is not an index of this project; {remedy}") from error
         except (OSError, RuntimeError, ValueError) as error:
             reason = one_line(error)[:200]
             raise FuselipError(f"the index in {folder} cannot be read ({reason}); {remedy}") from error
@@ -174,7 +174,7 @@ class Index:
         return int(self._table.count_rows())
 
     def info(self) -> dict[str, Any]:
-        """Folder, model, number of pictures and of cases, dates."""
+        """Folder, model, number of pictures and cases, dates."""
         columns = self._columns("case", "indexed_at")
         moments = pc.min_max(columns["indexed_at"]).as_py()
         return {
@@ -191,12 +191,12 @@ class Index:
 
     def facets(self) -> dict[str, dict[str, int]]:
         """Number of pictures by modality, concept, split and source, the most frequent value first."""
-        columns = self._columns("modality", "concepts", "split", "source")
-        found = {"concept" if name == "concepts" else name: _counts(columns[name]) for name in columns.column_names}
-        return {name: found[name] for name in ("modality", "concept", "split", "source")}
+        names = {"modality": "modality", "concept": "concepts", "split": "split", "source": "source"}
+        columns = self._columns(*names.values())
+        return {name: _counts(columns[column]) for name, column in names.items()}
 
     def check_model(self, digest: str) -> None:
-        """Raises FuselipError where the model of a query is not that of the index."""
+        """Raises FuselipError if a query's model is not the one that built the index."""
         if digest != self.model_digest:
             raise FuselipError(
                 f"the index in {self.folder} was built with {self.model_name} (digest {self.model_digest[:12]}), not "
@@ -214,11 +214,10 @@ class Index:
         fold: bool = True,
         exact: bool | None = None,
     ) -> list[Hit]:
-        """The pictures nearest to `vector` (W), best first; with `words` too, those and the captions that match.
+        """The pictures nearest to `vector` (W), those whose captions match `words`, or both rankings fused; best first.
 
-        Both rankings are fused by reciprocal rank. threshold: least cosine similarity. fold: equal pictures become one
-        hit. exact: None searches approximately where the index is large. Raises FuselipError for a query without
-        content.
+        Rankings are fused by reciprocal rank. threshold: smallest cosine similarity. fold: equal pictures become one
+        hit. exact: None means approximate if the index is large. Raises FuselipError for an empty query.
         """
         require(words, vector is not None)
         self.require_same_model()
@@ -228,7 +227,7 @@ class Index:
         while True:
             try:
                 rows, are_all = self._ranked(query, words, depth, filters, exact)
-            except (OSError, RuntimeError):  # somebody changed the index, and the files that were read are gone
+            except (OSError, RuntimeError):  # another process changed the index and deleted the old files
                 self._table.checkout_latest()
                 rows, are_all = self._ranked(query, words, depth, filters, exact)
             self.require_same_model()
@@ -241,23 +240,23 @@ class Index:
             depth *= 2
 
     def vectors(self, ids: Sequence[str]) -> NDArray[np.float32]:
-        """(N, W) of the named pictures, in the order of `ids`; raises FuselipError for one that is not there."""
+        """Vectors (N, W) of the pictures `ids`, in their order; raises FuselipError for an unknown id."""
         rows = self._named(ids, ("id", "vector"))
         return np.array([rows[name]["vector"] for name in ids], dtype=np.float32).reshape(len(ids), self.width)
 
     def get(self, name: str) -> Hit:
-        """The picture with this id; raises FuselipError where there is none."""
+        """The picture with this id; raises FuselipError if there is none."""
         return _hit(self._named([name], (*SHOWN, "indexed_at"))[name] | {"score": 1.0}, 0)
 
     def original(self, name: str) -> bytes | None:
-        """The file of this picture, read where it was indexed; None where it is not there as it was."""
+        """The original file of a picture; None if it is gone or has changed."""
         row = self._named([name], ("id", "origin", "sha256"))[name]
         return read_original(row["origin"], row["sha256"])
 
     def map(self) -> tuple[list[str], NDArray[np.float32]]:
-        """Ids of at most MOST_ON_MAP pictures and their places on a plane (N, 2), like beside like (UMAP).
+        """Ids of at most MOST_ON_MAP pictures and their coordinates (N, 2) by UMAP, which puts similar ones together.
 
-        Computed on first use, which takes some seconds, and kept beside the pictures until they change.
+        Computed on first use, which takes some seconds, and stored in the index until its pictures change.
         """
         database, version = connect(self.folder), str(self._table.version)
         if MAP_TABLE in database.list_tables().tables:
@@ -269,13 +268,13 @@ class Index:
         columns = columns.take(chosen)
         places = _plane(columns["vector"].combine_chunks().flatten().to_numpy().reshape(-1, self.width))
         table = pa.table({"id": columns["id"], "x": places[:, 0], "y": places[:, 1]})
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # of a read-only index: computed each time
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # a read-only index: computed each time
             drop_map(database)
             database.create_table(MAP_TABLE, table.replace_schema_metadata({"version": version}))
         return columns["id"].to_pylist(), places
 
     def modalities(self, ids: Sequence[str]) -> list[str]:
-        """The modality of each of `ids`, empty where it is unknown."""
+        """The modality of each picture; empty if unknown."""
         rows = self._named(ids, ("id", "modality"))
         return [rows[name]["modality"] or "" for name in ids]
 
@@ -293,20 +292,20 @@ class Index:
         norm = float(np.linalg.norm(query))
         if len(query) != self.width or not np.isfinite(norm) or norm == 0.0:
             raise FuselipError(
-                f"the query is no vector of {self.width} finite numbers; embed it with {self.model_name}"
+                f"the query is not a vector of {self.width} finite numbers; embed it with {self.model_name}"
             )
         return query / np.float32(norm)
 
     def require_same_model(self) -> None:
-        """Raises ReplacedIndex where the index was built again with another model since it was opened."""
+        """Raises ReplacedIndex if the index was rebuilt with another model since it was opened."""
         about = json.loads(self._table.schema.metadata[METADATA])
         if about["model_digest"] != self.model_digest:
-            raise ReplacedIndex(f"the index in {self.folder} was built again with another model; open it again")
+            raise ReplacedIndex(f"the index in {self.folder} was rebuilt with another model; open it again")
 
     def _ranked(
         self, query: NDArray[np.float32] | None, words: str | None, depth: int, filters: Filters, exact: bool | None
     ) -> tuple[list[dict[str, Any]], bool]:
-        """The best rows of each ranking, fused by reciprocal rank; and whether there are no more."""
+        """The `depth` best rows of each ranking, fused by reciprocal rank; and whether these are all."""
         columns, where = [*SHOWN, "indexed_at", *LOOK, "vector"], filters.condition()
         rankings = []
         if query is not None:
@@ -326,13 +325,12 @@ class Index:
     def _nearest(
         self, query: NDArray[np.float32], columns: Sequence[str], where: str | None, depth: int, exact: bool
     ) -> list[dict[str, Any]]:
-        """The rows nearest to `query`, best first."""
         if exact and self._in_memory:
             vectors, allowed = self._held(), None
             if where:
                 found = self._table.search().where(where).select(["_rowid"]).to_arrow()["_rowid"]
                 allowed = np.asarray(found, np.uint64)
-            if self._table.version == vectors.version:  # else it is changed just now, and the ids may be others
+            if self._table.version == vectors.version:  # otherwise the table is changing, and row ids with it
                 ids = vectors.nearest(query, depth, allowed).tolist()
                 rows = _rows(self._table.take_row_ids(ids).select([*columns, "_rowid"]), query) if ids else []
                 if self._table.version == vectors.version:
@@ -345,7 +343,7 @@ class Index:
     def _held(self) -> Vectors:
         with self._loading:
             if self._vectors is None or self._vectors.version != self._table.version:
-                self._vectors = None  # first, since two of them may not fit
+                self._vectors = None  # freed first: memory may not hold both
                 self._vectors = Vectors(self._table, self.width)
             return self._vectors
 
@@ -360,7 +358,7 @@ class Index:
 
 
 def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N, W) → (N, 2). A handful of vectors has no neighbourhoods: they are laid out by their principal components."""
+    """(N, W) → (N, 2), by UMAP, or by principal components if there are too few vectors for it."""
     if not len(vectors):
         return np.zeros((0, 2), dtype=np.float32)
     if len(vectors) < FEWEST_FOR_UMAP:
@@ -371,7 +369,7 @@ def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     import umap  # type: ignore[import-untyped]
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a fixed seed means one thread
+        warnings.simplefilter("ignore")  # "n_jobs overridden to 1 by setting random_state"
         plane = umap.UMAP(metric="cosine", n_neighbors=min(15, len(vectors) - 1), random_state=0).fit_transform(vectors)
     return np.nan_to_num(plane).astype(np.float32)
 
@@ -381,7 +379,7 @@ def _limited(found: Any, where: str | None, limit: int) -> Any:
 
 
 def _rows(found: Any, query: NDArray[np.float32] | None) -> list[dict[str, Any]]:
-    """Rows with their `score`: the cosine to `query` (W), or without one the score of the words."""
+    """Rows with a `score`: the cosine to `query` (W), or the BM25 score if there is none."""
     table = found.to_arrow()
     rows: list[dict[str, Any]] = table.drop_columns(["vector"]).to_pylist()
     if query is None:
@@ -401,7 +399,7 @@ def _counts(column: pa.ChunkedArray) -> dict[str, int]:
 
 
 def _folded(rows: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int]]:
-    """Rows without those whose picture equals one before them, each with the number of those."""
+    """Drops rows whose picture equals an earlier one; each remaining row comes with the number dropped for it."""
     kept: list[tuple[dict[str, Any], Fingerprint | None]] = []
     counts: list[int] = []
     for row in rows:

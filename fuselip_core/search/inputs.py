@@ -1,7 +1,7 @@
-"""One iterator over whatever a user has: pictures in folders, tables, prepared data, DICOM trees, published data sets.
+"""One iterator over any archive: folders of pictures, tables, prepared data, DICOM trees, published data sets.
 
-A row is read by the same code as everywhere else: data sets by their adapter in `data/sources`, tables by
-`table_reader`, prepared data by `PreparedData`. What cannot be used is set aside with its reason.
+Each kind is read by the code that training uses: data sets by their adapter in `data/sources`, tables by
+`table_reader`, prepared data by `PreparedData`. Unusable rows are set aside with a reason.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ OnSetAside = Callable[[SetAside], None]
 class Row:
     """One item of an archive.
 
-    image: the bytes of an image file, where they are, or None. text: is embedded, with the image where there is one.
-    caption: is shown and searched by words, not embedded. place: where a person finds the picture; empty for DICOM,
-    whose paths may name people. origin: where a program finds it (`originals`), for an image that is given as bytes.
+    image: the bytes of an image file, their place, or None. text: embedded, together with the image if there is one.
+    caption: shown and searched by words, but not embedded. place: where a person finds the picture; empty for DICOM,
+    whose paths may contain names. origin: where a program finds a picture given as bytes (see `originals`).
     """
 
     id: str
@@ -56,8 +56,12 @@ class Row:
     place: str = ""
     origin: str = ""
 
+    def id_hash(self) -> int:
+        """A 64-bit hash of the id: enough to find repeated ids among millions, and evenly distributed."""
+        return int.from_bytes(hashlib.blake2b(self.id.encode(errors="surrogateescape"), digest_size=8).digest())
+
     def stamp(self) -> str:
-        """A hash that changes with the row; of a picture in a file, with the file's size and date."""
+        """A hash that changes with the row and, for a picture in a file, with the file's size and date."""
         image: Any = self.image
         if isinstance(image, bytes):
             image = hashlib.sha256(image).hexdigest()
@@ -65,7 +69,7 @@ class Row:
             try:
                 status = image.file.stat()
             except OSError:
-                image = "missing"  # is set aside when it is read
+                image = "missing"  # set aside later, when it is read
             else:
                 image = f"{image!r} {status.st_size} {status.st_mtime_ns}"
         stated = [getattr(self, name) for name in self.__slots__ if name not in ("image", "origin")]
@@ -73,28 +77,30 @@ class Row:
 
 
 class Archive:
-    """The rows of `source`, a folder or a table, in a stable order; iterate as often as you like.
+    """The rows of `source`, a folder or a table, in a stable order; can be iterated repeatedly.
 
-    kind: a name of `fuselip data sources`; found out where it is None. name: what ids of pictures without one begin
-    with, and `source` of a row; the folder's or the table's name where it is None. studies_at: the DICOMweb server that
-    the files come from, for links. total: the number of rows, where it is known.
+    kind: a name from `fuselip data sources`, detected if None. name: prefix of generated ids, and the `source` of every
+    row; by default the name of the folder or table. studies_at: the DICOMweb server that the files come from, for
+    links. total: the number of rows, if known.
     """
 
     def __init__(
         self, source: Path, kind: str | None = None, name: str | None = None, studies_at: str | None = None
     ) -> None:
-        """Raises DataError for a source that is missing or holds nothing that can be embedded."""
+        """Raises DataError if `source` is missing or of no known kind."""
         self.source, self.total = source, None
         self.notes: list[str] = []
         self._set_aside: list[Iterable[SetAside]] = []
         if not source.exists():
-            raise DataError(
-                f"there is no {source} (a container sees only what is mounted, under the path it has there)"
-            )
+            raise DataError(f"{source} does not exist; check the path, which in a container is that of the mount")
         self.kind = kind or kind_of(source)
         self._rows: Callable[[OnSetAside], Iterator[Row]]
         if self.kind == "table":
-            _require_table(source)
+            names = columns_of(source)
+            if not {*IMAGE_COLUMNS, "text"} & set(names):
+                raise DataError(
+                    f"{source} has no column image, file_name or text, but: {', '.join(names)}; rename one of them"
+                )
             self._rows = lambda set_aside: _of_table(source, name or source.stem, set_aside)
         elif self.kind == "prepared":
             prepared = PreparedData(source)
@@ -107,12 +113,12 @@ class Archive:
             self._rows = lambda set_aside: _of_listing(self.kind, source, named, listing, set_aside, studies_at)
 
     def rows(self, set_aside: OnSetAside) -> Iterator[Row]:
-        """Yields the rows; `set_aside` takes what cannot be used."""
+        """Yields the rows; calls `set_aside` for those that cannot be used."""
         return self._rows(set_aside)
 
 
 def kind_of(source: Path) -> str:
-    """table, prepared, or the name of the adapter that reads a folder; raises DataError where nothing fits."""
+    """table, prepared, or the name of the adapter that reads a folder; raises DataError if nothing fits."""
     if source.is_file():
         if source.suffix in TABLES:
             return "table"
@@ -132,22 +138,16 @@ def kind_of(source: Path) -> str:
     if pictures:
         return "folder"
     raise DataError(
-        f"{source} holds no pictures ({', '.join(PICTURES)} or DICOM); name the folder that does, or its kind with "
-        f"--kind ({', '.join(source_names())})"
+        f"{source} holds no pictures ({', '.join(PICTURES)} or DICOM); name another folder, or its kind with --kind "
+        f"({', '.join(source_names())})"
     )
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _require_table(path: Path) -> None:
-    names = columns_of(path)
-    if not {*IMAGE_COLUMNS, "text"} & set(names):
-        raise DataError(f"{path} has no column image, file_name or text, but: {', '.join(names)}; rename one of them")
-
-
 def _of_table(path: Path, name: str, set_aside: OnSetAside) -> Iterator[Row]:
-    """Paths in a table are relative to it. An image may also be its bytes, as in Parquet files of the Hub."""
+    """Paths in a table are relative to it. Parquet files of the Hub may hold the image itself as bytes."""
 
     def bad_row(line: int, fault: str) -> None:
         set_aside(SetAside(f"{name}:{line}", "", "bad_row", f"line {line}: {fault}"))
@@ -185,11 +185,11 @@ def _concepts_of(value: Any) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
-# ---- prepared data, and folders that an adapter knows ----------------------------------------------------------------
+# ---- prepared data, and folders with an adapter ----------------------------------------------------------------------
 
 
 class _Captions:
-    """Captions by image; pairs come in about the order of the images, so few wait at any time."""
+    """Captions by image. Pairs come in nearly the order of the images, so only a few are kept at a time."""
 
     def __init__(self, pairs: Iterable[tuple[str | None, str | None]]) -> None:
         self._pairs, self._waiting = iter(pairs), dict[str, str]()
@@ -235,7 +235,9 @@ def _of_listing(
     for item in listing.set_aside:
         set_aside(item)
     captions = _Captions((pair.query.image, pair.target.text) for pair in listing.pairs if pair.kind == "caption")
-    origin, names = provenance_of(root), listing.concept_names or _names_in(root)
+    origin, names = provenance_of(root), listing.concept_names
+    if not names and (root / NAMES).is_file():
+        names = names_of_concepts(root / NAMES)
     for entry in listing.images:
         yield Row(
             id=f"{name}/{entry.image_id}" if kind == "folder" else entry.image_id,
@@ -258,7 +260,3 @@ def _shown_place(entry: ImageEntry) -> str:
         return entry.attribution
     place = entry.place.source if isinstance(entry.place, Derived) else entry.place
     return f"{place.file.absolute()}" + (f":{place.member}" if place.member else "")
-
-
-def _names_in(root: Path) -> Mapping[str, str]:
-    return names_of_concepts(root / NAMES) if (root / NAMES).is_file() else {}

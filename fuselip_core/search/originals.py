@@ -1,4 +1,4 @@
-"""Where an archive holds a picture, as the index notes it, so that the picture itself can be read again."""
+"""Notes in the index where an original picture is stored, and reads it from there."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fuselip_core.images import UnreadableImage
 
 
 def note_place(image: object) -> str:
-    """A place as text; empty where it cannot be read again, or may name a person (DICOM)."""
+    """A place as text; empty if it cannot be read later, or if it may name a person (DICOM)."""
     if type(image) is not Place:
         return ""
     return json.dumps(asdict(image) | {"file": str(image.file.absolute())})
 
 
 def note_prepared(folder: Path, split: str, row: int) -> str:
-    """Row `row` of a split of prepared data as text."""
+    """Row `row` of a split of prepared data, as text."""
     return json.dumps({"prepared": str(folder.absolute()), "split": split, "row": row})
 
 
 def read_original(noted: str, sha256: str) -> bytes | None:
-    """The bytes of a picture; None where it is not there any more, or is another one by its SHA-256."""
+    """The bytes of a picture; None if it is gone or no longer has the same SHA-256."""
     try:
         data = _read(json.loads(noted)) if noted else b""
     except (UnreadableImage, DataError, OSError):

@@ -1,4 +1,4 @@
-"""What a user searches with: words, a picture in a file, or a DICOM file."""
+"""Checks a query and reads its picture."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from fuselip_core.data.dicom.picture import decode_dicom, is_dicom
 from fuselip_core.errors import FuselipError
-from fuselip_core.images import MOST_MEGAPIXELS, decode
+from fuselip_core.request_rules import decode_any
 
 
 def require(text: str | None, has_picture: bool) -> None:
@@ -20,9 +19,8 @@ def require(text: str | None, has_picture: bool) -> None:
 
 
 def picture_of(path: Path) -> Image.Image:
-    """The picture in a file, decoded by the rules of `images`; of DICOM the middle frame. Raises FuselipError."""
+    """The picture in an image file, or the middle frame of a DICOM file; raises FuselipError."""
     try:
-        data = path.read_bytes()
+        return decode_any(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise FuselipError(f"there is no picture {path}; name the file of one") from error
-    return decode_dicom(data, MOST_MEGAPIXELS) if is_dicom(data) else decode(data)
+        raise FuselipError(f"there is no file {path}; give the path of a picture") from error

@@ -1,4 +1,4 @@
-"""The vectors of an index in memory, so that an exact search is one product and reads no file of them."""
+"""The vectors of an index in memory: an exact search is one matrix product and reads no file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ READ_ROWS = 8192
 
 
 class Vectors:
-    """All vectors (N, W) float32 of one version of a table, with the ids (N) by which the table takes their rows."""
+    """All vectors (N, W) float32 of one version of a table, and the table's row ids (N)."""
 
     def __init__(self, table: Any, width: int) -> None:
-        """Reads them; again, where the table is changed meanwhile."""
+        """Reads the table, and starts over if it changes meanwhile."""
         self.version = None
         while self.version != table.version:
             self.version, count = table.version, table.count_rows()
@@ -33,7 +33,7 @@ class Vectors:
     def nearest(
         self, query: NDArray[np.float32], count: int, allowed: NDArray[np.uint64] | None = None
     ) -> NDArray[np.uint64]:
-        """At most `count` ids, of `allowed` if that is given, by the cosine to `query` (W), the nearest first."""
+        """At most `count` row ids, nearest to `query` (W) by cosine first; only ids from `allowed` if given."""
         if allowed is None:
             scores, ids = self.vectors @ query, self.ids
         else:

@@ -29,15 +29,15 @@ from fuselip_core.serving.rows import read_body, read_json, row_of_messages, row
 FAULTS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.FaultAnswer, "description": words}
     for status, words in {
-        400: "The request is broken.",
+        400: "The request is malformed.",
         401: "The API key is missing or wrong.",
-        403: "A page of another site asked.",
+        403: "The request comes from another site's page.",
         404: "There is no such model, picture or index.",
         413: "The body is too large.",
-        415: "The content type is not read here.",
-        422: "The request cannot be answered as it stands.",
-        429: "Too much waits already.",
-        503: "It took too long, or the model is damaged.",
+        415: "The content type is not supported.",
+        422: "The request is invalid.",
+        429: "The queue is full.",
+        503: "The request took too long, or the model is damaged.",
     }.items()
 }
 
@@ -45,7 +45,7 @@ FAULTS: dict[int | str, dict[str, Any]] = {
 def create_app(
     engine: Engine, api_key: str | None = None, local: bool = True, compared: Engine | None = None
 ) -> FastAPI:
-    """The server of `engine`. `local`: it answers only to the names of this machine. `compared` runs for the page."""
+    """The server of `engine`. `local`: answer only to 127.0.0.1 and localhost. `compared`: second model of the page."""
     engines = [engine, *([compared] if compared else [])]
 
     @asynccontextmanager
@@ -85,33 +85,31 @@ async def _http_fault(_: Request, error: Any) -> JSONResponse:
         404: "there is nothing at this address; see /docs",
         405: "this address takes another method; see /docs",
     }
-    return fault_answer(error.status_code, sentences.get(error.status_code, "the request is broken; see /docs"))
+    return fault_answer(error.status_code, sentences.get(error.status_code, "the request is malformed; see /docs"))
 
 
 def _body_of(model: type[BaseModel], upload: bool = False) -> dict[str, Any]:
-    """What the OpenAPI document says of a body that `read_body` reads; the schemas are added to its components."""
-    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-    content: dict[str, Any] = {"application/json": {"schema": reference}}
+    """The OpenAPI entry of a body that `read_body` reads; `_add_state` adds the schemas it refers to."""
+    content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
     if upload:
-        file = {"type": "string", "format": "binary"}
-        content["multipart/form-data"] = {"schema": {"type": "object", "properties": {"image": file}}}
+        content["multipart/form-data"] = {}  # filled in by `_describe_uploads`
     return {"requestBody": {"required": True, "content": content}}
 
 
 def _check_model(engine: Engine, wanted: str | None) -> None:
     if wanted not in (None, engine.name):
-        raise NotFound(f"this server has the model {engine.name} and no other; leave model out or name that")
+        raise NotFound(f"this server has the model {engine.name} and no other; leave model out, or give that name")
 
 
 def _add_models(app: FastAPI, engine: Engine) -> None:
     @app.get("/v1/models", tags=["embeddings"])
     async def models() -> dict[str, Any]:
-        """The model that is served."""
+        """The model of this server."""
         return {"object": "list", "data": [{"id": engine.name, "object": "model", "created": 0, "owned_by": "fuselip"}]}
 
     @app.post("/v1/embeddings", tags=["embeddings"], openapi_extra=_body_of(schemas.EmbeddingsRequest))
     async def embeddings(request: Request) -> schemas.EmbeddingsAnswer:
-        """One unit-norm vector for each row of input, in its order."""
+        """One unit-norm vector for each row of input, in the same order."""
         asked = await read_body(request, schemas.EmbeddingsRequest)
         _check_model(engine, asked.model)
         if (asked.input is None) == (asked.messages is None):
@@ -135,7 +133,7 @@ def _base64(vector: np.ndarray) -> str:
 def _add_search(app: FastAPI, engine: Engine) -> None:
     @app.post("/v1/search", tags=["search"], openapi_extra=_body_of(schemas.SearchRequest, upload=True))
     async def search(request: Request) -> schemas.SearchAnswer:
-        """Pictures of the index nearest to a text, an image, both as one vector, or to pictures that it holds."""
+        """Pictures of the index nearest to a text, an image, both as one vector, or other pictures of the index."""
         asked = await read_body(request, schemas.SearchRequest)
         _check_model(engine, asked.model)
         fields = {name: getattr(asked, name) for name in ("text", "image", "limit", "offset", "threshold", "hybrid")}
@@ -146,7 +144,7 @@ def _add_search(app: FastAPI, engine: Engine) -> None:
 
     @app.post("/v1/answers", tags=["search"], openapi_extra=_body_of(schemas.AnswersRequest, upload=True))
     async def answers(request: Request) -> schemas.AnswersAnswer:
-        """Answers to a question about a picture, the most likely first."""
+        """Ranks possible answers to a question about a picture, most likely first."""
         asked = await read_body(request, schemas.AnswersRequest)
         _check_model(engine, asked.model)
         ranked, note = await engine.answers(asked.image, asked.id, asked.question, asked.answers, asked.truncate)
@@ -158,17 +156,17 @@ def _add_search(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/v1/pictures/{name:path}/thumbnail", tags=["search"], response_class=Response)
     async def thumbnail(name: str) -> Response:
-        """The small picture that the index holds, as JPEG."""
+        """The thumbnail of a picture, as JPEG."""
         return Response((await engine.item(name)).thumbnail, media_type="image/jpeg")
 
     @app.get("/v1/pictures/{name:path}", tags=["search"])
     async def picture(name: str) -> schemas.Found:
-        """What the index holds of a picture."""
+        """The index entry of a picture."""
         return found([await engine.item(name)])[0]
 
 
 def found(hits: Sequence[Hit], offset: int = 0) -> list[schemas.Found]:
-    """Hits as the API answers them."""
+    """Hits in the API's format."""
     return [
         schemas.Found(
             **{name: value for name, value in vars(hit).items() if name not in ("thumbnail", "concepts")},
@@ -181,14 +179,14 @@ def found(hits: Sequence[Hit], offset: int = 0) -> list[schemas.Found]:
 
 
 def thumbnail_of(name: str) -> str:
-    """Where the API has the small picture of an id."""
+    """The API's address of a picture's thumbnail."""
     return f"/v1/pictures/{quote(name)}/thumbnail"
 
 
 def _add_mlflow(app: FastAPI, engine: Engine) -> None:
     @app.post("/invocations", tags=["MLflow and SageMaker"])
     async def invocations(request: Request) -> JSONResponse:
-        """Columns image and text, as a registered model served by MLflow takes them."""
+        """Embeds the columns image and text, in the format of a model served by MLflow."""
         try:
             body = await read_json(request)
             params = body.get("params")
@@ -202,7 +200,7 @@ def _add_mlflow(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/ping", tags=["MLflow and SageMaker"], response_class=Response)
     async def ping() -> Response:
-        """200 as long as requests are answered."""
+        """200 while the server answers requests."""
         return Response(status_code=200 if engine.batcher.runs else 503)
 
 
@@ -214,23 +212,23 @@ def _add_state(app: FastAPI, engine: Engine) -> None:
 
     @app.get("/ready", tags=["state"])
     async def ready() -> JSONResponse:
-        """Model and index answer."""
+        """Model and index are ready."""
         try:
             rows = None if engine.index is None else len(engine.index)
         except Exception:
-            return fault_answer(503, "the index can't be read; see its folder")
+            return fault_answer(503, "the index can't be read; check its folder")
         if not engine.batcher.runs:
-            return fault_answer(503, "the server starts or ends")
+            return fault_answer(503, "the server is starting or stopping; try again in a moment")
         return JSONResponse({"status": "ready", "index_rows": rows})
 
     @app.get("/info", tags=["state"])
     async def info() -> dict[str, Any]:
-        """What is served, and its limits."""
+        """Model, index and limits."""
         return {"version": app.version, **engine.info()}
 
     @app.get("/metrics", tags=["state"], response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         engine.metrics.waiting_rows.set(engine.batcher.waiting)
         engine.metrics.index_rows.set(0 if engine.index is None else len(engine.index))
         return Response(generate_latest(engine.metrics.registry), media_type="text/plain; version=0.0.4")
@@ -255,11 +253,12 @@ def _add_state(app: FastAPI, engine: Engine) -> None:
 
 
 def _describe_uploads(document: dict[str, Any]) -> None:
-    """A multipart form has the fields of the JSON body, and its image is a file."""
+    """Gives multipart forms the fields of the JSON body, with a file as the image."""
     for path in document["paths"].values():
         content = path.get("post", {}).get("requestBody", {}).get("content", {})
         if "multipart/form-data" in content:
             name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
             fields = document["components"]["schemas"][name]
             file = {"type": "string", "format": "binary", "description": "An image or DICOM file."}
-            content["multipart/form-data"]["schema"] = {**fields, "properties": {**fields["properties"], "image": file}}
+            schema = {**fields, "properties": {**fields["properties"], "image": file}}
+            content["multipart/form-data"] = {"schema": schema}

@@ -1,4 +1,4 @@
-"""What a visitor of the page searches for, to and from the page's address."""
+"""The query of the page, read from its URL and written to it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fuselip_core.search.index import Filters
 from fuselip_core.serving.engine import Query
 
 FACETS = {"modality": "Modality", "concept": "Concept", "split": "Split", "source": "Source"}
-MOST_SAID = 60  # characters of the words that the page repeats
+MOST_SAID = 60  # characters of the query that the page repeats
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Words, pictures of the index by id, and filters, which all stand in the address; and an uploaded picture."""
+    """Words, pictures of the index by id, filters, and an uploaded picture; all but the upload are part of the URL."""
 
     words: str = ""
     ids: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Asked:
 
     @classmethod
     def of_address(cls, given: QueryParams) -> Asked:
-        """What an address asks for; values that make no sense are left out."""
+        """Reads URL parameters; ignores invalid values."""
         try:
             threshold = float(given.get("score", "nan"))
         except ValueError:
@@ -52,7 +52,7 @@ class Asked:
 
     @property
     def address(self) -> str:
-        """The page's address that asks for the same."""
+        """The page's URL with this query."""
         pairs = [("q", self.words)] if self.words else []
         pairs += [("id", name) for name in self.ids]
         pairs += [(name, value) for name, values in self.filters.items() for value in values]
@@ -63,7 +63,7 @@ class Asked:
 
     @property
     def query(self) -> Query:
-        """The same for the engine."""
+        """This query for the engine."""
         after = datetime.fromisoformat(self.after) if self.after else None
         modality, concept, split, source = (self.filters.get(name, ()) for name in FACETS)
         filters = Filters(modality, concept, split, source, indexed_after=after)
@@ -79,5 +79,5 @@ class Asked:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is neither a word nor a picture."""
+        """Whether there are neither words nor a picture."""
         return not (self.words.strip() or self.ids or self.picture)

@@ -1,7 +1,7 @@
-"""Dynamic batching: rows of requests that arrive together go through the model together.
+"""Dynamic batching: requests that arrive at about the same time share a forward pass.
 
-The first request waits `batch_wait_ms` for others, and not at all once `batch_rows` are there. While a batch runs, the
-next one gathers. Each request gets its own rows in its own order, and one that fails or gives up takes no other along.
+The first request waits up to `batch_wait_ms` for others, or until `batch_rows` rows have arrived. While one batch runs,
+the next one fills up. Each request gets its rows in order, and is unaffected by others that fail or are cancelled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Runs `embed` (rows → (N, W) float32) in one thread on batches of several requests."""
+    """Runs `embed` (rows → (N, W) float32) in one thread, on batches of several requests; `note` gets their sizes."""
 
     def __init__(self, embed: Callable[[Sequence[Row]], Vectors], limits: Limits, note: Callable[[int], None]) -> None:
         self._embed, self._limits, self._note = embed, limits, note
@@ -38,12 +38,12 @@ class Batcher:
         self.waiting = 0  # rows
 
     def start(self) -> None:
-        """Starts to serve; call it in the running event loop."""
+        """Starts processing; call it in the running event loop."""
         self._queue = asyncio.Queue()
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
     async def stop(self) -> None:
-        """Ends after the batch that runs."""
+        """Stops after the current batch."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -51,13 +51,13 @@ class Batcher:
 
     @property
     def runs(self) -> bool:
-        """Whether it serves."""
+        """Whether requests are processed."""
         return self._task is not None and not self._task.done()
 
     async def embed(self, rows: Sequence[Row]) -> Vectors:
-        """Rows (N) → unit-norm embeddings (N, W) float32; raises TooBusy where too many rows wait already."""
+        """Rows (N) → unit-norm embeddings (N, W) float32; raises TooBusy if the queue is full."""
         if self.waiting + len(rows) > self._limits.waiting_rows:
-            raise TooBusy(f"{self.waiting} rows wait already; try again in a moment")
+            raise TooBusy(f"{self.waiting} rows are waiting already; try again in a moment")
         waiting = _Waiting(rows, asyncio.get_running_loop().create_future())
         self.waiting += len(rows)
         self._queue.put_nowait(waiting)
@@ -71,7 +71,7 @@ class Batcher:
             await self._run(await self._gather())
 
     async def _run(self, batch: list[_Waiting]) -> None:
-        """Answers the requests of a batch; where that fails, each alone, so that none fails for another."""
+        """Answers the requests of a batch; if it fails, runs each alone, so that only the faulty one fails."""
         batch = [asked for asked in batch if not asked.answer.done()]
         rows = [row for asked in batch for row in asked.rows]
         if not rows:
@@ -93,7 +93,7 @@ class Batcher:
             start += len(asked.rows)
 
     async def _gather(self) -> list[_Waiting]:
-        """The next request and those that arrive in the time it waits, up to `batch_rows` rows."""
+        """The next request, and those that arrive within the wait, up to `batch_rows` rows."""
         batch = [await self._queue.get()]
         loop = asyncio.get_running_loop()
         late = loop.time() + self._limits.batch_wait_ms / 1000

@@ -1,31 +1,28 @@
-"""/docs: the OpenAPI document as a page that loads nothing from elsewhere."""
+"""/docs: the OpenAPI document as a page that needs no external scripts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from fuselip_core.html import render
 
 
 def render_docs(document: dict[str, Any]) -> str:
-    """HTML of the document's operations and of the bodies that they take."""
-    template = Path(__file__).with_name("docs.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    """HTML with the document's operations and their bodies."""
     schemas = document["components"]["schemas"]
     operations = [
         {
             "method": method.upper(),
             "path": path,
             "title": operation.get("description", ""),
-            "tag": (operation.get("tags") or ["other"])[0],
             "body": _body(operation, schemas),
             "kinds": list(operation.get("requestBody", {}).get("content", {})),
         }
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
     ]
-    return environment.from_string(template).render(info=document["info"], operations=operations)
+    return render(Path(__file__).with_name("docs.html.j2"), info=document["info"], operations=operations)
 
 
 def _body(operation: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What the server can do, for its API and its page alike: embed, search, rank answers."""
+"""The work behind the API and the page: embed, search, rank answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.monitoring.seen import Seen
 from fuselip_core.request_rules import Refusal, UnreadablePicture, fit_text, read_row
 from fuselip_core.search.index import Filters, Hit, Index, ReplacedIndex
-from fuselip_core.serving.batching import Batcher, Row
+from fuselip_core.search.query import require
+from fuselip_core.serving.batching import Batcher, Row, Vectors
 from fuselip_core.serving.limits import Limits, NotFound, ServingError
 from fuselip_core.serving.metrics import Metrics
 from fuselip_core.serving.rows import RawRow
@@ -31,14 +31,13 @@ from fuselip_core.serving.urls import fetch_image, is_url
 if TYPE_CHECKING:
     from fuselip_core.model.embedder import Embedder
 
-Vectors = NDArray[np.float32]
-FOLLOW_SECONDS = 10.0  # how often it is looked whether the index is of another model now
+FOLLOW_SECONDS = 10.0  # between checks whether the index was rebuilt with another model
 logger = logging.getLogger("fuselip")
 
 
 @dataclass(frozen=True)
 class Query:
-    """What to look for: by words, by a picture, by both, or by what the index holds (`ids`)."""
+    """A search by words, by a picture, by both, or by pictures of the index (`ids`)."""
 
     text: str | None = None
     image: Any = None
@@ -53,9 +52,9 @@ class Query:
 
 
 class Engine:
-    """A model, an index if there is one, and the threads that work for both.
+    """A model, an optional index, and their worker threads. Clients know the model as `name`.
 
-    Where the index is built again with another model, that is loaded too. `name` is what clients call the model.
+    If the index is rebuilt with another model, the engine loads that model.
     """
 
     def __init__(
@@ -75,12 +74,12 @@ class Engine:
         self._facets: tuple[int, Mapping[str, Mapping[str, int]]] | None = None
 
     def start(self) -> None:
-        """Starts to serve; call it in the running event loop."""
+        """Starts the workers; call it in the running event loop."""
         self.batcher.start()
         self._follower = asyncio.get_running_loop().create_task(self._follow())
 
     async def stop(self) -> None:
-        """Ends after the batch that runs."""
+        """Stops after the current batch."""
         if self._follower is not None:
             self._follower.cancel()
         await self.batcher.stop()
@@ -95,17 +94,17 @@ class Engine:
                 await asyncio.to_thread(self.follow)
             except Exception as error:
                 if str(error) != said:
-                    logger.error("the index was built again and cannot be served: %s", error)
+                    logger.error("the index was rebuilt with another model, which cannot be loaded: %s", error)
                 said = str(error)
 
     def follow(self) -> None:
-        """Takes index and model anew where the index was built again with another one; raises FuselipError."""
+        """Loads index and model again if the index was rebuilt with another model; raises FuselipError."""
         if self.index is None:
             return
         try:
             self.index.require_same_model()
         except ReplacedIndex:
-            logger.info("%s was built again with another model, which is loaded now", self.index.folder)
+            logger.info("%s was rebuilt with another model, which is now loaded", self.index.folder)
             embedder, index = open_pair(self.name, self.index.folder)
             warm_up(embedder)
             self._take(embedder, index)
@@ -113,16 +112,14 @@ class Engine:
     def _embed_batch(self, rows: Sequence[Row]) -> Vectors:
         try:
             vectors = self.embedder.embed([pixels for pixels, _ in rows], [text for _, text in rows])
-        except FuselipError as error:  # the rows were checked, so it is not theirs
+        except FuselipError as error:  # the rows were checked before, so the model is at fault
             raise ServingError("an embedding is not finite; the model is damaged, load it again") from error
-        if not np.isfinite(vectors).all():
-            raise ServingError("an embedding is not finite; the model is damaged, load it again")
-        return vectors
+        return np.asarray(vectors, np.float32)
 
     async def embed(self, rows: Sequence[RawRow], truncate: bool = False) -> tuple[Vectors, int]:
-        """Rows (N) → unit-norm embeddings (N, W) float32, and the tokens that were read; raises Refusal or TooBusy."""
+        """Rows (N) → unit-norm embeddings (N, W) float32, and the number of tokens; raises Refusal or TooBusy."""
         if len(rows) > self.limits.rows:
-            raise Refusal(f"there are {len(rows)} rows and this server takes {self.limits.rows} at once; send fewer")
+            raise Refusal(f"{len(rows)} rows are more than the {self.limits.rows} that this server takes; send fewer")
         loop = asyncio.get_running_loop()
         fetched = [(await self._fetched(image, row), text) for row, (image, text) in enumerate(rows)]
         work = [
@@ -137,7 +134,7 @@ class Engine:
             raise
         finally:
             for each in work:
-                each.cancel()  # of a request that failed or gave up, what has not begun yet
+                each.cancel()  # those not yet started, if the request failed or was cancelled
         vectors = await self.batcher.embed([(pixels, text) for pixels, text, _ in ready])
         if self.seen:
             noted = [(pixels is not None, text) for pixels, text, _ in ready]
@@ -148,7 +145,7 @@ class Engine:
         if not is_url(image):
             return image
         if not self.allow_urls:
-            raise Refusal(f"row {row}: this server fetches no URLs; send the image as a data URI")
+            raise Refusal(f"row {row}: this server does not fetch URLs; send the image as a data URI")
         return await fetch_image(image, row, int(self.limits.body_mb * 1e6))
 
     def _prepare(self, row: int, image: Any, text: Any, truncate: bool) -> tuple[Tensor | None, str | None, int]:
@@ -160,31 +157,28 @@ class Engine:
         return None if picture is None else self.embedder.pixels(picture), words, tokens
 
     async def search(self, query: Query) -> tuple[list[Hit], str]:
-        """The nearest pictures of the index, best first, and a note about them; raises Refusal, NotFound or TooBusy."""
+        """The nearest pictures, best first, and a note about the query; raises FuselipError for a bad query."""
         index = self._index()
         text = query.text if query.text and query.text.strip() else None
-        if text and not any(letter.isalnum() for letter in text):
-            raise Refusal("the words hold no letter and no digit; type what to look for")
+        require(text, query.image is not None or bool(query.ids))
         image, note = query.image, ""
         if query.ids and image is not None:
-            raise Refusal("there are both an image and an id; give one of them")
+            raise Refusal("the query has both an image and an id; give one of them")
         if query.ids and text:
-            image, note = await self.picture(query.ids[0])  # changed by the words
-        if image is None and text is None and not query.ids:
-            raise Refusal("there is nothing to look for; give a text, an image, both, or an id")
+            image, note = await self.picture(query.ids[0])  # which the words modify
         if image is None and text is None:
             vector = await self._mean_of(index, query.ids)
         else:
             vector = (await self.embed([(image, text)], query.truncate))[0][0]
         words = text if query.hybrid and image is None else None
-        # The pictures asked about are no answer; without them it is counted from the first.
+        # The pictures of the query are removed from its hits, so as many more are needed, from the first on.
         first, wanted = (0, query.offset + query.limit + len(query.ids)) if query.ids else (query.offset, query.limit)
         try:
             hits = await self._in_index(
                 index.search, vector, words, wanted, first, query.filters, query.threshold, query.fold
             )
         except ReplacedIndex:
-            sentence = "the index was built again with another model, which is being loaded; try again in a moment"
+            sentence = "the index was rebuilt with another model, which is being loaded; try again in a moment"
             raise ServingError(sentence) from None
         if query.ids:
             hits = [hit for hit in hits if hit.id not in query.ids][query.offset :]
@@ -194,39 +188,39 @@ class Engine:
         try:
             vectors = await self._in_index(index.vectors, list(ids))
         except FuselipError:
-            raise NotFound("the index has no picture of that id") from None
+            raise NotFound("the index has no picture with that id") from None
         mean = vectors.mean(axis=0)
         length = float(np.linalg.norm(mean))
         if length < 1e-6:
-            raise Refusal("the pictures of these ids have nothing in common; give fewer")
+            raise Refusal("the vectors of these pictures cancel each other out; give fewer ids")
         return np.asarray(mean / length, np.float32)
 
     async def item(self, name: str) -> Hit:
-        """The picture of that id; raises NotFound."""
+        """The picture with that id; raises NotFound."""
         try:
             return await self._in_index(self._index().get, name)
         except FuselipError:
-            raise NotFound("the index has no picture of that id") from None
+            raise NotFound("the index has no picture with that id") from None
 
     async def picture(self, name: str) -> tuple[bytes, str]:
-        """The original of a picture, or its small copy and a note that says so; raises NotFound."""
+        """The original of a picture and "", or its thumbnail and a note that says why; raises NotFound."""
         small = (await self.item(name)).thumbnail
         original = await self._in_index(self._index().original, name)
         if original is None:
-            return small, "The original picture could not be read where it was indexed; its small copy was used."
+            return small, "The original picture could not be read; its thumbnail was used."
         if math.prod(Image.open(io.BytesIO(original)).size) > self.limits.megapixels * 1e6:
-            return small, "The original picture is larger than this server reads; its small copy was used."
+            return small, "The original picture is too large for this server; its thumbnail was used."
         return original, ""
 
     async def answers(
         self, image: Any, name: str | None, question: str, candidates: Sequence[str], truncate: bool = False
     ) -> tuple[list[tuple[int, float]], str]:
-        """Places of `candidates` with their cosine to image and question, best first, and a note about them.
+        """Positions in `candidates` with their cosine to image and question, best first, and a note as of `picture`.
 
         Raises Refusal or NotFound.
         """
         if (image is None) == (name is None):
-            raise Refusal("give the picture to ask about, as an image or as an id of the index")
+            raise Refusal("give one picture to ask about, either as an image or as an id of the index")
         if not question.strip():
             raise Refusal("the question is empty; write one")
         if not candidates:
@@ -235,14 +229,14 @@ class Engine:
             if not candidate.strip():
                 raise Refusal(f"answer {row} is empty; write one or leave it out")
         picture, note = (image, "") if name is None else await self.picture(name)
-        # As in training: answers are lower case, on one line.
+        # Answers in lower case on one line, as in training.
         rows = [(picture, question), *((None, answer_text(candidate)) for candidate in candidates)]
         vectors, _ = await self.embed(rows, truncate)
         scores = vectors[1:] @ vectors[0]
         return [(int(place), float(scores[place])) for place in np.argsort(-scores, kind="stable")], note
 
     async def facets(self) -> Mapping[str, Mapping[str, int]]:
-        """Counts by modality, concept, split and source; counted again when the number of pictures has changed."""
+        """Counts by modality, concept, split and source, cached until the number of pictures changes."""
         index = self._index()
         rows = await self._in_index(len, index)
         if self._facets is None or self._facets[0] != rows:
@@ -250,7 +244,7 @@ class Engine:
         return self._facets[1]
 
     async def map(self) -> tuple[list[str], Vectors, list[str]]:
-        """Ids, places on a plane (N, 2) and modalities of the archive, or of a part of it."""
+        """Ids, coordinates (N, 2) and modalities of the pictures on the map."""
         index = self._index()
         ids, places = await self._in_index(index.map)
         return ids, places, await self._in_index(index.modalities, ids)
@@ -264,7 +258,7 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._searchers, work, *arguments)
 
     def info(self) -> dict[str, Any]:
-        """What is served, and its limits."""
+        """Model, index and limits."""
         config = self.embedder.model.config
         return {
             "model": self.name,
@@ -280,9 +274,9 @@ class Engine:
 
 
 def open_engine(model: str | None, index: str | Path | None, limits: Limits, allow_urls: bool = False) -> Engine:
-    """The model of a folder, hub id or models:/ address, and the index made with it; raises FuselipError.
+    """The engine of a model (folder, hub id or models:/ address) and an index; raises FuselipError.
 
-    Without `model` it is the one that the index was made with.
+    Without `model`, the one that built the index.
     """
     name = Index.open(index).model_name if model is None and index is not None else model
     if name is None:
@@ -293,9 +287,9 @@ def open_engine(model: str | None, index: str | Path | None, limits: Limits, all
 
 
 def open_pair(model: str, index: str | Path | None) -> tuple[Embedder, Index | None]:
-    """The model, and the index that was made with it; raises FuselipError where they do not fit.
+    """The model and the index; raises FuselipError if the index was built with another model.
 
-    An alias that has moved on since the index was made means the version of then.
+    A registry alias means the version that it pointed to when the index was built.
     """
     from fuselip_core import Embedder
 
@@ -307,7 +301,7 @@ def open_pair(model: str, index: str | Path | None) -> tuple[Embedder, Index | N
 
 
 def warm_up(embedder: Embedder) -> None:
-    """Loads what the first request would have to wait for: the tokenizer's tables, and what torch compiles."""
+    """Embeds a few rows, so that the first request need not wait for the tokenizer's tables and torch's kernels."""
     side = embedder.processor.size
     picture = embedder.pixels(Image.new("RGB", (side, side)))
     embedder.embed([picture, None, picture], [None, "warm up", "warm up"])

@@ -1,7 +1,7 @@
-"""What stands before every request: who may ask, how much, how long; and the one line that is logged.
+"""Middleware for every request: API key, origin, body size, timeout, metrics and one log line.
 
-Pure ASGI, since it must see the bytes of a body before anybody has read them. The log and the metrics hold method,
-route, status and time, never an address with its query, a body or a value.
+Pure ASGI, so that it can count the bytes of a body as they arrive. Log and metrics contain method, route, status and
+time, but never a query string or a body.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN_ROUTES = {"/health", "/ready", "/ping"}
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-# Nothing may be loaded from elsewhere. NiceGUI compiles its components in the browser.
+# No external resources. NiceGUI compiles its components in the browser, which needs unsafe-eval.
 POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; frame-ancestors 'none'; "
     "form-action 'self'; base-uri 'self'"
@@ -41,7 +41,7 @@ logger = logging.getLogger("fuselip")
 
 
 def fault_answer(status: int, sentence: str) -> JSONResponse:
-    """One sentence in OpenAI's form of an error; `message` stands at the top too, as in MLflow's."""
+    """An error in OpenAI's format, with one sentence as its message."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     headers = {}
     if status == 429:
@@ -53,26 +53,25 @@ def fault_answer(status: int, sentence: str) -> JSONResponse:
 
 
 def sentence_for(error: Exception) -> tuple[int, str]:
-    """Status and sentence of an error: its own sentence if it has one, else no word of what it says."""
+    """Status and sentence of an error. Only our own errors are quoted: others might repeat the request."""
     if isinstance(error, TimeoutError):
         return 503, "the request took too long; send less at once, or try again later"
     if isinstance(error, FuselipError):
         return getattr(error, "status", 422), str(error)
-    # Our lines without the message, which might quote the request.
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "fuselip_core" in frame.filename or frame is frames[-1]]
     places = ", ".join(f"{frame.filename}:{frame.lineno}" for frame in own)
-    logger.error("unforeseen %s; please report it: %s", type(error).__name__, places)
-    return 503, f"the server failed at this request ({type(error).__name__}); try again, or report it"
+    logger.error("unexpected %s; please report it: %s", type(error).__name__, places)
+    return 503, f"the server failed to answer ({type(error).__name__}); try again, or report it"
 
 
 def answer_to(error: Exception) -> JSONResponse:
-    """The answer that an error becomes."""
+    """The response for an error."""
     return fault_answer(*sentence_for(error))
 
 
 class Guard:
-    """ASGI middleware: API key, origin, size, time, and one line in the log."""
+    """The ASGI middleware of this module."""
 
     def __init__(
         self, app: Any, limits: Limits, metrics: Metrics, api_key: str | None = None, local: bool = True
@@ -143,11 +142,13 @@ class Guard:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        # A page elsewhere must not reach this server through the browser of somebody who may, nor under another name.
+        # Against cross-site requests, and against DNS rebinding.
         if origin is not None and urlsplit(origin).netloc != host:
-            raise Forbidden("pages of other sites may not ask this server; open its own page")
+            raise Forbidden("pages of other sites may not use this server; open its own page")
         if self._local and (urlsplit(f"//{host}").hostname or "") not in LOOPBACK:
-            raise Forbidden("this server answers to 127.0.0.1 and localhost; start it with --host for others")
+            raise Forbidden(
+                "this server answers only to 127.0.0.1 and localhost; use one of these, or start it with --host"
+            )
         if self._key is not None and scope["path"] not in OPEN_ROUTES:
             given = _key_of(headers.get("authorization", ""))
             if not hmac.compare_digest(given.encode(), self._key.encode()):
@@ -155,7 +156,7 @@ class Guard:
 
 
 def _key_of(header: str) -> str:
-    """The key in a bearer's header, or the password of the form that a browser shows by itself."""
+    """The key of a Bearer header, or the password of a Basic one, which browsers ask for in a dialog."""
     kind, _, value = header.partition(" ")
     if kind.lower() == "bearer":
         return value.strip()

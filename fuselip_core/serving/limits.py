@@ -1,4 +1,4 @@
-"""What the server takes on, and the errors by which it declines."""
+"""The server's limits, and the errors that it answers with."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from fuselip_core.errors import FuselipError
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request, and of what may run and wait at once."""
+    """Limits of one request, and of all requests at a time."""
 
     body_mb: float = 64.0
     megapixels: float = 40.0
     rows: int = 256
     seconds: float = 30.0
-    # Requests that arrive within the wait run together; see batching.py.
     batch_wait_ms: float = 5.0
     batch_rows: int = 64
     waiting_rows: int = 1024
@@ -23,7 +22,7 @@ class Limits:
 
 
 class ServingError(FuselipError):
-    """A request that is declined with another status than 422."""
+    """An error with a status other than 422."""
 
     status = 503
 
@@ -35,13 +34,13 @@ class Unauthorized(ServingError):
 
 
 class Forbidden(ServingError):
-    """A page of another site asked."""
+    """The request comes from another site's page, or names another host."""
 
     status = 403
 
 
 class NotFound(ServingError):
-    """There is nothing of that name."""
+    """There is no such model, picture or index."""
 
     status = 404
 
@@ -53,12 +52,12 @@ class TooLarge(ServingError):
 
 
 class WrongType(ServingError):
-    """The body is of a content type that is not read here."""
+    """The body's content type is not supported."""
 
     status = 415
 
 
 class TooBusy(ServingError):
-    """Too many rows wait already."""
+    """The queue is full."""
 
     status = 429

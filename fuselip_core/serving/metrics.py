@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics: counts and times, and nothing of what was asked."""
+"""Metrics for Prometheus: counts and times, nothing about the content of requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
 class Metrics:
-    """The counters of one server, in a registry of their own."""
+    """The metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -18,9 +18,9 @@ class Metrics:
         )
         self.batch_rows = Histogram(
             "fuselip_batch_rows",
-            "Rows that went through the model together.",
+            "Rows of a forward pass.",
             buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             registry=self.registry,
         )
-        self.waiting_rows = Gauge("fuselip_waiting_rows", "Rows that wait for the model.", registry=self.registry)
+        self.waiting_rows = Gauge("fuselip_waiting_rows", "Rows waiting for the model.", registry=self.registry)
         self.index_rows = Gauge("fuselip_index_rows", "Rows of the index.", registry=self.registry)

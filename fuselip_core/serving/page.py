@@ -1,14 +1,12 @@
-"""The page: search by words, by a picture or by both, ask about a picture, see the archive as a map.
+"""The search page: search by words, a picture or both, ask about a picture, see the archive as a map.
 
-What is searched for stands in the address, so that it can be shared; an uploaded picture does not. Built with NiceGUI,
-which serves all its parts from this machine.
+The query is part of the URL, so that it can be shared; an uploaded picture is not. Built with NiceGUI, which serves
+all its files from this machine.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 from collections.abc import Awaitable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from nicegui import events, ui
 from nicegui.elements.mixins.text_element import TextElement
 from starlette.requests import Request
 
+from fuselip_core.html import data_uri, picture_uri
 from fuselip_core.request_rules import read_picture
 from fuselip_core.search.index import Hit
 from fuselip_core.serving.api import thumbnail_of
@@ -30,11 +29,10 @@ from fuselip_core.serving.guard import sentence_for
 NOTICE = "Research software, not a medical device. Nothing is sent to anyone else."
 MOST_OPTIONS = 500  # of a filter
 HITS = 24
-PREVIEW = 352  # pixels
-MAP_SECONDS = 600.0  # the first time it is computed
+MAP_SECONDS = 600.0  # limit for computing it the first time
 START = "Type words, drop a picture, or do both."
-NOTHING = "Nothing found. Remove a filter, lower the least score, or use other words."
-# Filters are folded on small screens, the back button leads to the search before, and a file may be dropped anywhere.
+NOTHING = "Nothing found. Remove a filter, lower the minimum score, or use other words."
+# Closes the filters on small screens, makes the back button repeat the previous search, and accepts a dropped file.
 IN_BROWSER = """
 if (innerWidth <= 800) document.querySelector('details.fl-filters').open = false;
 addEventListener('popstate', () => location.reload());
@@ -48,9 +46,9 @@ Result = TypeVar("Result")
 
 
 def add_page(app: FastAPI, engine: Engine, compared: Engine | None = None) -> None:
-    """Puts the page at / of `app`; once in a process, since NiceGUI has one set of pages.
+    """Adds the page at / of `app`. Call it once in a process, since NiceGUI's pages are global.
 
-    With `compared` every search is made by both models, and what they find stands side by side.
+    With `compared`, both models answer every search, and their hits are shown side by side.
     """
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
@@ -65,7 +63,7 @@ def add_page(app: FastAPI, engine: Engine, compared: Engine | None = None) -> No
             await shown.show_query()
             await shown.search()
 
-    # Quasar's own bar for requests has no name that a screen reader could say; the page tells its states in words.
+    # Quasar's loading bar has no accessible name; the page reports its state as text.
     pages.config.quasar_config["loadingBar"]["skipHijack"] = True
     ui.run_with(app, title="fuselip", dark=None, language="en-US", show_welcome_message=False, reconnect_timeout=30)
 
@@ -87,10 +85,10 @@ class SearchPage:
         self.engine, self.asked, self.facets = engine, asked, facets
         self.engines = [engine, *([compared] if compared else [])]
         self.lists: list[ui.element] = []  # of hits, one for each engine
-        self.shown = 0  # hits asked for in the lists
+        self.shown = 0  # hits in each list
         self.map_ids: dict[tuple[str, int], str] = {}
 
-    # ---- what is on it -----------------------------------------------------------------------------------------------
+    # ---- elements ----------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
         """Header, query, filters and the three tabs."""
@@ -102,7 +100,7 @@ class SearchPage:
             dark = ui.dark_mode(None)
             following = {None: True, True: False, False: None}
             ui.button(icon="contrast", on_click=lambda: dark.set_value(following[dark.value])).props(
-                'flat round aria-label="Dark, light or as the system"'
+                'flat round aria-label="Dark, light or system theme"'
             )
         with ui.element("section").classes("fl-query").props('aria-label="Query"'):
             self._build_picture()
@@ -115,13 +113,13 @@ class SearchPage:
     def _build_picture(self) -> None:
         with ui.element("div").classes("fl-picture"):
             self.preview = ui.element("img").props('alt="The picture that is asked about"')
-            # Out of sight, since its buttons have no names; the button below and a drop on the page lead to it.
+            # Hidden, since its buttons have no accessible names; the button below and dropped files use it.
             self.upload = ui.upload(
                 auto_upload=True,
                 max_file_size=int(self.engine.limits.body_mb * 1e6),
                 on_upload=self.take_upload,
                 on_rejected=lambda: self.fail(
-                    f"the file has more than {self.engine.limits.body_mb:g} MB; take another"
+                    f"the file is larger than {self.engine.limits.body_mb:g} MB; choose another"
                 ),
             ).classes("hidden")
             pick = ui.button("Picture or DICOM", icon="add_photo_alternate").props("outline no-caps").classes("w-full")
@@ -157,7 +155,7 @@ class SearchPage:
                         options, label=label, value=chosen, multiple=True, clearable=True, on_change=self.filter
                     ).classes("w-full")
             self.threshold = ui.number(
-                "Least score", value=self.asked.threshold, min=-1, max=1, step=0.05, on_change=self.filter
+                "Minimum score", value=self.asked.threshold, min=-1, max=1, step=0.05, on_change=self.filter
             ).classes("w-full")
             self.after = ui.input("Indexed after", value=self.asked.after, on_change=self.filter)
             self.after.props('type="date" stack-label').classes("w-full")
@@ -178,7 +176,7 @@ class SearchPage:
             with ui.tab_panel(ask):
                 self._build_question()
             with ui.tab_panel(plane):
-                Text("p", "Pictures that are alike lie side by side. A click searches for more like one.", "fl-quiet")
+                Text("p", "Similar pictures are close together. Click one to search for more like it.", "fl-quiet")
                 self.plane = ui.element("div").classes("w-full")
 
     def _build_hits(self, engine: Engine) -> None:
@@ -191,7 +189,7 @@ class SearchPage:
             self.lists.append(hits)
 
     def _build_question(self) -> None:
-        Text("p", "Answers are ranked by how near they lie to the picture and the question together.", "fl-quiet")
+        Text("p", "Answers are ranked by their similarity to the picture and the question together.", "fl-quiet")
         self.question = ui.input("Question about the picture").classes("w-full").props("outlined")
         self.question.on("keydown.enter", self.rank)
         self.candidates = ui.textarea("Possible answers, one a line", value="yes\nno").classes("w-full mt-2")
@@ -210,8 +208,9 @@ class SearchPage:
         ]
         facts += [f"{hit.folded} equal pictures"] if hit.folded else []
         with place, ui.element("li").classes("fl-hit"):
-            # The API serves the small copies of the first index alone.
-            ui.element("img").props(f'src="{source_of(hit, place is self.lists[0])}" loading="lazy" alt=""')
+            # The API serves thumbnails of the first index only.
+            source = thumbnail_of(hit.id) if place is self.lists[0] else data_uri(hit.thumbnail, "jpeg")
+            ui.element("img").props(f'src="{source}" loading="lazy" alt=""')
             with ui.element("div").classes("fl-words"):
                 Text("h3", caption)
                 Text("p", " · ".join(fact for fact in facts if fact), "fl-quiet")
@@ -233,10 +232,10 @@ class SearchPage:
                     link = ui.link("Link", Asked(ids=(hit.id,)).address).classes("fl-link")
                     link.props["aria-label"] = f"Link: {caption}"
 
-    # ---- what it does ------------------------------------------------------------------------------------------------
+    # ---- actions -----------------------------------------------------------------------------------------------------
 
     async def tried(self, work: Awaitable[Result], doing: str, seconds: float | None = None) -> Result | None:
-        """The result of `work`, for which there is the server's time or `seconds`; None after its error is shown."""
+        """The result of `work`, or None if it failed, in which case its error is shown. `doing`: status meanwhile."""
         self.error.set_visibility(False)
         self.spinner.set_visibility(True)
         self.status.text = doing
@@ -256,12 +255,12 @@ class SearchPage:
         self.error.set_visibility(True)
 
     async def search_words(self) -> None:
-        """Searches for what is typed, with the picture that is chosen."""
+        """Searches for the words, with the picture if one is chosen."""
         self.asked = replace(self.asked, words=self.words.value or "")
         await self.search()
 
     async def filter(self) -> None:
-        """Searches again within the filters."""
+        """Searches again with the filters."""
         chosen = {name: tuple(select.value) for name, select in self.filters.items() if select.value}
         self.asked = replace(
             self.asked,
@@ -274,7 +273,7 @@ class SearchPage:
             await self.search()
 
     async def search(self) -> None:
-        """Shows the first hits, and the query in the address."""
+        """Shows the first hits, and puts the query into the URL."""
         self.tabs.set_value("Pictures")
         ui.navigate.history.push(self.asked.address)
         self.shown = 0
@@ -300,17 +299,21 @@ class SearchPage:
         self.status.text = f"{found if self.shown else NOTHING} {answers[0][1]}"
 
     async def take_upload(self, event: events.UploadEventArguments) -> None:
-        """Chooses the uploaded picture, and searches for what is like it."""
+        """Chooses the uploaded picture, and searches for similar ones."""
         data = await event.file.read()
         self.upload.reset()
-        preview = await self.tried(asyncio.to_thread(preview_of, data, self.engine.limits.megapixels), "Reading …")
-        if preview is not None:
+
+        def preview() -> str:
+            return picture_uri(read_picture(data, "the file", self.engine.limits.megapixels))
+
+        source = await self.tried(asyncio.to_thread(preview), "Reading …")
+        if source is not None:
             self.asked = replace(self.asked, picture=data, ids=(), words=self.words.value or "")
-            self._show_picture(preview)
+            self._show_picture(source)
             await self.search()
 
     async def remove_picture(self) -> None:
-        """Goes on with the words alone."""
+        """Continues with the words alone."""
         self.asked = replace(self.asked, picture=None, ids=())
         self._show_picture(None)
         self.status.text = START
@@ -318,7 +321,7 @@ class SearchPage:
             await self.search()
 
     async def show_query(self) -> None:
-        """Shows the picture that the address names, if there is such a one."""
+        """Shows the picture that the URL names, if any."""
         if not self.asked.ids:
             return
         found = await self.tried(self.engine.item(self.asked.ids[0]), "Searching …")
@@ -329,7 +332,7 @@ class SearchPage:
         self.preview.set_visibility(source is not None)
         self.remove.set_visibility(source is not None)
         self.preview.props["src"] = source or ""
-        self.words.props["label"] = "Words about the picture: what to ask of it, or what differs" if source else "Words"
+        self.words.props["label"] = "Words about the picture: a question, or a difference" if source else "Words"
         self.preview.update()
         self.words.update()
 
@@ -339,14 +342,14 @@ class SearchPage:
         self._show_picture(thumbnail_of(name))
 
     async def search_like(self, name: str) -> None:
-        """Searches for pictures like the one of that id."""
+        """Searches for pictures similar to that one."""
         self._choose(name)
         await self.search()
 
     async def change(self, name: str) -> None:
-        """Asks for words that say in what the picture is to differ."""
+        """Asks for words that describe the difference."""
         self._choose(name)
-        self.status.text = "Type what differs, such as “without contrast”, and search: picture and words become one."
+        self.status.text = "Type what differs, such as “without contrast”, and search with picture and words together."
         self.words.run_method("focus")
 
     async def ask_about(self, name: str) -> None:
@@ -356,7 +359,7 @@ class SearchPage:
         self.question.run_method("focus")
 
     async def rank(self) -> None:
-        """Shows the answers in their order."""
+        """Ranks the answers and shows them."""
         answers = [line.strip() for line in (self.candidates.value or "").splitlines() if line.strip()]
         self.ranked.clear()
         name = self.asked.ids[0] if self.asked.ids and self.asked.picture is None else None
@@ -373,7 +376,7 @@ class SearchPage:
         self.status.text = f"{len(ranked)} answers, the nearest first. {note}"
 
     async def show_map(self) -> None:
-        """Draws the map when it is first looked at."""
+        """Draws the map when its tab is first opened."""
         if self.tabs.value != "Map" or self.map_ids:
             return
         drawn = await self.tried(
@@ -392,30 +395,12 @@ class SearchPage:
         self.status.text = f"{len(drawn[0])} pictures on the map."
 
     async def open_point(self, event: events.EChartPointClickEventArguments) -> None:
-        """Searches for pictures like the one that was clicked."""
+        """Searches for pictures similar to the clicked one."""
         await self.search_like(self.map_ids[event.series_name, event.data_index])
 
 
-def source_of(hit: Hit, is_served: bool) -> str:
-    """Address of the small copy of a hit, or the copy itself as a data URI."""
-    return thumbnail_of(hit.id) if is_served else data_uri(hit.thumbnail)
-
-
-def data_uri(jpeg: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-
-
-def preview_of(data: bytes, max_megapixels: float) -> str:
-    """A small JPEG of an image or DICOM file as a data URI; raises Refusal."""
-    picture = read_picture(data, "the file", max_megapixels)
-    picture.thumbnail((PREVIEW, PREVIEW))
-    stream = io.BytesIO()
-    picture.convert("RGB").save(stream, "JPEG", quality=85)
-    return data_uri(stream.getvalue())
-
-
 def map_options(series: Mapping[str, list[list[float]]]) -> dict[str, object]:
-    """Settings of the chart: one series of points a modality."""
+    """ECharts options: one series of points for each modality."""
     axis = {"show": False, "scale": True}
     grey = {"color": "#808890"}
     points = {"type": "scatter", "symbolSize": 7, "cursor": "pointer"}

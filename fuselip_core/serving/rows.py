@@ -1,4 +1,4 @@
-"""From the bodies of requests to rows of image and text: OpenAI's, vLLM's and MLflow's forms."""
+"""Request bodies in OpenAI's, vLLM's and MLflow's formats → rows of image and text."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fuselip_core.serving.limits import WrongType
 RawRow = tuple[Any, Any]  # image (base64, data URI, URL or bytes), text
 Body = TypeVar("Body", bound=BaseModel)
 SIDES = {"image", "text"}
+WRONG_COLUMNS = "the columns of the input are not image, text or both, once each; rename or drop the others"
 
 
 async def read_body(request: Request, model: type[Body]) -> Body:
@@ -28,39 +29,38 @@ async def read_body(request: Request, model: type[Body]) -> Body:
         if kind == "multipart/form-data":
             return model.model_validate(await _read_form(request))
         if kind != "application/json":
-            raise WrongType("the content type is not read here; send application/json or multipart/form-data")
+            raise WrongType("the content type is not supported; send application/json or multipart/form-data")
         return model.model_validate_json(await request.body())
     except pydantic.ValidationError as error:
         raise Refusal(_first_fault(error)) from None
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """A JSON object of any content. Raises Refusal."""
+    """The body as a JSON object. Raises Refusal."""
     try:
-        content = pydantic.TypeAdapter(dict[str, Any]).validate_json(await request.body())
+        return pydantic.TypeAdapter(dict[str, Any]).validate_json(await request.body())
     except pydantic.ValidationError:
-        raise Refusal("the body is no JSON object") from None
-    return content
+        raise Refusal("the body is not a JSON object") from None
 
 
 def _first_fault(error: pydantic.ValidationError) -> str:
-    """Where and what, without the value and without names of the sender's own."""
+    """Field and fault, without the value or any name that the sender chose."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if fault["type"] in ("json_invalid", "model_type"):
-        return "the body is no JSON object that can be read"
+        return "the body is not a valid JSON object"
     if fault["type"] == "extra_forbidden":
-        return "the body has a field that is not known here; /docs lists those there are"
+        return "the body has an unknown field; /docs lists the known ones"
     place = ".".join(str(part) for part in fault["loc"])
     said = fault["msg"].removeprefix("Value error, ")
     return f"{place}: {said[:1].lower()}{said[1:]}"
 
 
 async def _read_form(request: Request) -> dict[str, Any]:
-    """Fields by name. A list is a field given several times, or JSON; so are filters."""
+    """Fields by name. Lists are repeated fields or JSON; filters are JSON."""
     try:
         form = await request.form(max_files=1, max_fields=1000)
     except (MultiPartException, HTTPException):
-        raise Refusal("the form can't be read; send multipart/form-data with one file at most") from None
+        raise Refusal("the form can't be read; send multipart/form-data with at most one file") from None
     values: dict[str, Any] = {}
     for name in form:
         given = [await value.read() if isinstance(value, UploadFile) else value for value in form.getlist(name)]
@@ -69,7 +69,7 @@ async def _read_form(request: Request) -> dict[str, Any]:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
-                raise Refusal(f"{name}: the field is no JSON") from None
+                raise Refusal(f"{name}: the field is not valid JSON") from None
         values[name] = [value] if name == "answers" and isinstance(value, str) else value
     return values
 
@@ -78,7 +78,7 @@ def rows_of_input(given: Any) -> list[RawRow]:
     """Rows of an OpenAI request's `input`. Raises Refusal."""
     rows = given if isinstance(given, list) else [given]
     if not rows or given is None:
-        raise Refusal("there is no input; give a text, a row or a list of them")
+        raise Refusal("the input is empty; give a text, a row or a list of them")
     found: list[RawRow] = []
     for number, row in enumerate(rows):
         if isinstance(row, str):
@@ -91,7 +91,7 @@ def rows_of_input(given: Any) -> list[RawRow]:
 
 
 def row_of_messages(messages: Sequence[Mapping[str, Any]]) -> RawRow:
-    """The one row of a chat: all its texts, and its image. Raises Refusal."""
+    """One row from chat messages: all their texts, and their image. Raises Refusal."""
     images, texts = [], []
     for message in messages:
         content = message.get("content")
@@ -105,9 +105,9 @@ def row_of_messages(messages: Sequence[Mapping[str, Any]]) -> RawRow:
             ):
                 images.append(value)
             else:
-                raise Refusal("messages: a part is neither text nor image_url; these two are read")
+                raise Refusal("messages: a part is neither text nor image_url; send only these two")
     if len(images) > 1:
-        raise Refusal(f"messages: there are {len(images)} images; one row takes one")
+        raise Refusal(f"messages: there are {len(images)} images; send one")
     return (images[0] if images else None), " ".join(texts)
 
 
@@ -122,15 +122,15 @@ def rows_of_table(body: Mapping[str, Any]) -> list[RawRow]:
     elif isinstance(given, dict):
         columns = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
         if len({len(values) for values in columns.values()}) > 1:
-            raise Refusal("the columns of the input differ in length")
+            raise Refusal("the columns of the input differ in length; fill them up")
         count = len(next(iter(columns.values()), []))
         given = [{name: values[row] for name, values in columns.items()} for row in range(count)]
     if not isinstance(given, list) or not all(isinstance(record, dict) for record in given):
-        raise Refusal("the input is no table; send dataframe_records or dataframe_split")
+        raise Refusal("the input is not a table; send dataframe_records or dataframe_split")
     if not all(record.keys() <= SIDES for record in given):
-        raise Refusal("the columns of the input are not image, text or both, once each; rename or drop the others")
+        raise Refusal(WRONG_COLUMNS)
     if not given:
-        raise Refusal("the input has no rows")
+        raise Refusal("the input has no rows; send at least one")
     return [(record.get("image"), record.get("text")) for record in given]
 
 
@@ -138,9 +138,9 @@ def _records_of_split(given: Any) -> Any:
     columns = given.get("columns") if isinstance(given, dict) else None
     data = given.get("data") if isinstance(given, dict) else None
     if not isinstance(columns, list) or not isinstance(data, list):
-        raise Refusal("dataframe_split is no object with columns and data")
+        raise Refusal("dataframe_split is not an object with columns and data; send both")
     if not all(isinstance(name, str) for name in columns) or len(set(columns)) != len(columns):
-        raise Refusal("the columns of the input are not image, text or both, once each; rename or drop the others")
+        raise Refusal(WRONG_COLUMNS)
     if not all(isinstance(row, list) and len(row) == len(columns) for row in data):
-        raise Refusal("a row of dataframe_split is not as long as its columns")
+        raise Refusal("a row of dataframe_split is not as long as its columns; send a value for each")
     return [dict(zip(columns, row, strict=True)) for row in data]

@@ -1,4 +1,4 @@
-"""Starts the server: model and index opened, then uvicorn until Ctrl-C."""
+"""Starts the server: opens model and index, then runs uvicorn until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def serve(
     local_names: bool = False,
     observe: Path | None = None,
 ) -> None:
-    """Answers requests on host:port until it is stopped; raises FuselipError where it cannot begin.
+    """Answers requests on host:port until stopped; raises FuselipError if it cannot start.
 
-    compared: model and index whose hits the page shows beside the others. local_names: requests must call this machine
-    127.0.0.1 or localhost, as where it listens inside a container and the port is published to its host alone.
+    compared: a second model and index, whose hits the page shows beside the first ones. local_names: accept only
+    requests to 127.0.0.1 or localhost, whatever `host` is, as in a container whose port is published on its host only.
     """
     key = None if api_key_file is None else read_key(api_key_file)
-    # Parsers of pictures quote their files in warnings.
+    # Image decoders quote the file in their warnings.
     warnings.simplefilter("ignore")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with _listen(host, port) as listener:
@@ -53,25 +53,25 @@ def serve(
             add_page(app, engine, beside)
         address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
         logger.info("%s: %s/%s (Ctrl-C ends it)", engine.name, address, "" if page else "docs")
-        # No access log: uvicorn's quotes the query of an address.
+        # No access log: uvicorn's contains query strings.
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on")
         uvicorn.Server(config).run(sockets=[listener])
 
 
 def read_key(path: Path) -> str:
-    """The API key in a file. Raises FuselipError for a key that can be guessed, or that others can read."""
+    """The API key in a file. Raises FuselipError for a short key, or if other users can read the file."""
     key = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     if len(key) < SHORTEST_KEY:
         raise FuselipError(
-            f"{path} holds no API key of {SHORTEST_KEY} characters or more; `openssl rand -hex 32` makes one"
+            f"{path} holds no API key of at least {SHORTEST_KEY} characters; make one with `openssl rand -hex 32`"
         )
     if path.stat().st_mode & 0o007:
-        raise FuselipError(f"{path} can be read by everybody on this machine; run `chmod 600 {path}`")
+        raise FuselipError(f"every user of this machine can read {path}; run `chmod 600 {path}`")
     return key
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Taken before the model is loaded, so that a busy port is known at once."""
+    """Binds the port before the model is loaded, so that a busy port fails at once."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)

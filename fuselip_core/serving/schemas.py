@@ -1,4 +1,4 @@
-"""Requests and answers of the API, as its OpenAPI document states them."""
+"""Requests and answers of the API, as in its OpenAPI document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 MOST_ANSWERS = 200
-NOTE = "Says so where the small copy of a picture stood in for its original; empty otherwise."
+NOTE = "Says so if a thumbnail was used because the original picture could not be read; otherwise empty."
 
 
 def _text_or_bytes(value: Any) -> Any:
@@ -27,11 +27,11 @@ Words = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isi
 
 
 class Request(BaseModel):
-    """What every request shares: a field that is not known is refused."""
+    """Base of all requests: unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    model: str | None = Field(None, description="Name of the model served; anything else is refused.")
+    model: str | None = Field(None, description="Name of the server's model; any other is refused.")
 
 
 ROW = {
@@ -46,15 +46,15 @@ ROWS = {"anyOf": [{"type": "string"}, ROW, {"type": "array", "items": {"anyOf": 
 
 
 class EmbeddingsRequest(Request):
-    """OpenAI's form, with images: rows in `input`, or vLLM's `messages` for one row."""
+    """OpenAI's format, extended by images: rows in `input`, or vLLM's `messages` for one row."""
 
     input: Annotated[Any, WithJsonSchema(ROWS)] = Field(
         None, description="A text, an object with text, image or both (one fused vector), or a list of them."
     )
     messages: list[dict[str, Any]] | None = Field(None, description="Chat messages with image_url and text: one row.")
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is of float32, little-endian.")
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32.")
     dimensions: int | None = Field(None, description="Refused unless it is the model's width.")
-    truncate: bool = Field(False, description="Cut a text that is longer than the model reads, instead of refusing it.")
+    truncate: bool = Field(False, description="Cut texts that are too long for the model instead of refusing them.")
     user: str | None = Field(None, description="Ignored.")
 
 
@@ -77,7 +77,7 @@ class EmbeddingsAnswer(BaseModel):
 
 
 class FilterFields(BaseModel):
-    """What a hit must be; several values of a field mean any of them."""
+    """Restricts the hits; several values of a field mean any of them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -90,22 +90,22 @@ class FilterFields(BaseModel):
 
 
 class SearchRequest(Request):
-    """A query by text, image, both (one fused vector), or by what the index holds already (`id`)."""
+    """A query by text, image, both (one fused vector), or pictures of the index (`id`)."""
 
-    text: str | None = Field(None, description="Words to look for; with an image, what is asked about it.")
+    text: str | None = Field(None, description="Words to search for; with an image, a question or a change.")
     image: Image = None
-    id: Words = Field((), description="Look for what is like these; with a text, for the first changed by it.")
+    id: Words = Field((), description="Search for similar pictures; with a text, for the first one changed by it.")
     filters: FilterFields = FilterFields()
     limit: int = Field(10, ge=1, le=200)
     offset: int = Field(0, ge=0, le=10_000)
-    threshold: float | None = Field(None, ge=-1, le=1, allow_inf_nan=False, description="Least cosine of a hit.")
-    hybrid: bool = Field(False, description="Also match the words of captions, and merge both rankings.")
-    fold: bool = Field(True, description="Show nearly equal pictures once.")
-    truncate: bool = Field(False, description="Cut a text that is longer than the model reads.")
+    threshold: float | None = Field(None, ge=-1, le=1, allow_inf_nan=False, description="Minimum cosine of a hit.")
+    hybrid: bool = Field(False, description="Also search captions for the words, and fuse both rankings.")
+    fold: bool = Field(True, description="List nearly equal pictures once.")
+    truncate: bool = Field(False, description="Cut a text that is too long for the model.")
 
 
 class Found(BaseModel):
-    """A picture of the index. `thumbnail` is its address here; `place` is where the original lies."""
+    """A picture of the index. `thumbnail`: its address on this server. `place`: where the original is."""
 
     rank: int
     id: str
@@ -131,10 +131,10 @@ class SearchAnswer(BaseModel):
 
 
 class AnswersRequest(Request):
-    """A question about an image, and the answers to rank."""
+    """A question about an image, and answers to rank."""
 
     image: Image = None
-    id: str | None = Field(None, description="A picture of the index, instead of an image.")
+    id: str | None = Field(None, description="A picture of the index instead of an image.")
     question: str = Field(min_length=1)
     answers: list[str] = Field(min_length=1, max_length=MOST_ANSWERS)
     truncate: bool = False
@@ -161,6 +161,6 @@ class Fault(BaseModel):
 
 
 class FaultAnswer(BaseModel):
-    """One sentence that says what is wrong, in OpenAI's form."""
+    """One sentence about what is wrong, in OpenAI's format."""
 
     error: Fault

@@ -1,4 +1,4 @@
-"""Images by URL, for servers that were started with --allow-urls: public addresses only, and no redirects."""
+"""Fetches images by URL, for servers started with --allow-urls: public addresses only, no redirects."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SECONDS = 10.0
 
 
 def is_url(value: object) -> bool:
-    """Whether a row's image is an address instead of a file."""
+    """Whether a row's image is a URL."""
     return isinstance(value, str) and value[:8].lower().startswith(("http://", "https://"))
 
 
 async def fetch_image(url: str, row: int, most_bytes: int) -> bytes:
-    """The bytes behind a public address; raises Refusal that names the row, not the address."""
+    """The content of a public URL; raises a Refusal that names the row but not the URL."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or (443 if parts.scheme.lower() == "https" else 80)
         address = await _public_address(host, port, row)
-        # To the address that was checked, not to what the name may mean a moment later.
+        # The address that was checked, since the name may resolve to another one a moment later.
         shown = f"[{address}]" if ":" in address else address
         target = httpx.URL(url).copy_with(host=shown)
         async with (

@@ -1,4 +1,4 @@
-"""A run's events as JSON lines on disk, and how services follow them (see run.py)."""
+"""A run's events as JSON lines on disk, and their delivery to tracking services (see run.py)."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ logger = logging.getLogger("fuselip")
 
 
 class Service(Protocol):
-    """A tracking service that follows the events on disk."""
+    """A tracking service that receives the events."""
 
     name: str
 
     def send(self, run: dict[str, Any], events: list[Event]) -> None:
-        """Delivers `events` in order; may add ids to `run`, which is kept on disk. Raises whatever goes wrong."""
+        """Delivers `events` in order; may add ids to `run`, which is saved. May raise anything."""
 
 
 class EventLog:
-    """Appends to a run's events.jsonl and lets services follow.
+    """Appends to a run's events.jsonl and delivers the events to services.
 
-    Files in `folder`: events.jsonl, and run.json with the run's name, tags, ids and, per service, the bytes delivered.
+    Files in `folder`: events.jsonl, and run.json with the run's name, tags, ids and the bytes delivered per service.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any], services: list[Service]) -> None:
@@ -55,24 +55,24 @@ class EventLog:
         self._append({"type": "params", "values": dict(flat(values))})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Numbers at a step; call with many values at once rather than often."""
+        """Metrics at a step; prefer few calls with many values."""
         numbers = {name: float(value) for name, value in values.items()}
         self._append({"type": "metrics", "values": numbers, "step": step, "time": int(time.time() * 1000)})
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """A file or folder to keep with the run, below `folder` there."""
+        """A file or folder to upload to the run, below `folder` there."""
         self._append({"type": "artifact", "path": os.path.relpath(path, self.folder), "folder": folder})
 
     def results(self, values: Mapping[str, float]) -> None:
-        """All numbers of a finished run; a table with a row for each metric."""
+        """The final metrics of a run, shown as a table."""
         self._append({"type": "results", "values": {name: float(value) for name, value in values.items()}})
 
     def data(self, name: str, digest: str, source: str, counts: Mapping[str, Any]) -> None:
-        """A data set that the run reads; `counts` are its images and pairs by split."""
+        """A data set that the run reads; `counts`: images and pairs by split."""
         self._append({"type": "data", "name": name, "digest": digest, "source": source, "counts": dict(counts)})
 
     def end(self, status: Status = "FINISHED") -> None:
-        """Notes how the run ended and sends what is left."""
+        """Ends the run and delivers all remaining events."""
         self._append({"type": "end", "status": status, "time": int(time.time() * 1000)})
         self.flush(force=True)
 
@@ -83,7 +83,7 @@ class EventLog:
         self._stream.close()
 
     def flush(self, force: bool = False) -> bool:
-        """Lets every service catch up, and says whether all have; one that failed lately waits, unless `force`."""
+        """Delivers pending events; True if every service has all. Skips recently failed services unless `force`."""
         self._unsent, self._last_sent = 0, time.monotonic()
         due = [service for service in self._services if force or time.monotonic() >= self._paused_until[service.name]]
         delivered = [self._deliver(service) for service in due]
@@ -102,8 +102,7 @@ class EventLog:
             return True
         try:
             service.send(self.run, events)
-        # A service may fail in any way: the run on disk is complete and continues.
-        except Exception as error:
+        except Exception as error:  # the run continues, whatever fails: all events are on disk
             self._note_failure(service, error)
             return False
         else:
@@ -128,7 +127,7 @@ class EventLog:
 
 
 def _end_last_line(path: Path) -> None:
-    """Ends the half line that a killed process may have left, so that the next event stands on a line of its own."""
+    """Ends an incomplete last line, which a killed process may have left, so that the next event starts a new one."""
     if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
         with path.open("ab") as stream:
             stream.write(b"\n")
@@ -139,9 +138,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def read_events(path: Path, start: int) -> tuple[list[Event], int]:
-    """Events of the whole lines from byte `start` on, and the byte after the last of them; damaged lines are left out.
+    """Events from byte `start` on, and the position after the last complete line. Damaged lines are skipped.
 
-    A full disk leaves half a line; the resumed run must not fail on it.
+    A full disk leaves an incomplete line, on which a resumed run must not fail.
     """
     with path.open("rb") as stream:
         stream.seek(start)
@@ -159,7 +158,7 @@ def _event(line: bytes) -> Event | None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values with the names that MLflow has for them: train.learning_rate and so on."""
+    """Nested values with dotted names, such as train.learning_rate."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

@@ -1,11 +1,11 @@
-"""Tracking of a run: events go to disk as JSON lines; MLflow and, if asked for, wandb read them from there.
+"""Tracking of a run: events go to disk as JSON lines, and from there to MLflow and, optionally, wandb.
 
-The disk comes first. Every event is appended to ``<artifacts>/tracking/<run>/events.jsonl`` and flushed; the services
-read that file behind a cursor of their own. So an unreachable, slow or lost tracking server never stops a run: one
-warning, and what it missed is sent when it is back, by the same run, by the next stage, or by ``fuselip sync``.
+Every event is appended to ``<artifacts>/tracking/<run>/events.jsonl`` and flushed. Each service reads that file at its
+own position, so an unreachable or slow tracking server never stops a run: the run logs one warning, and the same run,
+the next stage or ``fuselip sync`` sends the missing events once the server is back.
 
-Where events go is a matter of the environment, not of the settings: ``FUSELIP_TRACKERS`` (default ``mlflow``; also
-``mlflow,wandb`` or empty for the disk alone) and ``MLFLOW_TRACKING_URI`` (default: SQLite in the repository's mlflow/).
+The environment says where events go: ``FUSELIP_TRACKERS`` (default ``mlflow``; also ``mlflow,wandb``, or empty for the
+disk only) and ``MLFLOW_TRACKING_URI`` (default: SQLite in the repository's mlflow/).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fuselip_core.errors import FuselipError, Interrupted
 from fuselip_core.files import find_json
 from fuselip_core.tracking.events import EventLog, Service, read_run
 from fuselip_core.tracking.services import MlflowService, WandbService
-from fuselip_core.tracking.store import prepare_store, repository_root, tracking_uri
+from fuselip_core.tracking.store import git, prepare_store, repository_root, tracking_uri
 
-# Stages that add to the run of an earlier one: evaluation belongs to the model that was trained.
+# Stages that log to the run of an earlier stage: evaluation belongs to the trained model.
 RUN_OF_STAGE = {"evaluate": "train", "register": "train"}
 
 logger = logging.getLogger("fuselip")
@@ -37,9 +37,9 @@ logger = logging.getLogger("fuselip")
 
 @contextmanager
 def open_run(settings: Settings, stage: str, resume: bool = False) -> Iterator[EventLog]:
-    """The tracker of `stage`'s run, closed with the right status whatever happens.
+    """The event log of `stage`'s run, closed with the right status in any case.
 
-    A new run, unless `resume` (the stage goes on after an interruption) or the stage belongs to an earlier one's run.
+    A new run, unless `resume` is set (after an interruption) or the stage logs to the run of an earlier one.
     """
     name = RUN_OF_STAGE.get(stage, stage)
     folder = settings.artifacts / "tracking" / name
@@ -60,7 +60,7 @@ def open_run(settings: Settings, stage: str, resume: bool = False) -> Iterator[E
 
 
 def _without_places(value: Any) -> Any:
-    """Settings whose absolute paths say where they end: runs on two machines compare by what they were given."""
+    """Settings with absolute paths made relative, so that runs on two machines can be compared."""
     if isinstance(value, dict):
         return {name: _without_places(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -72,7 +72,7 @@ def _without_places(value: Any) -> Any:
 
 
 def _log_data(log: EventLog, settings: Settings, stage: str) -> None:
-    """The prepared data that the run reads, its own and those of `train.tokens`."""
+    """Logs the prepared data that the run reads: its own and those of `train.tokens`."""
     folders: dict[str, Path] = {settings.prepare.source: settings.artifacts}
     if stage == "train":
         folders |= {name: Path(tokens).parent for name, tokens in settings.train.tokens.items()}
@@ -84,21 +84,21 @@ def _log_data(log: EventLog, settings: Settings, stage: str) -> None:
 
 
 def experiment_name(recipe: str) -> str:
-    """The experiment of a recipe's runs: each name begins with fuselip, once."""
+    """The experiment of a recipe's runs: the recipe's name, with the prefix fuselip."""
     return recipe if recipe.startswith("fuselip") else f"fuselip-{recipe}"
 
 
 def _write_recipe(settings: Settings, folder: Path) -> Path:
-    """The settings of a run with their meaning, as a file that stays with it."""
+    """Writes the settings of a run, with their descriptions, into its folder."""
     path = folder / "recipe.yaml"
     path.write_text(describe_settings(settings) + "\n", encoding="utf-8")
     return path
 
 
 def sync(artifacts: Path) -> int:
-    """Sends what the services have missed of every run below `artifacts`; returns how many runs still lack some.
+    """Sends the missing events of every run below `artifacts`; returns the number of runs that are still incomplete.
 
-    Also makes a local store of MLflow, or corrects one that was moved (see `prepare_store`).
+    Also creates a local MLflow store, or corrects one that was moved (see `prepare_store`).
     """
     prepare_store(tracking_uri())
     unsent = 0
@@ -113,12 +113,12 @@ def services_from_environment() -> list[Service]:
     names = [name.strip() for name in os.environ.get("FUSELIP_TRACKERS", "mlflow").split(",") if name.strip()]
     known = {"mlflow": MlflowService, "wandb": WandbService}
     if unknown := [name for name in names if name not in known]:
-        raise FuselipError(f"FUSELIP_TRACKERS names '{unknown[0]}'; there are: {', '.join(known)}")
+        raise FuselipError(f"FUSELIP_TRACKERS names '{unknown[0]}', which is unknown; use {' or '.join(known)}")
     return [known[name]() for name in names]
 
 
 def run_of(artifacts: Path, stage: str = "train") -> dict[str, Any]:
-    """What run.json says of the stage's run (name, tags, mlflow_run_id, mlflow_uri, ...); empty if there is none."""
+    """run.json of the stage's run (name, tags, mlflow_run_id, mlflow_uri, ...); empty if there is none."""
     return read_run(artifacts / "tracking" / RUN_OF_STAGE.get(stage, stage))
 
 
@@ -141,7 +141,7 @@ def _describe(settings: Settings, name: str) -> dict[str, Any]:
         if value := os.environ.get(variable):
             tags[tag] = value
     return {
-        # Two runs may start within a second, so the time alone would not tell them apart.
+        # With random letters, since two runs may start within a second.
         "name": f"{name}-{settings.model.size}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
         "experiment": experiment_name(settings.recipe),
         "tags": tags,
@@ -154,7 +154,7 @@ def data_version(artifacts: Path) -> str:
 
 
 def dvc_version(root: Path) -> str:
-    """Hash by which DVC knows the raw data at `root`, from the file that `dvc add` leaves beside it, or `unknown`."""
+    """DVC's hash of the raw data at `root`, from the .dvc file beside it, or `unknown`."""
     beside = repository_root() / root
     try:
         known = yaml.safe_load(beside.with_name(f"{beside.name}.dvc").read_text(encoding="utf-8"))
@@ -164,15 +164,10 @@ def dvc_version(root: Path) -> str:
 
 
 def _git_tags() -> dict[str, str]:
-    """Commit of the code and whether tracked files differ from it; from ``FUSELIP_COMMIT`` where git is absent."""
+    """Commit of the code and whether tracked files differ from it; without git, the commit ``FUSELIP_COMMIT``."""
     try:
-        commit = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        commit = git(repository_root(), "rev-parse", "HEAD").decode().strip()
+        changed = git(repository_root(), "status", "--porcelain", "--untracked-files=no").strip()
     except (OSError, subprocess.SubprocessError):
         return {"git_commit": os.environ.get("FUSELIP_COMMIT", "unknown")}
     return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(repository_root()), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -40,7 +40,7 @@ class MlflowService:
     def send(self, run: dict[str, Any], events: list[Event]) -> None:
         client = mlflow_client(self.uri)
         if not self._open(client, run):
-            # Another store, or an emptied one: everything so far belongs there, not only what is new.
+            # The run is new in this store, which may be another or an emptied one: send all events, not only new ones.
             run["sent"][self.name] = 0
             events, _ = read_events(Path(run["folder"]) / "events.jsonl", 0)
         self._send_values(client, run["mlflow_run_id"], events)
@@ -55,14 +55,14 @@ class MlflowService:
             client.set_terminated(run["mlflow_run_id"], events[-1]["status"], events[-1]["time"])
 
     def _open(self, client: MlflowClient, run: dict[str, Any]) -> bool:
-        """Whether the run was there already, with all that was sent so far; makes it if not."""
+        """Reopens the run and returns True; if the store does not have it, creates it and returns False."""
         from mlflow.exceptions import MlflowException
 
         if known := run.get("mlflow_run_id"):
             try:
                 found = client.get_run(known).info
                 if found.lifecycle_stage == "deleted":
-                    experiment_id(client, run["experiment"], self.uri)  # raises where the whole experiment is deleted
+                    experiment_id(client, run["experiment"], self.uri)  # raises if the whole experiment is deleted
                     raise FuselipError(
                         f"the MLflow run {known} is deleted; restore it with `MLFLOW_TRACKING_URI={self.uri} "
                         f".venv/bin/mlflow runs restore --run-id {known}` and run `fuselip sync`"
@@ -92,7 +92,7 @@ class MlflowService:
         }
         for start in range(0, len(metrics), METRICS_A_BATCH):
             client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_BATCH])
-        # A resumed run may state a changed setting, and MLflow refuses to change a parameter: the first one stands.
+        # MLflow refuses to change a parameter, so a resumed run with a changed setting keeps the first value.
         stated = client.get_run(run_id).data.params if params else {}
         new = [Param(name, value) for name, value in params.items() if name not in stated]
         for start in range(0, len(new), PARAMS_A_BATCH):
@@ -105,11 +105,11 @@ class MlflowService:
         elif path.is_file():
             client.log_artifact(run_id, str(path), event["folder"] or None)
         else:
-            logger.warning("%s is gone and can't be sent to MLflow", path)
+            logger.warning("%s is gone and can't be uploaded to MLflow", path)
 
 
 def _send_results(client: MlflowClient, run_id: str, values: Mapping[str, float]) -> None:
-    """A table for MLflow's page, as `log_table` writes it, which would append where a run is measured twice."""
+    """Logs a table in the format of `log_table`, which would append the rows if a run is evaluated twice."""
     client.log_dict(run_id, {"columns": list(COLUMNS), "data": result_rows(values)}, RESULTS_FILE)
     client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": RESULTS_FILE, "type": "table"}]))
 
@@ -128,7 +128,7 @@ def _send_data(client: MlflowClient, run_id: str, event: Event) -> None:
 
 
 def result_rows(values: Mapping[str, float]) -> list[Any]:
-    """Metric, value and the bounds of its interval, one row a metric, from the numbers of metrics.json."""
+    """Rows of metric, value, and lower and upper bound of its interval, from the numbers of metrics.json."""
     bounds = {f"{name}/{end}" for name in values for end in ("low", "high")}
     return [
         [name, value, values.get(f"{name}/low"), values.get(f"{name}/high")]
@@ -138,10 +138,10 @@ def result_rows(values: Mapping[str, float]) -> list[Any]:
 
 
 class WandbService:
-    """Sends events to wandb, in one session a process; ``WANDB_MODE=offline`` keeps them on disk, in one folder a run.
+    """Sends events to wandb, with one session per process. ``WANDB_MODE=offline`` keeps them in one folder per run.
 
-    Each session makes a folder of its own, so where the run goes on offline in another process, as at the stage
-    `evaluate`, the new folder gets everything from the start and replaces the one before.
+    Each session makes a new folder. If a run continues offline in another process, as in the stage `evaluate`, the new
+    folder gets all events from the start and replaces the previous one.
     """
 
     name = "wandb"
@@ -166,7 +166,7 @@ class WandbService:
             if offline:
                 folder = shlex.quote(os.path.relpath(run["wandb_folder"]))
                 program = shlex.quote(os.path.relpath(Path(sys.executable).with_name("wandb")))
-                logger.info("W&B: the run lies in %s; upload it with: %s sync %s", folder, program, folder)
+                logger.info("W&B: the run is in %s; upload it with: %s sync %s", folder, program, folder)
 
 
 def _open_session(run: dict[str, Any]) -> Any:
@@ -184,7 +184,7 @@ def _open_session(run: dict[str, Any]) -> Any:
         dir=run["folder"],
         settings=wandb.Settings(silent=True, console="off"),
     )
-    # Curves over the run's own steps: wandb counts calls.
+    # Plot over the run's own steps; wandb would count calls.
     session.define_metric("step", hidden=True)
     session.define_metric("*", step_metric="step")
     return session
@@ -212,6 +212,6 @@ def _send_to_session(session: Any, run: dict[str, Any], event: Event) -> None:
 
 
 def _way_back(tags: Mapping[str, str]) -> dict[str, str]:
-    """The run's description on MLflow's page, which shows tags as plain text but this one as Markdown: with a link."""
+    """A link to the flow run, as the run's description, the only tag that MLflow's page shows as Markdown."""
     url = tags.get("prefect_flow_url")
     return {"mlflow.note.content": f"Made by [this flow run]({url})."} if url else {}

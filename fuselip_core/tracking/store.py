@@ -1,4 +1,4 @@
-"""MLflow's store: where it is, and a local one (SQLite beside a folder of artifacts) kept whole and in its place."""
+"""MLflow's store: its address, and the care of a local one (SQLite beside a folder of artifacts)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import sqlite3
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SQLITE = "sqlite:///"
-# Without it MLflow's page guesses from the runs, and shows what is there for language models and their judges.
+# Without it, MLflow's page guesses the kind of experiment, and shows tabs meant for language models.
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-# Columns in which MLflow keeps absolute addresses of files.
+# Columns in which MLflow stores absolute paths.
 ADDRESSES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -40,13 +42,20 @@ def repository_root() -> Path:
     return next((folder for folder in (here, *here.parents) if (folder / ".dvc").is_dir()), here)
 
 
+def git(repository: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> bytes:
+    """Output of a git command; raises OSError or SubprocessError if it fails or there is no git."""
+    command = ["git", "-C", str(repository), *arguments]
+    variables = {**os.environ, **(environment or {})}
+    return subprocess.run(command, capture_output=True, check=True, timeout=60, env=variables).stdout
+
+
 def tracking_uri() -> str:
     """``MLFLOW_TRACKING_URI``, or SQLite in the repository's mlflow/ folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{repository_root() / 'mlflow' / 'mlflow.db'}"
 
 
 def mlflow_client(uri: str) -> MlflowClient:
-    """A client for `uri` that gives up within seconds; makes and checks an SQLite store (see `prepare_store`)."""
+    """A client for `uri` that gives up within seconds; creates and checks an SQLite store (see `prepare_store`)."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     try:
@@ -58,8 +67,19 @@ def mlflow_client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+def global_mlflow() -> Any:
+    """MLflow with its process-wide tracking URI set to `tracking_uri()`.
+
+    Needed wherever MLflow takes no client: it resolves models:/ addresses and starts runs in the store used last.
+    """
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_uri())
+    return mlflow
+
+
 def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
-    """Id of the experiment; made if new. Artifacts of an SQLite store lie in ``artifacts/`` beside it.
+    """Id of the experiment, created if new. Artifacts of an SQLite store are in ``artifacts/`` beside it.
 
     Raises FuselipError for an experiment that was deleted.
     """
@@ -83,9 +103,9 @@ def experiment_id(client: MlflowClient, name: str, uri: str) -> str:
 
 
 def prepare_store(uri: str) -> None:
-    """Makes a local store that is missing, and corrects the addresses in one that was moved; others are left alone.
+    """Creates a missing local store, and corrects the paths in one that was moved. Ignores other stores.
 
-    Raises FuselipError for a store that is damaged, or that another program left half made.
+    Raises FuselipError if the store is damaged, or if another program did not finish creating it.
     """
     if not uri.startswith(SQLITE):
         return
@@ -100,21 +120,20 @@ def prepare_store(uri: str) -> None:
 
 
 def require_answer(uri: str) -> None:
-    """Raises FuselipError where no MLflow answers at `uri`, or a local store can't be written."""
+    """Raises FuselipError if no MLflow answers at `uri`, or if a local store can't be written."""
     try:
-        if uri.startswith(("http://", "https://")):  # first without MLflow, which takes seconds to load and tries again
+        if uri.startswith(("http://", "https://")):  # first without MLflow, which loads slowly and retries
             with contextlib.suppress(HTTPError):
                 urlopen(uri, timeout=5).close()  # noqa: S310 - the scheme is one of two
         mlflow_client(uri).search_experiments(max_results=1)
     except FuselipError:
         raise
-    # A wrong address fails in as many ways as there are servers, drivers and schemes.
-    except Exception as error:
-        if isinstance(error, OSError) and uri.startswith(SQLITE):  # has a sentence of its own
+    except Exception as error:  # whatever the server, driver or scheme raises
+        if isinstance(error, OSError) and uri.startswith(SQLITE):  # `errors.sentence_of` explains it
             raise
         reason = one_line(error)[:200]
         raise FuselipError(
-            f"no MLflow answers at {uri} ({reason}); start it, or correct MLFLOW_TRACKING_URI (empty: a local store)"
+            f"MLflow does not answer at {uri} ({reason}); start it, or correct MLFLOW_TRACKING_URI (empty: local store)"
         ) from error
     if uri.startswith(SQLITE) and not os.access(_database(uri), os.W_OK):
         raise FuselipError(f"{_database(uri)} can't be written; change its owner or mode, or MLFLOW_TRACKING_URI")
@@ -138,12 +157,14 @@ def _is_there(database: Path) -> bool:
 
 
 def _make(database: Path) -> None:
-    """Makes the schema in a file beside `database` and renames it: a stopped process leaves no half-made store."""
+    """Creates the schema in a file beside `database` and renames it, so that no incomplete store is ever seen."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    for left in database.parent.glob(f".{database.name}.*.partial*"):  # of stopped processes: this one has the lock
+    for left in database.parent.glob(
+        f".{database.name}.*.partial*"
+    ):  # of killed processes, since this one has the lock
         left.unlink(missing_ok=True)
-    for name in ("alembic", "mlflow.store.db.utils"):  # they report every table
+    for name in ("alembic", "mlflow.store.db.utils"):  # which log every table
         logging.getLogger(name).setLevel(logging.WARNING)
     with atomic_write(database) as partial:
         store = SqlAlchemyStore(f"{SQLITE}{partial}", _artifacts_beside(database).as_uri())
@@ -154,10 +175,10 @@ def _require_whole(database: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            # MLflow makes the default experiment last.
+            # MLflow creates the default experiment last.
             whole = "experiments" in tables and connection.execute("SELECT 1 FROM experiments").fetchone()
     except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):  # locked, or without permission: MLflow says so
+        if isinstance(error, sqlite3.OperationalError):  # locked or no permission, which MLflow reports
             return
         raise FuselipError(
             f"MLflow's store {database} is damaged ({error}); restore a copy, or move it away and run `fuselip sync`, "
@@ -165,18 +186,18 @@ def _require_whole(database: Path) -> None:
         ) from error
     if not whole:
         raise FuselipError(
-            f"MLflow's store {database} is half made: the program that made it was stopped. It holds no run; delete "
-            "it, unless another program is making it at this moment, and run the same command again"
+            f"MLflow's store {database} is incomplete and has no runs, since the program that created it was stopped; "
+            "delete it, unless another program is creating it right now, and run the same command again"
         )
 
 
 def _correct_addresses(database: Path) -> None:
-    """Points all addresses below the store's former folder to where its artifacts lie now.
+    """Changes all paths below the store's former folder to the present one.
 
-    MLflow keeps absolute addresses, so a moved or copied checkout would read and write the files of the old one.
+    MLflow stores absolute paths, so a moved or copied checkout would read and write the files of the old one.
     """
     here = _artifacts_beside(database)
-    if not here.is_dir():  # the database alone was copied, its files are still where they were
+    if not here.is_dir():  # only the database was copied, and its files are still in the old place
         return
     with contextlib.closing(sqlite3.connect(database, timeout=60)) as connection, connection:
         former = connection.execute(
@@ -191,4 +212,4 @@ def _correct_addresses(database: Path) -> None:
                     f" WHERE {column} = ? OR substr({column}, 1, ?) = ?",
                     (here.as_uri(), len(old) + 1, old, len(old) + 1, f"{old}/"),
                 )
-            logger.info("MLflow's store moved: addresses below %s now point to %s", old, here)
+            logger.info("MLflow's store has moved: paths below %s now point to %s", old, here)

@@ -1,11 +1,11 @@
-"""Turns off usage reports of libraries before they are imported."""
+"""Turns off the telemetry of libraries, before they are imported."""
 
 from __future__ import annotations
 
 import os
 
 OFF = {
-    # The word `true`: MLflow does not take `1`.
+    # MLflow accepts `true` but not `1`.
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DVC_NO_ANALYTICS": "true",
@@ -15,6 +15,6 @@ OFF = {
 
 
 def turn_off() -> None:
-    """Sets what is not set yet, for this process and its children."""
+    """Sets the variables that are not set yet, for this process and its children."""
     for name, value in OFF.items():
         os.environ.setdefault(name, value)

@@ -242,17 +242,12 @@ def _locked(target: Path) -> Iterator[None]:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DownloadError(f"{target} cannot be made ({error.strerror}); choose another folder") from None
-    lock = target / LOCK
     try:
         busy = DownloadError(f"another process is downloading into {target}; wait for it or end it")
-        with sole_process(lock, busy):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        with sole_process(target / LOCK, busy):
+            yield
     except BaseException:
-        # Leave no empty folder behind.
-        with suppress(OSError):
+        with suppress(OSError):  # not empty
             if made:
                 target.rmdir()
         raise
