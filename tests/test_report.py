@@ -198,10 +198,10 @@ def test_strings_are_escaped_and_shown(page: Page, artifacts: Path) -> None:
         "in the first ten for 25 ± 10",
         "the strongest control (most frequent answer) reaches 35.0",
         "With another image: right lung",
-        "Right image on place 1,234",
+        "Best right image: rank 1,234",
         "✓ 1,234",
         "60.0 %",
-        "place 4,321",
+        "rank 4,321",
         "+25.0 [+15.0 to +35.0]",
         "3,200,000",
         "placeholder caption",
@@ -254,9 +254,9 @@ def test_concepts_stand_beside_their_control_and_what_is_published(tmp_path: Pat
     assert "with an F1 of 0.739 ± 0.100; always naming the most frequent ones reaches 0.530." in text
     assert "better than naming the most frequent concepts" in text
     assert "0.739 [0.639 to 0.839]" in text and "+0.209 [+0.109 to +0.309]" in text
-    assert "F1 of 0.559 (a single DenseNet-121), 0.589 (winner of 2025)" in text
+    assert "comparable only there: 0.559 (a single DenseNet-121), 0.589 (winner of 2025)" in text
     assert (
-        re.search(r"Skull\s*2\s*5\s*0\.875", text) and "Concepts that all images have, and so without AUC: 1." in text
+        re.search(r"Skull\s*2\s*5\s*0\.875", text) and "Concepts without AUC, since all images have them: 1." in text
     )
     assert json.loads((tmp_path / "report" / "results.json").read_text())["concepts"][1]["auc"] == {"probe": 0.875}
     worse = concept_metrics() | {"concepts/gain/probe/f1": 0.05}
@@ -309,7 +309,7 @@ def test_the_run_before_stands_beside_this_one(tmp_path: Path) -> None:
     run_named(tmp_path, "train-second")
     for _ in range(2):
         text = write(tmp_path, answer_metrics(0.625), train={"steps": 77}).text
-        assert "train-first, measured" in text and "train.steps" in text and "train.seed" not in text.split("All ")[0]
+        assert "train-first, evaluated" in text and "train.steps" in text and "train.seed" not in text.split("All ")[0]
         row = text[text.index("Image + question → answer") :]
         assert row.index("62.5") < row.index("50.0")
     run_named(tmp_path, "train-third")
@@ -321,7 +321,7 @@ def test_the_run_before_stands_beside_this_one(tmp_path: Path) -> None:
 def test_a_damaged_history_is_named(tmp_path: Path) -> None:
     prepare(tmp_path)
     (tmp_path / "history.jsonl").write_text('{"step": 1}\n{"st')
-    with pytest.raises(FuselipError, match=r"history\.jsonl holds a line that is no JSON"):
+    with pytest.raises(FuselipError, match=r"history\.jsonl has a line that is not JSON"):
         write(tmp_path, answer_metrics())
     assert not (tmp_path / "report").exists()
 

@@ -194,7 +194,7 @@ def test_a_split_that_the_data_lack_gives_way_to_valid(
         (tmp_path / name).symlink_to(run.artifacts / name)
     evaluate = run.evaluate.model_copy(update={"split": "dev"})
     stages.evaluate(run.model_copy(update={"artifacts": tmp_path, "evaluate": evaluate}))
-    assert "no dev split: measuring on valid instead" in caplog.text
+    assert "no dev split: evaluating valid instead" in caplog.text
     assert json.loads((tmp_path / "report" / "results.json").read_text())["split"] == "valid"
 
 

@@ -1,4 +1,4 @@
-"""Answer ranking: image and question against all distinct answers of the split, beside what needs no fusion.
+"""Answer ranking: image and question against all distinct answers of the split, with controls that need no fusion.
 
 Legend: Q questions, A distinct answers, D width.
 """
@@ -24,12 +24,12 @@ QUESTION = "vqa"
 CLOSED, OPEN = ANSWER_TYPES.index("closed"), ANSWER_TYPES.index("open")
 SHOWN = 5
 WORST = 4
-MOST_QUESTIONS = 20  # different ones, that are also reported one by one
+MOST_QUESTIONS = 20  # up to this many distinct questions are also reported one by one
 
 
 @dataclass(frozen=True)
 class AnswerPool:
-    """images, questions (Q): rows; answers (A): one text row of each distinct answer, names (A); correct (Q): index."""
+    """images, questions (Q): rows. answers (A): a text row of each distinct answer, names (A). correct (Q): indices."""
 
     images: Array
     questions: Array
@@ -58,12 +58,12 @@ class AnswerPool:
 
 
 def answer_key(text: str) -> str:
-    """Answers that differ in case, spaces or a full stop are one answer."""
+    """Normalises an answer: differences in case, spaces or a final full stop do not count."""
     return answer_text(text).rstrip(" .")
 
 
 def question_rows(store: TokenStore) -> Array:
-    """Pairs that lead from an image with a text to a text alone."""
+    """Pairs of an image with a question → a text."""
     if QUESTION not in store.kinds:
         return np.zeros(0, np.int64)
     pairs = store.pairs
@@ -79,7 +79,7 @@ def measure_answers(
     settings: EvaluateSettings,
     result: EvaluationResult,
 ) -> None:
-    """Adds the accuracy of the fused query and of every control, overall, closed and open, and examples."""
+    """Adds accuracy of the fused query and every control, for all, closed and open questions, and examples."""
     pool = AnswerPool.of(store, question_rows(store))
     answers = _embed_answers(encoder, store, pool, settings.batch_size)
     absent = np.full(len(pool.images), ABSENT)
@@ -112,7 +112,7 @@ def measure_answers(
         _examples(store, pool, rows, asked["fused"], asked["shuffled_image"], answers, ranks["fused"], shuffled)
         for rows in (drawn, worst)
     )
-    # Chance is a control too: where no other is ever right, the ratio stays a number.
+    # Chance is a control too, so that the ratio is finite even if no other control is ever right.
     chance, controls = result.metrics["answers/chance"], [right for name, right in rights.items() if name != "fused"]
     best = max(chance, *(float(np.mean(right)) for right in controls))
     result.metrics["answers/fused/over_best_control"] = float(np.mean(rights["fused"])) / best
@@ -122,7 +122,7 @@ def measure_answers(
 
 
 def quick_answers(encoder: SideEncoder, store: TokenStore, rows: Array, batch_size: int) -> dict[str, float]:
-    """Accuracy of the fused query over the answers of the question pairs `rows`, for a look during training."""
+    """Accuracy of the fused query on the question pairs `rows`, for validation during training."""
     pool = AnswerPool.of(store, rows)
     query = embed(encoder, store, pool.images, pool.questions, batch_size)
     rank = rank_answers(query, _embed_answers(encoder, store, pool, batch_size), pool.correct)
@@ -146,7 +146,7 @@ def _add_accuracy(
 def _add_each_question(
     rights: Mapping[str, Array], asked: Sequence[str], clusters: Array, seed: int, result: EvaluationResult
 ) -> None:
-    """The accuracy of every query on each question, where the split asks a few questions over and over."""
+    """Adds accuracy by question, if the split repeats a small number of questions."""
     names = np.array(["-".join(re.findall(r"\w+", text.lower())) for text in asked])
     different = np.unique(names)
     if len(different) > MOST_QUESTIONS or len(names) < 2 * len(different):
@@ -160,15 +160,15 @@ def _add_each_question(
 def _add_gains(
     rights: Mapping[str, Array], ranks: Mapping[str, Array], clusters: Array, seed: int, result: EvaluationResult
 ) -> None:
-    """By how much the fused query is ahead of each control on the same questions, and the mean reciprocal ranks.
+    """Adds the paired difference between the fused query and each control, and mean reciprocal ranks.
 
-    Ranks are in (0, 1] as 1 / rank, which also shows an answer that moves up without coming first.
+    Reciprocal ranks also show answers that move up without becoming first.
     """
     gains = {name: f"answers/gain/{name}/accuracy" for name in rights if name != "fused"}
     for name, metric in gains.items():
         result.add_gain(metric, rights["fused"], rights[name], clusters, seed)
     result.metrics["answers/gain/smallest"] = min(result.metrics[metric] for metric in gains.values())
-    # Better than the strongest means better than each: the smallest of the lower bounds counts.
+    # Better than the strongest control means better than each, so the smallest lower bound counts.
     bounds = [result.intervals[metric] for metric in gains.values()]
     result.intervals["answers/gain/smallest"] = min(low for low, _ in bounds), min(high for _, high in bounds)
     for name, rank in ranks.items():
@@ -188,7 +188,7 @@ def _add_summary(pool: AnswerPool, result: EvaluationResult) -> None:
 
 
 def _majority_guesses(store: TokenStore, prepared: PreparedData, pool: AnswerPool) -> dict[str, list[str]]:
-    """The most frequent training answer to questions of the same type, and to the same question where it was seen."""
+    """The most frequent training answer to questions of the same type, and to the same question if training has it."""
     if "train" not in prepared.splits:
         return {}
     table = prepared.pairs("train")
@@ -213,7 +213,7 @@ def _majority_guesses(store: TokenStore, prepared: PreparedData, pool: AnswerPoo
 
 
 def _most_frequent(counts: Counter[str]) -> str:
-    """Equal counts go to the first in the alphabet, so that the control is the same in every run."""
+    """The most frequent answer, and of equally frequent ones the alphabetically first."""
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 
@@ -227,7 +227,7 @@ def _examples(
     rank: Array,
     others: Array,
 ) -> list[AnswerExample]:
-    """The questions `rows` with their first candidates and the right one, and the answer to another image."""
+    """Examples of the questions `rows`: top candidates, the right one, and the answer given another image."""
     if not len(rows):
         return []
     order, scores = top(query[rows], answers, len(answers))

@@ -1,7 +1,7 @@
-"""What an adaptation changed: the checkpoint it started from and its outcome, side by side.
+"""Compares a fine-tuned model with the checkpoint it started from.
 
-On the run's own split (the target), and on general data where such are named (retention): a fine-tuned model that gains
-on a small set and forgets the rest looks good in the first table alone. Registration can gate on either.
+On the run's own split (target) and, if configured, on general data (retention), since a model may gain on a small data
+set but forget everything else. Registration can gate on both.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fuselip_core.evaluation.tasks import OpenSplit, open_split
 from fuselip_core.files import read_json
 from fuselip_core.model.hub import STARTED_FROM, Model, load_pretrained
 
-# Metrics that a before and an after are compared by.
+# Metrics that are compared.
 COMPARED = ("recall_at_1", "recall_at_5", "recall_at_10", "answers/fused/accuracy")
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """The splits to compare: the run's own before the adaptation, and the retention data before and after."""
+    """Opened splits: the run's own for the starting checkpoint, and the retention data for both models."""
 
     target_before: OpenSplit
     retention: tuple[OpenSplit, OpenSplit] | None
@@ -34,9 +34,9 @@ class Adaptation:
 def open_adaptation(
     model: Model, folder: Path, artifacts: Path, split: str, settings: EvaluateSettings, device: torch.device
 ) -> Adaptation | None:
-    """What is measured beside `model`, which was saved in `folder`; None for a model that was trained from scratch.
+    """Opens what `model`, saved in `folder`, is compared with; None for a model trained from scratch.
 
-    Raises FuselipError where the starting checkpoint or the retention run is missing or has no held-out split.
+    Raises FuselipError if the starting checkpoint or the retention run is missing or has no held-out split.
     """
     if not (folder / STARTED_FROM).is_file():
         return None
@@ -66,7 +66,7 @@ def measure_adaptation(
 
 
 def _retention_split(artifacts: Path, wanted: str) -> str:
-    """The split of a retention run to measure: the one that is measured here, or else another held-out one."""
+    """The split of a retention run to evaluate: `wanted`, or else another held-out one."""
     splits = read_manifest(artifacts / "tokens")["splits"]
     found = next((split for split in (wanted, "test", "valid", "dev") if split in splits), None)
     if found is None:
@@ -75,9 +75,9 @@ def _retention_split(artifacts: Path, wanted: str) -> str:
 
 
 def compare(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    """``adaptation/<name>/<metric>/{before,after,gain,kept}``, of the metrics in COMPARED that both have.
+    """``adaptation/<name>/<metric>/{before,after,gain,kept}`` for the metrics in COMPARED that both have.
 
-    `kept` is after over before; a gate on it (at_least 0.9, say) stops a model that has forgotten.
+    `kept` is after / before; a gate on it, such as at_least 0.9, rejects a model that has forgotten too much.
     """
     found: dict[str, float] = {}
     for metric, value in after.items():

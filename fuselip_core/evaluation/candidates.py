@@ -1,8 +1,8 @@
-"""Questions of evaluation sets with a list of options each: SugarCrepe, crops of Open Images, MMEB, ImageNet, edits.
+"""Multiple-choice evaluation sets: SugarCrepe, crops of Open Images, MMEB, ImageNet, edits.
 
-A question counts if its right option scores above every other one; a tie is wrong. The published evaluation of FuseLIP
-lists the right option first and takes the first of the best, so that a tie is right there: `ties_right` is its number.
-Beside accuracy stand chance and, where a question has an image and a text, what either alone achieves.
+A question is right if its right option scores above all others; a tie is wrong. The published evaluation of FuseLIP
+lists the right option first and takes the first maximum, so ties are right there; `ties_right` reproduces that. Further
+metrics are chance and, for questions with an image and a text, the accuracy with either alone.
 
 Legend: Q questions of a task, S distinct sides (image, text or both), D width.
 """
@@ -26,7 +26,7 @@ from fuselip_core.images import decode
 from fuselip_core.progress import track
 
 PREFIX = "candidates"
-# MMEB's groups of tasks (arXiv 2410.05160, table 1), as its results are published.
+# MMEB's groups of tasks (arXiv 2410.05160, table 1).
 MMEB_GROUPS = {
     "classification": "ImageNet-1K N24News HatefulMemes VOC2007 SUN397 Place365 ImageNet-A ImageNet-R ObjectNet "
     "Country211",
@@ -38,7 +38,7 @@ MMEB_GROUPS = {
 
 
 class SideEmbedder(Protocol):
-    """What choosing needs of a model (model/embedder.py)."""
+    """The part of an embedder (model/embedder.py) that is needed here."""
 
     def embed(self, images: Sequence[Image.Image | None], texts: Sequence[str | None], batch_size: int) -> Array:
         """Sides, one a row → embeddings (S, D) float32 of unit norm."""
@@ -46,7 +46,7 @@ class SideEmbedder(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """Which of the options of the list `options` belongs to `query`? `answer` is the place of the right one."""
+    """A query, the name of its list of options, and the index of the right one."""
 
     query: Side
     options: str
@@ -61,7 +61,7 @@ def has_candidates(prepared: PreparedData, split: str) -> bool:
 def measure_candidates(
     embedder: SideEmbedder, prepared: PreparedData, settings: EvaluateSettings, result: EvaluationResult
 ) -> None:
-    """Adds accuracy, chance and controls of every task in every split of `prepared` that has questions."""
+    """Adds accuracy, chance and controls for every task in every split of `prepared` that has questions."""
     for split in prepared.splits:
         if has_candidates(prepared, split):
             _measure_split(embedder, prepared, split, settings, result)
@@ -83,7 +83,7 @@ def _measure_split(
 
 
 def _questions(prepared: PreparedData, split: str) -> dict[str, list[Question]]:
-    """The questions of each task, in their order."""
+    """The questions of each task, in order."""
     tasks: dict[str, list[Question]] = defaultdict(list)
     for row in prepared.candidates(split).to_pylist():
         query = Side(row["query_image"], row["query_text"])
@@ -111,7 +111,7 @@ def _embed_all(
 def _batches(
     prepared: PreparedData, split: str, rows: Mapping[Side, int], batch_size: int
 ) -> Iterator[tuple[list[Side], list[Image.Image | None]]]:
-    """Sides with their decoded pictures, in the order of the shards; those without a picture first."""
+    """Sides with their decoded pictures: first those without a picture, then the others in the order of the shards."""
     of_image: dict[str | None, list[Side]] = defaultdict(list)
     for side in rows:
         of_image[side.image].append(side)
@@ -142,7 +142,7 @@ def _measure_task(
     result: EvaluationResult,
 ) -> None:
     name = f"{PREFIX}/{task}"
-    # Questions about one picture are no independent draws.
+    # Questions about the same picture are not independent.
     names = [question.query.image or f"question {number}" for number, question in enumerate(questions)]
     pictures = np.unique(np.array(names), return_inverse=True)[1].ravel()
     result.add_share(f"{name}/accuracy", _right(questions, rows, embeddings, lists), pictures, seed)
@@ -157,7 +157,7 @@ def _measure_task(
 
 
 def _add_means(tasks: Sequence[str], result: EvaluationResult) -> None:
-    """The mean over the tasks of a benchmark, and of each group of MMEB, each task counting alike, as published."""
+    """Adds the unweighted mean over the tasks of a benchmark, and of each group of MMEB, as published."""
     benchmarks: dict[str, list[str]] = defaultdict(list)
     for task in tasks:
         benchmark, _, part = task.partition("/")
@@ -179,7 +179,7 @@ def _right(
     lists: Mapping[str, Array],
     ties_right: bool = False,
 ) -> Array:
-    """(Q) bool: whether the right option scores above every other one. Questions with one list are ranked together."""
+    """(Q) bool: whether the right option scores above all others. Questions that share a list are ranked together."""
     by_list: dict[str, list[int]] = defaultdict(list)
     for number, question in enumerate(questions):
         by_list[question.options].append(number)

@@ -1,7 +1,7 @@
 """Zero-shot classification: which of the captions in `evaluate.classes`, one a class, is nearest to an image?
 
-An image is of a class if it has that class's concept, and is left out if it has none of them or several. Beside the
-accuracy stand always naming the class that is most frequent in training, and the captions asked with another image.
+An image belongs to a class if it has that class's concept; images with none of the concepts, or several, are left out.
+Controls: always predicting the class most frequent in training, and classifying another image instead.
 
 Legend: N images, C classes, D width.
 """
@@ -33,9 +33,9 @@ def measure_classes(
     settings: EvaluateSettings,
     result: EvaluationResult,
 ) -> None:
-    """Adds accuracy and controls for the images of the split `store`; nothing where no classes are asked for.
+    """Adds accuracy and controls for the images of the split `store`; does nothing without `evaluate.classes`.
 
-    Raises FuselipError if no image, or only one, is of exactly one class.
+    Raises FuselipError unless at least two images belong to exactly one class.
     """
     if not settings.classes:
         return
@@ -68,7 +68,7 @@ def measure_classes(
 
 
 def _classes_of(prepared: PreparedData, split: str, codes: Sequence[str]) -> tuple[Array, Array]:
-    """Place in `codes` of each image's class (N) int64, -1 without exactly one, and its case (N) of str."""
+    """Index in `codes` of each image's class (N) int64, or -1 unless it has exactly one; and its case (N) of str."""
     classes, cases = [], []
     for batch in prepared.iter_images(split, columns=["image_id", "case", "concepts"], batch_rows=4096):
         for row in batch.to_pylist():
@@ -79,7 +79,7 @@ def _classes_of(prepared: PreparedData, split: str, codes: Sequence[str]) -> tup
 
 
 def _most_frequent(prepared: PreparedData, codes: Sequence[str], right: Array) -> int:
-    """The class most training images are of; without such, that of the measured images, which is harder to beat."""
+    """The most frequent class in training or, without training data, in the evaluated images (harder to beat)."""
     known = _classes_of(prepared, "train", codes)[0] if "train" in prepared.splits else right[:0]
     counts = Counter((known[known >= 0] if (known >= 0).any() else right).tolist())
     return min(counts, key=lambda place: (-counts[place], place))

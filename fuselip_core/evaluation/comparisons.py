@@ -1,4 +1,4 @@
-"""Results beside the controls that they have to beat, as rows of a summary and in words."""
+"""Results compared with chance and controls, as rows of a table and in words."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 Row = dict[str, str]
 NO_BETTER = "not distinguishable from chance"
-# Task, its question, and the size of what is searched.
+# Task, its description, and the metric with the size of the pool.
 ASKED = {
     "image_to_text": (
         "Image → caption",
@@ -28,7 +28,7 @@ CONTROLS = {
     "majority": "most frequent answer",
     "majority_by_question": "most frequent answer to the question",
 }
-# Metric, what it is measured against, and the words for both; rows whose metric is absent are left out.
+# Words for a metric, the metric, its control, and words for that; rows without their metric are left out.
 COMPARISONS = (
     ("image → text, recall@1", "retrieval/image_to_text/recall_at_1", "retrieval/image_to_text/chance_at_1", "chance"),
     ("", "", "retrieval_shuffled/image_to_text/recall_at_1", "pairs shuffled"),
@@ -60,7 +60,7 @@ COMPARISONS = (
 )
 
 
-# What runs are compared by in a tracking service; metrics.json has all.
+# Metrics for comparing runs in a tracking service; metrics.json has all.
 HEADLINES = {
     "image_to_text_recall_at_1": "retrieval/image_to_text/recall_at_1",
     "image_to_text_recall_at_10": "retrieval/image_to_text/recall_at_10",
@@ -72,12 +72,12 @@ HEADLINES = {
 
 
 def headlines(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few results by which runs are compared, as ``results/<name>``; those that were not measured are left out."""
+    """The main results as ``results/<name>``, without those that were not measured."""
     return {f"results/{shown}": metrics[name] for shown, name in HEADLINES.items() if name in metrics}
 
 
 def comparison_rows(metrics: dict[str, float]) -> list[Row]:
-    """One row a comparison: measure, value, control, value of the control."""
+    """Rows of measure, value, control and value of the control."""
     rows = []
     for measure, name, control, words in COMPARISONS:
         if control in metrics and (not name or name in metrics):
@@ -90,7 +90,7 @@ def comparison_rows(metrics: dict[str, float]) -> list[Row]:
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of a task in words; `better` only where the difference to each control has an interval above 0."""
+    """The result of a task in words. better: the interval of the difference to every control is above 0."""
 
     task: str
     sentence: str
@@ -99,7 +99,7 @@ class Finding:
 
 
 def findings(metrics: Mapping[str, float]) -> list[Finding]:
-    """One finding a task, from the numbers of metrics.json with their bounds ``<metric>/low`` and ``/high``."""
+    """One finding for each task, from the numbers of metrics.json."""
     found = [
         _retrieval_finding(metrics, direction) for direction in ASKED if f"retrieval/{direction}/recall_at_1" in metrics
     ]
@@ -169,12 +169,12 @@ def _concept_finding(metrics: Mapping[str, float]) -> Finding:
 
 
 def share_text(metrics: Mapping[str, float], name: str) -> str:
-    """A share in percent with half its interval: 38 ± 4 %."""
+    """A share in percent with half its interval, such as 38 ± 4 %."""
     half = 50 * (metrics[f"{name}/high"] - metrics[f"{name}/low"])
     digits = 0 if half >= 1 else 1
     return f"{100 * metrics[name]:.{digits}f} ± {half:.{digits}f} %"
 
 
 def percent(share: float) -> str:
-    """A share in percent, with a second digit where the first would hide it."""
+    """A share in percent, with a second decimal if it is very small."""
     return f"{100 * share:.{2 if 0 < share < 0.001 else 1}f} %"

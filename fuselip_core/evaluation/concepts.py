@@ -1,8 +1,8 @@
-"""Concepts of images (UMLS codes, as ROCOv2 has them): named without training, and read from frozen embeddings.
+"""Concept detection (UMLS codes, as in ROCOv2): zero-shot, and with frozen embeddings.
 
-Zero-shot, the names of all concepts are ranked by their similarity to an image. A linear probe and the nearest
-neighbours learn from the embeddings of training images; what they name is scored as ImageCLEFmedical scores concept
-detection. Beside them stand always naming the most frequent concepts, and the ranking of another image.
+Zero-shot, the names of all concepts are ranked by similarity to the image. A linear probe and nearest neighbours learn
+from the embeddings of training images; they are scored like ImageCLEFmedical's concept detection. Controls: always
+predicting the most frequent concepts, and the zero-shot ranking of another image.
 
 Legend: N images, M training images, C concepts, D width.
 """
@@ -26,11 +26,11 @@ from fuselip_core.evaluation.metrics import TIE, Array, deranged
 from fuselip_core.evaluation.result import Concept, EvaluationResult
 
 PREFIX = "concepts"
-PENALTIES = (1.0, 10.0, 100.0)  # of the probe's weights; chosen on held-out training cases
+PENALTIES = (1.0, 10.0, 100.0)  # L2, of the probe; chosen on held-out training cases
 NEIGHBOURS = 20
-HELD_OUT = 0.25  # share of the training cases that thresholds and penalty are chosen on
+HELD_OUT = 0.25  # share of the training cases for choosing threshold and penalty
 THRESHOLDS = 100
-# Images that probe and neighbours learn from, drawn at random where there are more: so many for each one measured.
+# Number of random training images for probe and neighbours: per evaluated image, and bounds.
 TRAINING_PER_IMAGE, FEWEST_TRAINING, MOST_TRAINING = 5, 2_000, 20_000
 LEARNED = ("probe", "neighbours")
 
@@ -46,7 +46,7 @@ class Labels:
 
     @classmethod
     def of(cls, prepared: PreparedData, split: str, codes: tuple[str, ...] | None = None) -> Labels:
-        """The concepts of a split's images: `codes`, or all that it has. Concepts of an image count once."""
+        """Labels of a split's images for the concepts `codes`, or for all concepts of the split."""
         names: list[set[str]] = []
         cases: list[str] = []
         for batch in prepared.iter_images(split, columns=["image_id", "case", "concepts"], batch_rows=4096):
@@ -79,9 +79,10 @@ def measure_concepts(
     settings: EvaluateSettings,
     result: EvaluationResult,
 ) -> None:
-    """Adds F1, average precision and AUC over the concepts of the images of `own`; nothing where they have none.
+    """Adds F1, average precision and AUC for the images of `own`; does nothing if they have no concepts.
 
-    `embedder` embeds names; without `training` nothing is learned. Images without concepts are left out.
+    `embedder` embeds concept names. Without `training` there is neither probe nor neighbours. Images without concepts
+    are left out.
     """
     if not has_concepts(prepared, result.split):
         return
@@ -132,7 +133,7 @@ def _measure_names(
     settings: EvaluateSettings,
     result: EvaluationResult,
 ) -> Array:
-    """Similarities (N, C) of images and names; adds how well they rank, and how well those of another image do."""
+    """Similarities (N, C) of images and names; adds their average precision, and that of another image as control."""
     text = embedder.embed([None] * len(truth.codes), [names.get(code, code) for code in truth.codes], 64)
     scores: Array = image @ text.T
     other = scores[deranged(len(scores), settings.seed)]
@@ -147,7 +148,7 @@ def _measure_names(
 def _measure_learned(
     train: Array, known: Labels, image: Array, truth: Labels, settings: EvaluateSettings, result: EvaluationResult
 ) -> dict[str, Array]:
-    """Scores (N, C) of what learns from the embeddings of training images (M, D); adds F1 beside the control's."""
+    """Scores (N, C) of probe and neighbours, trained on embeddings (M, D); adds their F1 and the control's."""
     held = _held_out(known.cases, settings.seed)
     fit = ~held
     penalty = max(
@@ -178,7 +179,7 @@ def _measure_learned(
 
 
 def _held_out(cases: Array, seed: int) -> Array:
-    """(M) bool: images of a quarter of the cases, drawn with `seed`; of the images where all are of one case."""
+    """(M) bool: the images of a random quarter of the cases, or a quarter of the images if there is only one case."""
     owner = np.unique(cases, return_inverse=True)[1].ravel()
     if not owner.any():
         owner = np.arange(len(cases))
@@ -187,7 +188,7 @@ def _held_out(cases: Array, seed: int) -> Array:
 
 
 def _probe(train: Array, right: Array, image: Array, penalty: float) -> Array:
-    """Scores (N, C) of a linear map of the embeddings, fitted to all concepts at once by least squares."""
+    """Scores (N, C) of a ridge regression from standardised embeddings to all concepts."""
     spread = np.maximum(train.std(axis=0), 1e-6)
     model = Ridge(alpha=penalty).fit((train - train.mean(axis=0)) / spread, right.astype(np.float32))
     predicted: Array = model.predict((image - train.mean(axis=0)) / spread)
@@ -195,7 +196,7 @@ def _probe(train: Array, right: Array, image: Array, penalty: float) -> Array:
 
 
 def _neighbours(train: Array, right: Array, image: Array) -> Array:
-    """Share (N, C) of the nearest training images that have a concept."""
+    """Share (N, C) of the nearest training images that have each concept."""
     search = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(train)), metric="cosine", algorithm="brute").fit(train)
     shares: Array = right[search.kneighbors(image, return_distance=False)].mean(axis=1)
     return shares
@@ -210,24 +211,24 @@ def _choose(scores: Array, known: Labels, held: Array) -> tuple[float, float]:
 
 
 def named(scores: Array, threshold: float) -> Array:
-    """(N, C) bool: concepts at or above the threshold, and the best one of each image in any case."""
+    """(N, C) bool: concepts at or above the threshold, and in any case the best one of each image."""
     chosen: Array = scores >= threshold
     chosen[np.arange(len(scores)), scores.argmax(axis=1)] = True
     return chosen
 
 
 def f1(chosen: Array, right: Array, counts: Array) -> Array:
-    """F1 (N) of the concepts `chosen` (N, C) against those that are `right` (N, C), of `counts` (N) in all.
+    """F1 (N) of the concepts `chosen` (N, C) against `right` (N, C); `counts` (N): all true concepts of each image.
 
-    As ImageCLEFmedical scores concept detection: an F1 for each image over the union of its true and its named
-    concepts, to be averaged over images. Concepts that no training image has count as missed.
+    As in ImageCLEFmedical's concept detection: F1 by image, to be averaged over images. Concepts that do not occur in
+    training count as missed.
     """
     hits = np.count_nonzero(chosen & right, axis=1)
     return 2 * hits / np.maximum(np.count_nonzero(chosen, axis=1) + counts, 1)
 
 
 def average_precision(right: Array, scores: Array) -> Array:
-    """Average precision (N) of the ranking of all concepts of each image, ties wrong; each image has one at least."""
+    """Average precision (N) of the ranking of concepts for each image, ties wrong; every image has a concept."""
     found = np.empty(len(scores))
     for number, (score, is_right) in enumerate(zip(scores, right, strict=True)):
         own, wrong = np.sort(score[is_right]), np.sort(score[~is_right])
@@ -238,7 +239,7 @@ def average_precision(right: Array, scores: Array) -> Array:
 
 
 def auc(right: Array, scores: Array) -> Array:
-    """Area under the ROC curve (C) of each concept over the images; NaN where all or no images have it."""
+    """Area under the ROC curve (C) for each concept; NaN if all images have it or none."""
     found = np.full(right.shape[1], np.nan)
     share = right.mean(axis=0)
     usable = np.flatnonzero((share > 0) & (share < 1))

@@ -1,4 +1,4 @@
-"""Embeddings of any stored images and texts, in batches of similar length, each distinct input once.
+"""Embeds stored images and texts, in batches of similar length and each distinct input only once.
 
 Legend: N sides, D width.
 """
@@ -14,11 +14,11 @@ from fuselip_core.evaluation.metrics import Array
 
 
 class SideEncoder(Protocol):
-    """What evaluation needs of a model; both model families offer it (encoding/)."""
+    """A model's interface for evaluation, which both families implement (encoding/)."""
 
     @property
     def text_length(self) -> int | None:
-        """Tokens that the model reads of a text without an image, begin and end not counted; None: all stored."""
+        """Tokens of a text without image that the model reads, not counting start and end; None: all stored ones."""
 
     def encode(self, side: SideTokens) -> Array:
         """One side of B pairs → embeddings (B, D) float32 of unit norm."""
@@ -29,10 +29,10 @@ def embed(
 ) -> Array:
     """Image rows (N) with text rows (N), ABSENT allowed in either → embeddings (N, D) float32.
 
-    With `blank` every image is replaced by a black one. Equal inputs are embedded once, so that they are equal.
+    With `blank` every image is replaced by a black one. Equal inputs are embedded once, so their embeddings are equal.
     """
-    if blank:  # every image is the same one
-        images = np.minimum(images, 0)
+    if blank:
+        images = np.minimum(images, 0)  # all images become the same row, so that it is embedded once
     inputs, place = np.unique(np.stack([images, texts], axis=1).astype(np.int64), axis=0, return_inverse=True)
     lengths = np.where(inputs[:, 1] >= 0, np.diff(store.text_offsets)[inputs[:, 1]], 0)
     order = np.lexsort((lengths, inputs[:, 0] >= 0))

@@ -1,10 +1,9 @@
-"""Measures of embeddings as plain array code: ranks, recall, chance and intervals.
+"""Metrics of embeddings as plain array code: ranks, recall, chance and intervals.
 
 Legend: Q queries, T targets (the pool), D width.
 
 A tie is wrong: the rank of a query is 1 + the number of irrelevant targets that score at least as high as its best
-relevant one. A model that gives the same embedding to everything then scores zero instead of whatever the order of the
-targets happens to be.
+relevant one. A collapsed model, with the same embedding for everything, therefore scores zero.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import numpy.typing as npt
 
 from fuselip_core.errors import FuselipError
 
-# Scores closer than this are equal: it is what float32 products of unit vectors of width 512 are uncertain by.
+# Scores closer than this are ties: the rounding error of float32 products of unit vectors of width 512.
 TIE = 2e-6
-CHUNK_BYTES = 16 << 20  # scores held at once
+CHUNK_BYTES = 16 << 20  # of scores at a time
 RESAMPLES = 2000
-DRAWS_AT_ONCE = 1 << 24  # counts held at once, 8 bytes each
+DRAWS_AT_ONCE = 1 << 24  # counts at a time, 8 bytes each
 CONFIDENCE = 0.95
 _TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 
@@ -32,9 +31,9 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Relevance:
-    """Which targets are right for which query: those of query q are items[offsets[q]:offsets[q + 1]], ascending.
+    """The right targets of each query: those of query q are items[offsets[q]:offsets[q + 1]], ascending and distinct.
 
-    offsets (Q + 1) int64, items (sum) int64 without repetition within a query; `pool` = T.
+    offsets (Q + 1) int64, items (sum) int64; `pool` = T.
     """
 
     offsets: Array
@@ -43,7 +42,7 @@ class Relevance:
 
     @classmethod
     def from_groups(cls, queries: Array, targets: Array) -> Relevance:
-        """Right is every target of the query's group: queries (Q), targets (T), any integers."""
+        """Every target in the query's group is right: group numbers of queries (Q) and targets (T), any integers."""
         order = np.argsort(targets, kind="stable")
         ordered = targets[order]
         starts, stops = np.searchsorted(ordered, queries, "left"), np.searchsorted(ordered, queries, "right")
@@ -53,14 +52,14 @@ class Relevance:
 
     @classmethod
     def from_edges(cls, queries: Array, targets: Array, query_count: int, pool: int) -> Relevance:
-        """Right is what an edge joins: queries (E), targets (E); repeated edges count once."""
+        """A target is right if an edge joins it to the query: queries (E), targets (E); repeated edges count once."""
         edges = np.unique(queries.astype(np.int64) * max(pool, 1) + targets)
         counts = np.bincount(edges // max(pool, 1), minlength=query_count)
         return cls(np.append(0, np.cumsum(counts)), edges % max(pool, 1), pool)
 
     @property
     def counts(self) -> Array:
-        """(Q) int64: right targets of each query."""
+        """(Q) int64: number of right targets of each query."""
         return np.diff(self.offsets)
 
     def of(self, query: int) -> Array:
@@ -71,9 +70,9 @@ class Relevance:
 def ranks(query: Array, target: Array, relevance: Relevance, chunk_bytes: int = CHUNK_BYTES) -> Array:
     """Rank (Q) int64 of the best right target of each query, 1 is best, ties wrong, by inner product.
 
-    query (Q, D), target (T, D) of any precision, scored in float32; exact over the whole pool, in chunks of at most
-    `chunk_bytes` of scores.
-    Raises FuselipError for embeddings that are not finite, shapes that do not fit, or a query without a right target.
+    query (Q, D), target (T, D) of any precision, scored in float32 over the whole pool, in chunks of at most
+    `chunk_bytes`. Raises FuselipError for embeddings that are not finite, shapes that do not fit, or a query without a
+    right target.
     """
     query, target = query.astype(np.float32, copy=False), target.astype(np.float32, copy=False)
     _check(query, target, relevance)
@@ -89,12 +88,12 @@ def ranks(query: Array, target: Array, relevance: Relevance, chunk_bytes: int = 
 
 
 def recall(rank: Array, ks: Sequence[int]) -> dict[int, float]:
-    """Share of queries whose best right target is among the first k, for each k."""
+    """Recall for each k: share of queries whose best right target is among the first k."""
     return {k: float(np.mean(rank <= k)) for k in ks}
 
 
 def chance(relevance: Relevance, k: int = 1) -> float:
-    """Recall at k of a random order of the pool, exact: mean over the queries of 1 - C(T - r, k) / C(T, k)."""
+    """Exact expected recall at k for a random order of the pool: mean over the queries of 1 - C(T - r, k) / C(T, k)."""
     wrong = relevance.pool - relevance.counts.astype(np.float64)
     missed = np.ones(len(wrong))
     for drawn in range(min(k, relevance.pool)):
@@ -103,10 +102,10 @@ def chance(relevance: Relevance, k: int = 1) -> float:
 
 
 def recall_in_pools(rank: Array, relevance: Relevance, pool: int, k: int) -> Array:
-    """Recall at k (Q) in random pools of `pool` targets: the best right one of a query and `pool` - 1 wrong ones.
+    """Expected recall at k (Q) in random pools of `pool` targets: a query's best right one and `pool` - 1 wrong ones.
 
-    Exact, from ranks over the whole pool: of W wrong targets rank - 1 stand ahead, and at most k - 1 of those may be
-    among the pool - 1 that are drawn (hypergeometric). Papers draw such pools at random, which adds noise.
+    Exact, from ranks over the whole pool: rank - 1 of W wrong targets are ahead, of which at most k - 1 may be among
+    the pool - 1 drawn ones (hypergeometric). Papers draw such pools at random, which adds noise.
     """
     wrong, ahead = relevance.pool - relevance.counts, rank - 1
     logarithms = np.append(0.0, np.cumsum(np.log(np.arange(1, relevance.pool + 1))))  # of factorials
@@ -124,7 +123,7 @@ def recall_in_pools(rank: Array, relevance: Relevance, pool: int, k: int) -> Arr
 
 
 def rank_answers(query: Array, answers: Array, correct: Array) -> Array:
-    """Rank (Q) int64 of the one right answer of each query: query (Q, D), answers (T, D), correct (Q) indices."""
+    """Rank (Q) int64 of each query's only right answer: query (Q, D), answers (T, D), correct (Q) indices."""
     return ranks(query, answers, Relevance(np.arange(len(query) + 1), np.asarray(correct), len(answers)))
 
 
@@ -136,10 +135,10 @@ def top(query: Array, target: Array, k: int) -> tuple[Array, Array]:
 
 
 def interval(hits: Array, seed: int, clusters: Array | None = None) -> tuple[float, float]:
-    """95 % interval of the mean of `hits` (N) by a seeded bootstrap; of whole clusters (N) where they are given.
+    """95 % interval of the mean of `hits` (N) by a seeded bootstrap, over whole `clusters` (N) if given.
 
-    Questions about one image are no independent draws, so they are resampled together. Where all hits are equal a
-    bootstrap would claim certainty; there the exact one-sided binomial bound over the clusters takes its place.
+    Clusters, because questions about the same image are not independent. If all hits are equal, a bootstrap would have
+    no spread; the exact one-sided binomial bound over the clusters is used instead.
     """
     hits = np.asarray(hits, np.float64)
     owner = _owners(len(hits), clusters)
@@ -152,8 +151,8 @@ def interval(hits: Array, seed: int, clusters: Array | None = None) -> tuple[flo
 def paired_interval(first: Array, second: Array, seed: int, clusters: Array | None = None) -> tuple[float, float]:
     """95 % interval of the mean of `first` - `second` (N), two scores in 0..1 of the same items, as in `interval`.
 
-    Two ways to ask the same questions are mostly right and wrong on the same ones: their difference is known better
-    than either share. Where they never differ, the exact binomial bound stands on both sides of 0.
+    Paired, because both are mostly right or wrong on the same items, so that the difference has less variance than
+    either mean. If they never differ, the exact binomial bound is used on both sides.
     """
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
     owner = _owners(len(difference), clusters)
@@ -168,7 +167,7 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """95 % interval of the mean of `first` over the largest of `floor` and the means of `others`, all (N) of 0..1.
 
-    Every draw of whole clusters takes its own largest mean, so that the choice of the largest is part of the spread.
+    The maximum is taken anew in every resample, so that the interval includes the uncertainty of that choice.
     """
     means = _resampled_means(np.stack([first, *others]).astype(np.float64), _owners(len(first), clusters), seed)
     low, high = np.quantile(means[0] / means[1:].max(axis=0, initial=floor), _TAILS)
@@ -176,12 +175,12 @@ def ratio_interval(
 
 
 def _owners(count: int, clusters: Array | None) -> Array:
-    """Number of the cluster of each item (N), from 0 on; without clusters each item is its own."""
+    """Cluster number of each item (N), from 0; without clusters each item is its own."""
     return np.arange(count) if clusters is None else np.unique(clusters, return_inverse=True)[1].ravel()
 
 
 def _slack(owner: Array) -> float:
-    """How far a share that came out as 0 or 1 may be from it: the exact one-sided binomial bound over clusters."""
+    """Exact one-sided binomial bound over clusters: how far the true share may be from an observed 0 or 1."""
     return float(1 - ((1 - CONFIDENCE) / 2) ** (1 / (owner.max() + 1)))
 
 
@@ -201,7 +200,7 @@ def _resampled_means(scores: Array, owner: Array, seed: int) -> Array:
 
 
 def _draws(clusters: int, seed: int) -> Iterator[Array]:
-    """How often each cluster is drawn: float64 (draws, C), RESAMPLES draws in all, as many at a time as fit."""
+    """Multiplicities of clusters in the resamples: float64 (draws, C), in parts of at most DRAWS_AT_ONCE."""
     generator = np.random.default_rng(seed)
     at_once = max(1, DRAWS_AT_ONCE // clusters)
     if at_once >= RESAMPLES:
@@ -213,7 +212,7 @@ def _draws(clusters: int, seed: int) -> Iterator[Array]:
 
 @lru_cache(maxsize=2)
 def _all_draws(clusters: int, seed: int) -> Array:
-    """The measures of a split share their clusters, so they share the draws as well."""
+    """Cached, since all metrics of a split have the same clusters."""
     return _counts(np.random.default_rng(seed), RESAMPLES, clusters)
 
 
@@ -223,7 +222,7 @@ def _counts(generator: np.random.Generator, draws: int, clusters: int) -> Array:
 
 
 def deranged(count: int, seed: int) -> Array:
-    """Indices (count) int64 of a random exchange in which nothing stays in its place (but a single item)."""
+    """A random derangement: indices (count) int64 in which no item keeps its place, unless there is only one."""
     order = np.random.default_rng(seed).permutation(count)
     exchanged = np.empty(count, np.int64)
     exchanged[order] = np.roll(order, 1)
@@ -240,7 +239,7 @@ def _score_chunks(query: Array, target: Array, chunk_bytes: int) -> Iterator[tup
 
 
 def _tie(query: Array, target: Array) -> float:
-    """TIE for unit vectors, in proportion for others."""
+    """TIE, scaled by the largest norms."""
     return TIE * float(np.linalg.norm(query, axis=1).max(initial=0) * np.linalg.norm(target, axis=1).max(initial=0))
 
 

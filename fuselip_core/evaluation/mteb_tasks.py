@@ -1,4 +1,4 @@
-"""A model and prepared data as MTEB knows them (Massive Multimodal Embedding Benchmark, arXiv 2504.10471).
+"""Adapters of models and prepared data for MTEB (its multimodal part: arXiv 2504.10471).
 
     import mteb
     from fuselip_core.evaluation.mteb_tasks import MtebModel, tasks_of
@@ -6,9 +6,9 @@
     model = MtebModel(Embedder.from_pretrained("models:/fuselip-rocov2-small@champion"))
     mteb.evaluate(model, tasks_of(PreparedData("artifacts/prepared"), "test"))
 
-Three tasks: image → caption, caption → image, and image with question → answer, which asks for a fused query. Pools
-and right answers are those of `fuselip evaluate`, so that hit_rate_at_k here is recall_at_k there. One thing differs:
-MTEB knows nothing of captions that a model cuts to the same words; `evaluate` counts them as equal.
+Three tasks: image → caption, caption → image, and image with question → answer, with a fused query. Pools and right
+answers are those of `fuselip evaluate`, so hit_rate_at_k here equals recall_at_k there, with one exception: `evaluate`
+treats captions as equal if the model cuts them to the same tokens.
 
 Needs the extra `mteb`.
 """
@@ -39,7 +39,7 @@ CATEGORIES = {"i2t": "its captions", "t2i": "its images", "it2t": "the answer to
 
 
 class PairEmbedder(Protocol):
-    """What MTEB needs of a model: Embedder and TwoTowers have it."""
+    """The interface of Embedder and TwoTowers that is needed here."""
 
     name: str
 
@@ -48,11 +48,11 @@ class PairEmbedder(Protocol):
 
 
 class MtebModel(AbsEncoder):
-    """An encoder of MTEB. A row with a picture and a text becomes one fused vector; instructions are not read."""
+    """An MTEB encoder. A row with a picture and a text becomes one fused vector; instructions are ignored."""
 
     def __init__(self, embedder: PairEmbedder) -> None:
         self.embedder = embedder
-        # MTEB wants owner/name; it files results in a folder of that name.
+        # MTEB requires owner/name, and names the folder of results after it.
         name = re.sub(r"[^\w.-]+", "-", embedder.name or "model").strip("-.")
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": f"fuselip/{name}", "revision": "1", "modalities": ["image", "text"]}
@@ -69,14 +69,14 @@ class MtebModel(AbsEncoder):
 
 
 class PreparedRetrieval(AbsTaskRetrieval):
-    """Retrieval over a split of prepared data; `category` is i2t, t2i or it2t, as MTEB abbreviates them."""
+    """Retrieval over a split of prepared data; `category` is MTEB's i2t, t2i or it2t."""
 
     prepared: PreparedData
     split: str
     category: str
 
     def load_data(self, *_: Any, **__: Any) -> None:
-        """Queries, corpus and what is right, read from the shards; raises FuselipError without such pairs."""
+        """Reads queries, corpus and right answers from the shards; raises FuselipError if there are no such pairs."""
         if self.data_loaded:
             return
         make = self._answers if self.category == "it2t" else self._captions
@@ -96,7 +96,7 @@ class PreparedRetrieval(AbsTaskRetrieval):
         return table.filter(pc.equal(table["kind"], kind)).to_pylist()
 
     def _captions(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[str]]]:
-        """One row a pair on the side of captions, one an image on the other; equal captions are all right."""
+        """One caption for each pair, one row for each image; all captions equal to a right one are right."""
         pairs = self._pairs(CAPTION)
         owners: dict[str, list[str]] = {}
         readers: dict[str, list[str]] = {}
@@ -113,7 +113,7 @@ class PreparedRetrieval(AbsTaskRetrieval):
         return [image for image in images if image["id"] in right], captions, right
 
     def _answers(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[str]]]:
-        """One row a question with its image; the corpus is every different answer of the split."""
+        """Queries are questions with their images; the corpus is the distinct answers of the split."""
         pairs, images = self._pairs(QUESTION), self._images()
         texts: dict[str, str] = {}
         for pair in pairs:
@@ -133,14 +133,14 @@ class PreparedRetrieval(AbsTaskRetrieval):
 
 
 def tasks_of(prepared: PreparedData, split: str, name: str = "ROCOv2") -> list[PreparedRetrieval]:
-    """The tasks that the pairs of a split allow, named after the data set: NAMEI2TRetrieval and so on."""
+    """The tasks that a split has pairs for, named after the data set, such as NAMEI2TRetrieval."""
     kinds = set(pc.unique(prepared.pairs(split)["kind"]).to_pylist())
     categories = ["i2t", "t2i"] * (CAPTION in kinds) + ["it2t"] * (QUESTION in kinds)
     return [_task(prepared, split, category, name) for category in categories]
 
 
 def _task(prepared: PreparedData, split: str, category: str, name: str) -> PreparedRetrieval:
-    """A task of a class of its own: MTEB keeps what describes a task on the class, and clears the instance after it."""
+    """A task with its own class, because MTEB stores metadata on the class and clears the instance after use."""
     metadata = TaskMetadata(
         name=f"{name}{category.upper()}Retrieval",
         description=f"Find {CATEGORIES[category]} in {name}.",

@@ -1,6 +1,6 @@
-"""Published numbers as data (published.json), by the metric of metrics.json that they are to stand beside.
+"""Published results (published.json), by the metric of metrics.json that they correspond to.
 
-Each table names its source. Add a number only with the table that it is printed in.
+Each entry names its source: paper and table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TABLE = Path(__file__).with_name("published.json")
 
 def published(metric: str | None = None) -> list[dict[str, Any]]:
     """Entries (metric, model, family, value, source) of one metric or of all; accuracies and F1 in 0..1."""
-    tables = read_json(TABLE, "install the package again")["tables"]
+    tables = read_json(TABLE)["tables"]
     return [
         {
             "metric": name,
@@ -32,7 +32,7 @@ def published(metric: str | None = None) -> list[dict[str, Any]]:
 
 
 def best_published(metric: str) -> list[dict[str, Any]]:
-    """The highest published value of each family of models for a metric, the best family first."""
+    """The best published value of each model family for a metric, best first."""
     best: dict[str, dict[str, Any]] = {}
     for entry in published(metric):
         if entry["family"] not in best or entry["value"] > best[entry["family"]]["value"]:

@@ -1,4 +1,4 @@
-"""What an evaluation hands on: flat metrics with their intervals, and examples to look at."""
+"""The result of an evaluation: flat metrics with their intervals, and examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fuselip_core.evaluation.metrics import Array, interval, paired_interval
 
 @dataclass(frozen=True)
 class Candidate:
-    """One ranked caption, answer or image (`image`: its row in the split); `score` is the cosine similarity."""
+    """A ranked caption, answer or image (`image`: its row in the split); `score`: cosine similarity."""
 
     text: str
     score: float
@@ -22,9 +22,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RetrievalExample:
-    """A query: an image (its row in the split) with its own captions, or, where `image` is None, a caption.
+    """A query: an image (its row in the split) with its own captions or, if `image` is None, a caption.
 
-    `rank` is that of the best right candidate; `top` the first candidates, and that one where it comes later.
+    rank: of the best right candidate. top: the first candidates, and the best right one if it comes later.
     """
 
     image: int | None
@@ -37,7 +37,7 @@ class RetrievalExample:
 class AnswerExample:
     """A question about an image (its row in the split), its answer and rank, the first candidates and the right one.
 
-    `swapped` is the first answer when another image (`other`) takes the place of the right one.
+    swapped: the first answer when the image is replaced by `other`.
     """
 
     image: int
@@ -52,8 +52,7 @@ class AnswerExample:
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept with its images in the split and in training (None: nothing was learned), and the area under the ROC
-    curve of each way to name it."""
+    """A concept with its numbers of images in the split and in training (None: not used), and the AUC by method."""
 
     code: str
     name: str
@@ -64,10 +63,10 @@ class Concept:
 
 @dataclass
 class EvaluationResult:
-    """metrics: flat name → value; intervals: name → 95 % interval; examples drawn at random, and the worst by rank.
+    """metrics: name → value. intervals: name → 95 % interval. The rest are examples, random or the worst by rank.
 
-    retrieval: image → caption, captions: caption → image. concepts: the most frequent first. `embeddings` are rows of
-    images (I), their embeddings (I, D) and those of captions (C, D).
+    retrieval: image → caption, captions: caption → image. concepts: most frequent first. embeddings: rows of images
+    (I), their embeddings (I, D) and those of captions (C, D).
     """
 
     split: str
@@ -82,7 +81,7 @@ class EvaluationResult:
     embeddings: tuple[Array, Array, Array] | None = None
 
     def numbers(self) -> dict[str, float]:
-        """The metrics, and the bounds of their intervals as ``<metric>/low`` and ``<metric>/high``: metrics.json."""
+        """The content of metrics.json: metrics, and their intervals as ``<metric>/low`` and ``<metric>/high``."""
         bounds = {
             f"{name}/{end}": bound
             for name, interval in self.intervals.items()
@@ -96,6 +95,6 @@ class EvaluationResult:
         self.intervals[name] = interval(hits, seed, clusters)
 
     def add_gain(self, name: str, first: Array, second: Array, clusters: Array, seed: int) -> None:
-        """Adds by how much the mean of `first` is above that of `second`, scores (N) of the same items."""
+        """Adds the difference of the means of `first` and `second`, scores (N) of the same items, with its interval."""
         self.metrics[name] = float(np.mean(first) - np.mean(second))
         self.intervals[name] = paired_interval(first, second, seed, clusters)

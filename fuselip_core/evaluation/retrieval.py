@@ -1,6 +1,6 @@
 """Retrieval between images and captions, over the whole pool of a split.
 
-Legend: I distinct images, C captions (one a pair; equal ones stay in the pool and all count as right), D width.
+Legend: I distinct images, C captions (one for each pair; equal captions stay in the pool, and all are right), D width.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fuselip_core.evaluation.result import Candidate, EvaluationResult, Retrieva
 
 CAPTION = "caption"
 KS = (1, 5, 10)
-POOLS = (10, 50, 200, 2000)  # sizes that papers report; the same model has very different recall in each
+POOLS = (10, 50, 200, 2000)  # sizes reported in papers
 SHOWN = 5
 WORST = 4
 
 
 @dataclass(frozen=True)
 class CaptionPool:
-    """images (I): image rows; texts (C): text rows; and what is right in either direction.
+    """images (I): image rows; texts (C): text rows; and the right candidates in either direction.
 
-    A caption is right for an image if it reads the same to the model as one of the image's own captions.
+    A caption is right for an image if the model reads the same tokens as in one of the image's own captions.
     """
 
     images: Array
@@ -37,7 +37,7 @@ class CaptionPool:
 
     @classmethod
     def of(cls, store: TokenStore, rows: Array, text_length: int | None = None) -> CaptionPool:
-        """The pool of the caption pairs `rows`, of which a model reads `text_length` tokens (None: all)."""
+        """The pool of the caption pairs `rows` for a model that reads `text_length` tokens of a text (None: all)."""
         images, image_of = np.unique(store.pairs.query_image[rows], return_inverse=True)
         texts = store.pairs.target_text[rows]
         reading = readings(store, texts, text_length)
@@ -56,7 +56,7 @@ class CaptionPool:
 
 
 def readings(store: TokenStore, texts: Array, text_length: int | None) -> Array:
-    """Text rows (N) → numbers (N) int64, equal where the first `text_length` ids are: texts that read the same."""
+    """Text rows (N) → numbers (N) int64 that are equal if the first `text_length` token ids are."""
     rows, place = np.unique(texts, return_inverse=True)
     known: dict[bytes, int] = {}
     numbers = [
@@ -69,7 +69,7 @@ def readings(store: TokenStore, texts: Array, text_length: int | None) -> Array:
 
 
 def caption_rows(store: TokenStore) -> Array:
-    """Pairs that lead from an image alone to a text alone."""
+    """Pairs of an image → a text."""
     if CAPTION not in store.kinds:
         return np.zeros(0, np.int64)
     pairs = store.pairs
@@ -80,7 +80,7 @@ def caption_rows(store: TokenStore) -> Array:
 def measure_retrieval(
     encoder: SideEncoder, store: TokenStore, cases: Array, settings: EvaluateSettings, result: EvaluationResult
 ) -> None:
-    """Adds recall in both directions, chance, the shuffled control and examples; cases (images) int for intervals."""
+    """Adds recall both ways, chance, shuffled pairs and examples; cases (images) int: clusters for intervals."""
     pool = CaptionPool.of(store, caption_rows(store), encoder.text_length)
     image, text = _embed_pool(encoder, store, pool, settings.batch_size)
     result.metrics["retrieval/pool"] = float(len(pool.texts))
@@ -88,7 +88,7 @@ def measure_retrieval(
     rank = _measure_direction(
         "image_to_text", image, text, pool.captions_of_image, case_of_image, settings.seed, result
     )
-    # Images whose caption was set aside are wrong answers like any other: the pool of images is the whole split.
+    # Images whose caption was set aside stay in the pool, as wrong candidates.
     bare = np.setdiff1d(np.arange(store.images), pool.images)
     if len(bare):
         image_pool = np.concatenate(
@@ -112,7 +112,7 @@ def measure_retrieval(
 
 
 def quick_retrieval(encoder: SideEncoder, store: TokenStore, rows: Array, batch_size: int) -> dict[str, float]:
-    """Recall at 1 in both directions over the pool of the caption pairs `rows`, for a look during training."""
+    """Recall at 1 in both directions over the caption pairs `rows`, for validation during training."""
     pool = CaptionPool.of(store, rows, encoder.text_length)
     image, text = _embed_pool(encoder, store, pool, batch_size)
     return {
@@ -151,13 +151,13 @@ def _measure_direction(
             if k < pool < relevance.pool:
                 inside = recall_in_pools(rank, relevance, pool, k)
                 result.add_share(f"retrieval_in_pools_of_{pool}/{direction}/recall_at_{k}", inside, cases, seed)
-    # Each query asks with the embedding of another one: what is left is no knowledge of the pair.
+    # Control: each query gets the embedding of another one, which contains no information about its pair.
     shuffled = ranks(query[deranged(len(query), seed)], target, relevance)
     for k in KS:
         result.add_share(f"retrieval_shuffled/{direction}/recall_at_{k}", shuffled <= k, cases, seed)
         result.add_gain(f"{name}/gain/recall_at_{k}", rank <= k, shuffled <= k, cases, seed)
     result.metrics[f"retrieval_shuffled/{direction}/median_rank"] = float(np.median(shuffled))
-    # Recall at 1 of a small pool is a handful of hits; 1 / rank counts every query, and both ask the same ones.
+    # Recall at 1 may rest on a few hits; reciprocal ranks use every query and so have less variance.
     result.metrics[f"{name}/mean_reciprocal_rank"] = float(np.mean(1 / rank))
     result.metrics[f"retrieval_shuffled/{direction}/mean_reciprocal_rank"] = float(np.mean(1 / shuffled))
     result.add_gain(f"{name}/gain/mean_reciprocal_rank", 1 / rank, 1 / shuffled, cases, seed)
@@ -167,7 +167,7 @@ def _measure_direction(
 def _caption_example(
     store: TokenStore, pool: CaptionPool, image: Array, text: Array, query: int, rank: Array
 ) -> RetrievalExample:
-    """An image with its first different captions, and the best right one where it comes later."""
+    """An image with its first distinct captions, and the best right one if it comes later."""
     right = pool.captions_of_image.of(query)
     order, scores = top(image[query : query + 1], text, len(text))
     is_right = np.isin(order[0], right)
@@ -189,7 +189,7 @@ def _caption_example(
 def _image_example(
     store: TokenStore, pool: CaptionPool, text: Array, image: Array, rows: Array, query: int, rank: Array
 ) -> RetrievalExample:
-    """A caption with its first images, and the best right one where it comes later."""
+    """A caption with its first images, and the best right one if it comes later."""
     order, scores = top(text[query : query + 1], image, len(image))
     is_right = np.isin(order[0], pool.images_of_caption.of(query))
     first = list(range(min(SHOWN, len(image))))

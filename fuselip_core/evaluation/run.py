@@ -1,4 +1,4 @@
-"""Opens everything that a measurement needs, then measures: the model of a run, or any models on the run's data."""
+"""Evaluates the model of a run, or any models on the run's data; opens everything before the first measurement."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("fuselip")
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with all that it is measured on, opened: its split, training images for the probe, evaluation sets."""
+    """A model with its opened data: the split, training images for the probe, and evaluation sets."""
 
     embedder: SideEmbedder
     own: OpenSplit
@@ -43,7 +43,7 @@ class Subject:
     def open(
         cls, model: AnyModel, embedder: SideEmbedder, artifacts: Path, split: str, wanted: EvaluateSettings
     ) -> Subject:
-        """Opens the data of the run in `artifacts`; raises FuselipError where any is missing or does not fit."""
+        """Opens the data of the run in `artifacts`; raises FuselipError if any is missing or does not fit."""
         device = local_device()
         candidates = tuple(PreparedData(place) for place in (artifacts / "prepared", *wanted.candidates))
         own = open_split(model, artifacts, split, device)
@@ -51,7 +51,7 @@ class Subject:
         return cls(embedder, own, open_split(model, artifacts, "train", device) if learns else None, candidates)
 
     def measure(self, wanted: EvaluateSettings) -> EvaluationResult:
-        """Every measure that `wanted` asks for and the data allow."""
+        """All measures of `wanted` that the data allow."""
         result = self.own.measure(wanted)
         for data in self.candidates:
             measure_candidates(self.embedder, data, wanted, result)
@@ -64,9 +64,8 @@ class Subject:
 
 
 def measure_run(settings: Settings) -> EvaluationResult:
-    """Every measure that `settings.evaluate` asks for, of the model of the run, with its training's numbers.
+    """All measures of `settings.evaluate` for the run's model, with the numbers of its training.
 
-    Models, data and splits are opened first, so that a wrong setting ends the stage before anything is measured.
     Raises FuselipError for a model, folder or split that is missing or does not fit.
     """
     artifacts, wanted = settings.artifacts, settings.evaluate
@@ -89,10 +88,10 @@ def measure_run(settings: Settings) -> EvaluationResult:
 
 
 def measure_models(settings: Settings, names: Sequence[str]) -> dict[str, EvaluationResult]:
-    """The same measures of any models, by their addresses, on the data of the run in `settings.artifacts`.
+    """The same measures for any models on the data of the run in `settings.artifacts`.
 
-    A hub id, a folder, models:/NAME@ALIAS, open_clip:NAME or transformers:NAME. All are opened before one is measured.
-    Raises FuselipError for a model that is missing or of another kind, and for data that is missing.
+    A name is a hub id, a folder, models:/NAME@ALIAS, open_clip:NAME or transformers:NAME. Raises FuselipError for a
+    model that is missing or of an unknown kind, and for missing data.
     """
     artifacts, wanted = settings.artifacts, settings.evaluate
     split = held_out_split(artifacts, wanted.split)
@@ -120,7 +119,7 @@ def _tell(result: EvaluationResult) -> None:
 
 
 def held_out_split(artifacts: Path, wanted: str) -> str:
-    """The split to measure: `wanted`, or valid or dev where the tokens lack it, with a warning. Never test unasked."""
+    """The split to evaluate: `wanted` or, with a warning, valid or dev if it is missing; never test unasked."""
     splits: Collection[str] = read_manifest(token_folder(artifacts))["splits"]
     found = next((split for split in (wanted, "valid", "dev") if split in splits), None)
     if found is None:
@@ -129,5 +128,5 @@ def held_out_split(artifacts: Path, wanted: str) -> str:
             f"{', '.join(splits)}, or prepare.dev_share above 0"
         )
     if found != wanted:
-        logger.warning("the data has no %s split: measuring on %s instead (evaluate.split)", wanted, found)
+        logger.warning("the data has no %s split: evaluating %s instead (evaluate.split)", wanted, found)
     return found

@@ -1,7 +1,7 @@
-"""What a trained encoder is measured by; every task has the same shape: model and data in, dict of floats out.
+"""Evaluation tasks, all with the same interface: model and data in, dict of floats out.
 
-Pools are always complete, a tie is wrong, and beside every number stand chance and the controls that tell whether the
-model uses what it is given: shuffled pairs, question alone, image alone, blank image, most frequent answer.
+Pools are always complete and a tie is wrong. Every metric comes with chance and with controls that show whether the
+model uses its inputs: shuffled pairs, question alone, image alone, blank image, most frequent answer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fuselip_core.evaluation.retrieval import caption_rows, measure_retrieval, q
 
 @dataclass(frozen=True)
 class OpenSplit:
-    """A split with the encoder that reads it, ready to be measured."""
+    """A split with the encoder that reads it."""
 
     encoder: SideEncoder
     store: TokenStore
@@ -39,7 +39,7 @@ class OpenSplit:
 
 
 def open_split(model: AnyModel, artifacts: Path, split: str, device: torch.device) -> OpenSplit:
-    """Opens a split of the run in `artifacts` for `model`. Raises FuselipError where data or tokens do not fit."""
+    """Opens a split of the run in `artifacts` for `model`. Raises FuselipError if data or tokens do not fit."""
     store, encoder = open_measuring(model, artifacts, split, device)
     return OpenSplit(encoder, store, PreparedData(artifacts / "prepared"))
 
@@ -47,16 +47,16 @@ def open_split(model: AnyModel, artifacts: Path, split: str, device: torch.devic
 def evaluate(
     encoder: SideEncoder, store: TokenStore, prepared: PreparedData, settings: EvaluateSettings
 ) -> EvaluationResult:
-    """Every measure that the split has pairs for.
+    """All measures that the split has pairs for.
 
-    Raises FuselipError where it has none, where store and prepared data differ, or for embeddings that are not finite.
+    Raises FuselipError if there are none, if store and prepared data differ, or if embeddings are not finite.
     """
     result = EvaluationResult(store.split)
     has_captions, has_questions = len(caption_rows(store)) > 0, len(question_rows(store)) > 0
     if not has_captions and not has_questions and not has_candidates(prepared, store.split):
         raise FuselipError(
-            f"split '{store.split}' of {store.folder} has neither captions nor questions to measure; "
-            "set evaluate.split to one that has"
+            f"split '{store.split}' of {store.folder} has neither captions nor questions; set evaluate.split to "
+            "another one"
         )
     cases = _cases(prepared, store)
     if has_captions:
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def quick_look(encoder: SideEncoder, store: TokenStore, pairs: int, batch_size: int = 128) -> dict[str, float]:
-    """Recall and accuracy at 1 over at most `pairs` pairs of each kind, spread evenly: a look while training."""
+    """Validation during training: recall and accuracy at 1 on at most `pairs` evenly spaced pairs of each kind."""
     metrics: dict[str, float] = {}
     if len(rows := _spread(caption_rows(store), pairs)):
         metrics |= quick_retrieval(encoder, store, rows, batch_size)
@@ -77,14 +77,14 @@ def quick_look(encoder: SideEncoder, store: TokenStore, pairs: int, batch_size: 
 
 
 def _spread(rows: Array, count: int) -> Array:
-    """At most `count` of the rows, evenly spaced and the same at every look."""
+    """At most `count` of the rows, evenly spaced."""
     if len(rows) <= count:
         return rows
     return rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
 
 
 def _cases(prepared: PreparedData, store: TokenStore) -> Array:
-    """Number of the case (patient, study, article) of each image: cases are what intervals are drawn over."""
+    """Number of each image's case (patient, study, article), the clusters of intervals."""
     names: list[str] = []
     for batch in prepared.iter_images(store.split, columns=["image_id", "case"]):
         ids, cases = (batch.column(name).to_pylist() for name in ("image_id", "case"))

@@ -1,8 +1,8 @@
-"""Transformation retrieval on the run's own images: which of an image's variants did the instruction ask for?
+"""Transformation retrieval on the run's own images: finding the variant of an image that an instruction describes.
 
-The query is a held-out image with an instruction ("rotate 30 degrees clockwise"), the options are variants of that same
-image by one family of transformations, so that only image and instruction together tell. As published (arXiv
-2506.03096, TGIT), but on the images of this run. A tie is wrong.
+The query is a held-out image with an instruction ("rotate 30 degrees clockwise"). The options are variants of that
+image by one family of transformations, so that the answer depends on image and instruction together. As published
+(arXiv 2506.03096, TGIT), but on the images of this run. A tie is wrong.
 
 Legend: N images, V variants of an image, D width.
 """
@@ -25,16 +25,17 @@ from fuselip_core.progress import track
 
 PREFIX = "transformations"
 MOST_IMAGES = 64
-SIDE = 256  # pixels; variants of large pictures would cost much and show no more
-QUERIES = ("accuracy", "image_only", "text_only")  # image and instruction, and what either alone achieves
+SIDE = 256  # pixels; larger variants would only be slower
+QUERIES = ("accuracy", "image_only", "text_only")  # image and instruction, and either alone
 
 
 def measure_transformations(
     embedder: SideEmbedder, prepared: PreparedData, settings: EvaluateSettings, result: EvaluationResult
 ) -> None:
-    """Adds accuracy, controls and chance of each family in `settings.transformations`, and their means.
+    """Adds accuracy, controls and chance for each family in `settings.transformations`, and their means.
 
-    Of at most MOST_IMAGES images of the split, evenly spread. Equal variants (grey of a grey picture) are one option.
+    Uses at most MOST_IMAGES evenly spaced images of the split. Equal variants, such as grey ones of a grey picture,
+    are one option.
     """
     families = settings.transformations
     if not families:
@@ -43,7 +44,7 @@ def measure_transformations(
     owners: dict[str, list[int]] = {family: [] for family in families}
     chances: dict[str, list[float]] = {family: [] for family in families}
     pictures = _pictures(prepared, result.split)
-    for number, picture in enumerate(track(pictures, "telling transformations apart")):
+    for number, picture in enumerate(track(pictures, "transformation retrieval")):
         for family in families:
             rng = np.random.default_rng([settings.seed, number])
             hits, count = _ask(embedder, picture, family, rng, settings.batch_size)
@@ -62,7 +63,7 @@ def measure_transformations(
 
 
 def _pictures(prepared: PreparedData, split: str) -> list[Image.Image]:
-    """Images of a split, squashed to SIDE x SIDE as every model sees them."""
+    """Images of a split, resized to SIDE x SIDE."""
     count = prepared.image_count(split)
     chosen = set(np.linspace(0, count - 1, min(count, MOST_IMAGES)).astype(int).tolist())
     found, row = [], 0
@@ -94,7 +95,7 @@ def _ask(
 
 
 def _distinct(images: Sequence[Pixels]) -> tuple[list[Image.Image], Array]:
-    """The different pictures among `images` (uint8 (H, W, 3)), and which of them each one is."""
+    """The distinct pictures among `images` (uint8 (H, W, 3)), and the index of each image among them."""
     found: dict[bytes, int] = {}
     numbers = np.array([found.setdefault(image.tobytes(), len(found)) for image in images])
     _, first = np.unique(numbers, return_index=True)

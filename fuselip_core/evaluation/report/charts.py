@@ -11,7 +11,7 @@ import numpy as np
 
 from fuselip_core.files import atomic_write
 
-# Colours that stay apart for colour-blind readers and in grey print (Okabe and Ito, 2008, darkened for white paper).
+# Distinguishable for colour-blind readers and in greyscale (Okabe and Ito, 2008, darkened for white paper).
 ACCENT, SECOND, CONTROL, CHANCE, INK, RULE = "#0b6e99", "#c2571a", "#a9b4bd", "#3d4852", "#1f2933", "#e4e8eb"
 LINES = (ACCENT, SECOND, "#6b4c9a", "#2f7d4f", CHANCE, "#b3446c")
 DPI = 150
@@ -34,7 +34,7 @@ History = Sequence[Mapping[str, float]]
 
 
 def draw_retrieval(path: Path, metrics: Metrics, intervals: Intervals) -> None:
-    """Recall at 1, 5 and 10 in both directions, with intervals, chance and the shuffled control."""
+    """Recall at 1, 5 and 10 in both directions with intervals, chance and shuffled pairs."""
     figure, panels = _figure(2, 1, width=9.0, height=3.3, sharey=True)
     ks = (1, 5, 10)
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
@@ -65,7 +65,7 @@ def draw_retrieval(path: Path, metrics: Metrics, intervals: Intervals) -> None:
 
 
 def draw_answers(path: Path, metrics: Metrics, intervals: Intervals) -> None:
-    """Accuracy of the fused query beside every control, for all, closed and open questions."""
+    """Accuracy of the fused query and every control, for all, closed and open questions."""
     parts = [part for part in PARTS if f"answers/fused/{part}" in metrics]
     queries = [query for query in QUERIES if f"answers/{query}/accuracy" in metrics]
     figure, panels = _figure(len(parts), 1, width=9.0, height=0.9 + 0.36 * len(queries), sharey=True)
@@ -122,7 +122,7 @@ def draw_training(path: Path, history: History) -> None:
 
 
 def draw_map(path: Path, images: Any, texts: Any, modalities: Sequence[str]) -> float:
-    """Images (I, D) by modality and captions (C, D) on two principal components → the share of variance these hold."""
+    """Images (I, D) by modality and captions (C, D) on two principal components; returns their explained variance."""
     both = np.concatenate([images, texts])
     centred = both - both.mean(axis=0)
     _, spread, axes = np.linalg.svd(centred, full_matrices=False)
@@ -146,7 +146,7 @@ _LABEL: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "
 
 
 def _figure(columns: int, rows: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:
-    # Not pyplot: it keeps figures in a global list, and asks for a display where there is one.
+    # Not pyplot, which keeps figures in a global list and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -185,5 +185,5 @@ def _look_label(name: str) -> str:
 
 def _save(figure: Any, path: Path) -> None:
     with atomic_write(path) as partial:
-        # Without the version of matplotlib in it, equal charts are equal files.
+        # Without matplotlib's version, so that equal charts are equal files.
         figure.savefig(partial, format="png", metadata={"Software": None})

@@ -14,7 +14,7 @@ from fuselip_core.files import atomic_folder, write_json
 from fuselip_core.html import render
 
 TEMPLATE = Path(__file__).with_name("comparison.html.j2")
-# Metric, its words, and what it is compared with: chance or a control.
+# Metric, its name in the table, and chance or control.
 MEASURES = (
     ("retrieval/image_to_text/recall_at_1", "Image → caption, recall at 1", "retrieval/image_to_text/chance_at_1"),
     ("retrieval/image_to_text/recall_at_10", "Image → caption, recall at 10", "retrieval/image_to_text/chance_at_10"),
@@ -33,9 +33,9 @@ MEASURES = (
 def write_comparison(
     artifacts: Path, results: Mapping[str, EvaluationResult], beside_published: bool = False
 ) -> dict[str, Any]:
-    """Writes comparison/ (index.html, results.json) below `artifacts`; returns the table: head, rows and place.
+    """Writes comparison/ (index.html, results.json) below `artifacts`; returns the table's head, rows and page.
 
-    With `beside_published`, numbers that others have published stand in a column of their own.
+    `beside_published` adds a column of published results.
     """
     numbers = {name: result.numbers() for name, result in results.items()}
     split = next(iter(results.values())).split
@@ -61,12 +61,12 @@ def write_comparison(
 
 
 def result_rows(numbers: Mapping[str, Mapping[str, float]], beside_published: bool = False) -> list[list[str]]:
-    """Metrics of several models or runs, by their names → rows: the measure, a cell for each, chance or control."""
+    """Metrics of several models or runs, by name → rows of the measure, a cell for each, and chance or control."""
     return [_row(metric, words, control, numbers, beside_published) for metric, words, control in _measures(numbers)]
 
 
 def as_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in columns for a terminal; models are numbered above it where their names are long."""
+    """The table as text; models with long names are numbered, with a legend above."""
     short = [*(f"[{place}]" if place > 0 and len(name) > 20 else name for place, name in enumerate(head))]
     names = [f"{label} {name}" for label, name in zip(short, head, strict=True) if label != name]
     table = [short, *rows]
@@ -76,7 +76,7 @@ def as_text(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _measures(numbers: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str, str]]:
-    """The measures that any model has, those of evaluation sets behind the others."""
+    """The measures that at least one model has, with evaluation sets last."""
     found = {name for each in numbers.values() for name in each}
     sets = sorted(name for name in found if name.startswith("candidates/") and name.endswith("accuracy"))
     more = [(name, _task(name), f"{name.removesuffix('accuracy')}chance") for name in sets]
@@ -91,7 +91,7 @@ def _task(metric: str) -> str:
 def _row(
     metric: str, words: str, control: str, numbers: Mapping[str, Mapping[str, float]], beside_published: bool
 ) -> list[str]:
-    score = "concepts/" in metric  # F1 and average precision are printed as 0.589, shares in percent
+    score = "concepts/" in metric  # F1 and average precision as decimals, shares in percent
     cells = []
     for found in numbers.values():
         if metric not in found:
@@ -103,7 +103,7 @@ def _row(
             cells.append(
                 f"{found[metric]:.3f} ± {half:.3f}" if score else f"{100 * found[metric]:.1f} ± {100 * half:.1f} %"
             )
-    # Chance differs between models where more texts read the same to one of them; then each has its own.
+    # Chance differs between models if one of them cuts more texts to the same tokens.
     controls = [_value(found[control], score) if control in found else "" for found in numbers.values()]
     cells.append(controls[0] if len(set(controls)) == 1 else " / ".join(controls))
     return [words, *cells, *[_said(metric)] * beside_published]
@@ -114,6 +114,6 @@ def _value(value: float, score: bool) -> str:
 
 
 def _said(metric: str) -> str:
-    """The best of each family; results.json has all."""
+    """The best published result of each family."""
     score = metric.startswith("concepts/")
     return "; ".join(f"{_value(each['value'], score)} ({each['model']})" for each in best_published(metric))

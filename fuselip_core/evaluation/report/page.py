@@ -1,6 +1,6 @@
-"""One page to read after a run: the outcome in sentences, then numbers beside their controls, examples and curves.
+"""The report of a run as one page: findings in sentences, numbers with their controls, examples and curves.
 
-The page needs no other file and no network. Charts lie beside it as PNG as well, and every number in results.json.
+The page needs no other file and no network. Its charts are also in the folder as PNG, and all numbers in results.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Pictures = dict[int, dict[str, str]]
 def write_report(settings: Settings, result: EvaluationResult) -> Path:
     """Writes report/ (index.html, charts, results.json) below `settings.artifacts` and returns the page's path.
 
-    Reads the prepared data there, and history.jsonl and the tokenizer's reconstructions where there are any.
+    Reads the prepared data there and, if they exist, history.jsonl and the tokenizer's reconstructions.
     """
     artifacts = settings.artifacts
     prepared = PreparedData(artifacts / "prepared")
@@ -76,7 +76,7 @@ def write_report(settings: Settings, result: EvaluationResult) -> Path:
 def _head(
     settings: Settings, result: EvaluationResult, prepared: PreparedData, numbers: dict[str, float]
 ) -> dict[str, Any]:
-    """What was asked of what, when, by which code, and whether the gates pass."""
+    """Title, data, date, code version, and gates."""
     counts, run = prepared.manifest["counts"].get(result.split, {}), run_of(settings.artifacts)
     held = [f"{counts.get('images', 0):,} images"]
     held += [f"{count:,} {sections.kind_name(kind)}" for kind, count in counts.get("pairs", {}).items()]
@@ -90,7 +90,7 @@ def _head(
     return {
         "title": f"{FAMILIES.get(settings.model.family, settings.model.family)} {settings.model.size} on "
         f"{settings.prepare.source}",
-        "asked": f"Measured on the {result.split} split: {', '.join(held)}. Recipe {settings.recipe}.",
+        "asked": f"Evaluated on the {result.split} split: {', '.join(held)}. Recipe {settings.recipe}.",
         "made": " · ".join(filter(None, (made, commit, number))),
         "mlflow": f"{uri.rstrip('/')}/{place}" if uri.startswith("http") and number else None,
         "gates": [
@@ -106,7 +106,7 @@ def _head(
 
 
 def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Anchors of the sections that there are, with their names."""
+    """Anchor and name of each section."""
     found = [(name, name.capitalize()) for name in ("retrieval", "answers", "concepts") if values[name]]
     found += [(each["id"], each["title"]) for each in values["tables"]]
     found += [("before", "The run before")] * bool(values["before"])
@@ -115,7 +115,7 @@ def _contents(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pictures(prepared: PreparedData, result: EvaluationResult) -> tuple[Pictures, list[str], list[tuple[str, str]]]:
-    """Pictures of all examples by row, the modality of every image, and who is to be credited for which pictures."""
+    """Pictures of all examples by row, the modality of every image, and attributions with the names of their images."""
     rows: set[int | None] = set()
     for example in (*result.retrieval, *result.captions, *result.worst, *result.answers, *result.worst_answers):
         if isinstance(example, RetrievalExample | AnswerExample):
@@ -140,7 +140,7 @@ def _pictures(prepared: PreparedData, result: EvaluationResult) -> tuple[Picture
 
 
 def _map(folder: Path, result: EvaluationResult, modalities: list[str]) -> dict[str, str] | None:
-    """Images and captions on two principal components; nothing where none were embedded."""
+    """Images and captions on two principal components; None if none were embedded."""
     if result.embeddings is None or len(result.embeddings[0]) < 3:
         return None
     rows, images, texts = result.embeddings

@@ -1,6 +1,6 @@
-"""The run before in the same folder, beside this one: its results, and the settings that differ.
+"""Compares a run with the previous run in the same folder: results, and settings that differ.
 
-The results of both lie in tracking/results.json, which no stage removes.
+The results of both are stored in tracking/results.json, which no stage deletes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ HEAD = ("", "this run", "the run before", "chance or control")
 
 
 def beside_run_before(settings: Settings, result: EvaluationResult) -> dict[str, Any] | None:
-    """Remembers the results of this run; returns the section on the run before, None without one on the same data.
+    """Stores the results of this run; returns the section on the run before, or None if there is none on the same data.
 
-    Measuring a model once more does not make it its own run before.
+    Evaluating a model again replaces its results, and does not make it the run before.
     """
     run, path = run_of(settings.artifacts), settings.artifacts / "tracking" / "results.json"
     if not (name := run.get("name")):

@@ -1,4 +1,4 @@
-"""Plain values of each part of the report, from the numbers of metrics.json and what the stages left behind."""
+"""Values for each section of the report, from the numbers of metrics.json and the outputs of the stages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,22 @@ from fuselip_core.evaluation.result import EvaluationResult
 from fuselip_core.evaluation.retrieval import KS, POOLS
 from fuselip_core.html import data_uri
 
+COUNTS = {"questions": "", "closed": "_closed", "open": "_open"}
+CONCEPT_WAYS = {
+    "probe": "Linear probe",
+    "neighbours": "Nearest neighbours",
+    "most_frequent": "Most frequent concepts",
+    "zero_shot": "Zero-shot, by name",
+    "zero_shot_other_image": "Zero-shot, another image",
+}
+MOST_CONCEPTS = 30
+
 Metrics = Mapping[str, float]
 Values = dict[str, Any]
 
 
 def retrieval(numbers: Metrics) -> Values | None:
-    """Recall in both directions beside chance and shuffled pairs, and in smaller pools; None where there is none."""
+    """Recall in both directions with chance and shuffled pairs, and in smaller pools; None if it was not measured."""
     if "retrieval/pool" not in numbers:
         return None
     rows: list[tuple[Any, ...]] = []
@@ -61,7 +71,7 @@ def retrieval(numbers: Metrics) -> Values | None:
 
 
 def answers(numbers: Metrics) -> Values | None:
-    """Accuracy beside every control; None where the split has no questions."""
+    """Accuracy with every control; None if the split has no questions."""
     if "answers/pool" not in numbers:
         return None
     parts = [part for part in PARTS if f"answers/fused/{part}" in numbers]
@@ -88,18 +98,8 @@ def answers(numbers: Metrics) -> Values | None:
     }
 
 
-CONCEPT_WAYS = {
-    "probe": "Linear probe",
-    "neighbours": "Nearest neighbours",
-    "most_frequent": "Most frequent concepts",
-    "zero_shot": "Zero-shot, by name",
-    "zero_shot_other_image": "Zero-shot, another image",
-}
-MOST_CONCEPTS = 30
-
-
 def concepts(result: EvaluationResult) -> Values | None:
-    """F1, average precision and area of each way to name concepts, and the areas by concept; None without concepts."""
+    """F1, average precision and AUC of each method, and AUC by concept; None if there are no concepts."""
     numbers = result.numbers()
     rows = [
         (
@@ -140,7 +140,7 @@ def concepts(result: EvaluationResult) -> Values | None:
 
 
 def _score(numbers: Metrics, name: str, form: str) -> Values:
-    """A score in 0..1, as the field prints it, with its interval; empty where it was not measured."""
+    """A score in 0..1 as a decimal with its interval; empty if it was not measured."""
     if name not in numbers:
         return {"value": ""}
     low, high = numbers[f"{name}/low"], numbers[f"{name}/high"]
@@ -151,11 +151,8 @@ def _area(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-COUNTS = {"questions": "", "closed": "_closed", "open": "_open"}
-
-
 def tables(numbers: Metrics) -> list[Values]:
-    """Parts that are a table alone: transformations, evaluation sets, and before and after an adaptation."""
+    """Sections with only a table: transformations, evaluation sets, and before and after an adaptation."""
     found = [_transformations(numbers), _candidates(numbers), _adaptation(numbers)]
     return [each for each in found if each["rows"]]
 
@@ -173,8 +170,8 @@ def _transformations(numbers: Metrics) -> Values:
     return {
         "id": "transformations",
         "title": "Transformations",
-        "text": "The query is an image with an instruction, the options are variants of that same image. The controls "
-        "ask with either alone.",
+        "text": "The query is an image with an instruction, and the options are variants of that image. The controls "
+        "use either alone.",
         "head": ["Family", "Accuracy", "Image only", "Instruction only", "Chance"],
         "rows": rows,
     }
@@ -197,8 +194,8 @@ def _candidates(numbers: Metrics) -> Values:
     return {
         "id": "candidates",
         "title": "Evaluation sets",
-        "text": "Each question has a list of options, one of them right. Right means that it scores above every other. "
-        "Where a question has an image and a text, the controls ask with either alone.",
+        "text": "Each question has a list of options, one of which is right and must score above all others. For "
+        "questions with an image and a text, the controls use either alone.",
         "head": ["Task", "Accuracy", "Image only", "Text only", "Chance", "Questions"],
         "rows": rows,
     }
@@ -216,15 +213,15 @@ def _adaptation(numbers: Metrics) -> Values:
     return {
         "id": "adaptation",
         "title": "Before and after",
-        "text": "The checkpoint that training started from beside its outcome, on this run's split (target) and on "
-        "general data (retention), where such are named.",
+        "text": "The starting checkpoint and the trained model, on this run's split (target) and, if configured, on "
+        "general data (retention).",
         "head": ["Data", "Measure", "Before", "After", "Gain, points"],
         "rows": rows,
     }
 
 
 def training(folder: Path, artifacts: Path, numbers: Metrics) -> Values:
-    """Curves of history.jsonl, where there are any, and what the training took."""
+    """Training curves from history.jsonl, if any, and the cost of training."""
     history = read_history(artifacts / "history.jsonl")
     if history:
         draw_training(folder / "training.png", history)
@@ -239,13 +236,13 @@ def training(folder: Path, artifacts: Path, numbers: Metrics) -> Values:
 
 
 def tokenizer(folder: Path, artifacts: Path, numbers: Metrics, reads_codes: bool) -> Values:
-    """Reconstructions, where there are any, and how well the tokenizer keeps each modality."""
+    """Reconstructions, if any, and the tokenizer's quality by modality."""
     made = artifacts / "codebook" / "reconstructions.png"
     if made.is_file():
         shutil.copyfile(made, folder / made.name)
-    role = "The encoder sees images only as codes of this tokenizer: what is lost here is lost."
+    role = "The encoder sees images only as codes of this tokenizer, and cannot recover details that these lose."
     if not reads_codes:
-        role = "This run's encoder reads pixels; the tokenizer is that of the joint encoders it is compared with."
+        role = "This run's encoder reads pixels; the tokenizer belongs to the joint encoders it is compared with."
     head, rows = reconstruction(numbers)
     return {
         "role": role,
@@ -256,7 +253,7 @@ def tokenizer(folder: Path, artifacts: Path, numbers: Metrics, reads_codes: bool
 
 
 def reconstruction(numbers: Metrics) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Head and rows of a table: how well the tokenizer keeps each modality, now and before its adaptation."""
+    """Head and rows of a table: the tokenizer's quality by modality, now and before its adaptation."""
     place = "codebook/psnr/"
     modalities = sorted(name.removeprefix(place) for name in numbers if name.startswith(place))
     when = ["codebook/before"] * ("codebook/before/psnr" in numbers) + ["codebook"]
@@ -275,7 +272,7 @@ def reconstruction(numbers: Metrics) -> tuple[list[str], list[tuple[str, ...]]]:
 
 
 def data(manifest: Mapping[str, Any], credits: list[tuple[str, str]]) -> Values:
-    """What was prepared, what was set aside and why, the notes of the preparation, and the credits of pictures."""
+    """Counts of the prepared data, reasons for setting rows aside, notes, and attributions of pictures."""
     counts = manifest["counts"]
     kinds = sorted({kind for part in counts.values() for kind in part.get("pairs", {})})
     aside = [(_words(reason), f"{count:,}") for reason, count in manifest.get("quarantine", {}).items()]
@@ -299,7 +296,7 @@ def data(manifest: Mapping[str, Any], credits: list[tuple[str, str]]) -> Values:
 
 
 def bar(numbers: Metrics, label: str, name: str, chance: str) -> Values:
-    """A share as a bar in percent of full width, with interval and the mark of chance."""
+    """A share as a bar (in percent of the full width) with its interval and a mark for chance."""
     low, high = numbers[f"{name}/low"], numbers[f"{name}/high"]
     shown = share(numbers, name)
     return {
@@ -315,7 +312,7 @@ def bar(numbers: Metrics, label: str, name: str, chance: str) -> Values:
 
 
 def share(numbers: Metrics, name: str) -> Values:
-    """A metric in percent with its interval; empty where it was not measured."""
+    """A metric in percent with its interval; empty if it was not measured."""
     if name not in numbers:
         return {"value": ""}
     low, high = numbers[f"{name}/low"], numbers[f"{name}/high"]
@@ -331,17 +328,17 @@ def points(numbers: Metrics, name: str) -> Values:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """The lines of history.jsonl; none where there is no file. Raises FuselipError for a line that is no JSON."""
+    """The lines of history.jsonl; empty if there is no file. Raises FuselipError for a line that is not JSON."""
     if not path.is_file():
         return []
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise FuselipError(f"{path} holds a line that is no JSON ({error}); train again to write it anew") from error
+    except ValueError as error:  # includes invalid UTF-8
+        raise FuselipError(f"{path} has a line that is not JSON ({error}); train again to rewrite it") from error
 
 
 def kind_name(kind: str) -> str:
-    """What pairs of a kind are called on the page."""
+    """The name for pairs of a kind on the page."""
     return {"caption": "captions", "vqa": "questions"}.get(kind, f"{_words(kind)} pairs")
 
 
