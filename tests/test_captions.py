@@ -85,7 +85,7 @@ def test_parquet_of_the_hub(zenodo: Path, tmp_path: Path) -> None:
         )
     listing = list_rocov2(tmp_path)
     assert content(listing) == expected
-    assert "these files name no article" in listing.notes[0]
+    assert "these files have no articles" in listing.notes[0]
     shutil.copy(zenodo / "license_information.csv", tmp_path)
     listing = list_rocov2(tmp_path)
     assert not listing.notes and all(image.case.startswith("PMC") for image in listing.images)
@@ -136,7 +136,7 @@ def test_members_that_would_leave_their_folder_are_not_read(zenodo: Path, tmp_pa
         (lambda root: [path.unlink() for path in root.iterdir()], "is empty"),
         (lambda root: [path.unlink() for path in root.glob("*.csv")], "no known layout"),
         (lambda root: (root / "valid_images.zip").unlink(), "neither valid_images.zip nor a folder valid"),
-        (lambda root: (root / "valid_images.zip").write_bytes(b"PK broken"), "no zip archive"),
+        (lambda root: (root / "valid_images.zip").write_bytes(b"PK broken"), "not a readable zip archive"),
         (lambda root: (root / "test_captions.csv").write_text("ID,Text\n1,2\n"), "lacks the column Caption"),
         (lambda root: (root / "test_captions.csv").write_bytes(b"ID,Caption\n1,\xff\n"), "not UTF-8"),
         (lambda root: (root / "license_information.csv").write_text(""), "license_information.csv is empty"),

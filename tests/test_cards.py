@@ -108,7 +108,7 @@ def test_splits_that_share_cases_are_not_called_apart(run: Settings) -> None:
     assert "No case is in two splits." in data_card(run.artifacts / "prepared")
     edit(run.artifacts / "prepared" / "manifest.json", settings=manifest["settings"] | {"shared_images": "keep"})
     text = data_card(run.artifacts / "prepared")
-    assert "No case is in two splits." not in text and "held-out results are too good" in text
+    assert "No case is in two splits." not in text and "held-out results are too optimistic" in text
 
 
 def test_a_run_without_measures_gets_no_card(run: Settings) -> None:

@@ -143,10 +143,10 @@ def test_the_documented_words_are_understood(
     ("words", "sentence"),
     [
         (["smal"], "did you mean small"),
-        (["tiny", "base"], "one size"),
+        (["tiny", "base"], "give one"),
         (["train.stepz=3"], "did you mean steps"),
         (["tiny", "--name", "../../escaped"], "can't name a run"),
-        (["tiny", "artifacts=/elsewhere"], "where models are mounted"),
+        (["tiny", "artifacts=/elsewhere"], "artifacts cannot be set"),
         (["tiny", "--gpus", "all"], "No such option: --gpus.*bacor_fuselip_train --help"),
         (["--recipe", "nonsense"], "nonsense"),
     ],
@@ -347,7 +347,7 @@ def test_own_shards_are_used_as_they_are(workspace: Path) -> None:
     assert not chain.take_prepared(settings)
     manifest, shard = settings.prepare.root / "manifest.json", "images-train-00000-of-00001.parquet"
     write_json(manifest, {"data_version": "1", "counts": {}, "shards": [{"path": shard}]})
-    with pytest.raises(DataError, match=f"lacks {shard}, which its manifest names"):
+    with pytest.raises(DataError, match=f"lacks {shard}, which its manifest lists"):
         chain.take_prepared(settings)
     (settings.prepare.root / shard).touch()
     assert chain.take_prepared(settings) and chain.take_prepared(settings)

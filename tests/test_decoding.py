@@ -71,7 +71,7 @@ def test_packed_shards_are_one_sentence(settings: Settings, tmp_path: Path) -> N
     shard = next(str(each["path"]) for each in prepared.manifest["shards"] if "images-valid" in str(each["path"]))
     pq.write_table(pq.read_table(prepared.folder / shard), tmp_path / shard, compression="zstd")
     prepared.folder = tmp_path
-    with pytest.raises(DataError, match="holds its images packed; run `fuselip prepare` again"):
+    with pytest.raises(DataError, match="has compressed images; run `fuselip prepare` again"):
         PictureReader(tmp_path / "index.npy", prepared, "valid")
 
 

@@ -650,7 +650,7 @@ def test_the_key_is_made_once_and_for_its_owner_only(tmp_path: Path, monkeypatch
     path.write_text("short")
     with pytest.raises(PseudonymError, match="has 5 characters; use at least 16"):
         load_key(path)
-    with pytest.raises(PseudonymError, match="cannot be kept"):
+    with pytest.raises(PseudonymError, match="cannot be stored"):
         load_key(path / "below a file")
 
 
@@ -800,7 +800,7 @@ def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
     (root / "lost").symlink_to(tmp_path / "Huber")
     listing = list_dicom(root)
     assert sorted(image.place.file.name for image in listing.images) == [f"{number}.dcm" for number in range(6)]
-    assert any("lead nowhere" in note for note in listing.notes) and not listing.set_aside
+    assert any("broken links" in note for note in listing.notes) and not listing.set_aside
     assert not [note for note in listing.notes if "lost" in note or "Huber" in note]
 
 
@@ -826,7 +826,7 @@ def test_settings_in_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a,b\n", "needs a column text"), ("file,b\n", "needs a column text"), (None, "cannot be read")],
+    [("a,b\n", "lacks a column text"), ("file,b\n", "lacks a column text"), (None, "cannot be read")],
 )
 def test_a_table_that_is_none_says_what_it_needs(tmp_path: Path, content: str | None, message: str) -> None:
     save(picture(np.array([[0, 9]], np.uint8)), tmp_path / "dicom" / "a")

@@ -176,7 +176,7 @@ def test_a_killed_container_goes_on_and_keeps_others_out(mounted: Mounted) -> No
     lock = mounted.models / ".work" / "fuselip-rocov2-tiny" / ".lock"
     with sole_process(lock, FuselipError("held already")):
         other = mounted.run(*words)
-    assert other.returncode == 1 and "another container is at work" in other.stderr.splitlines()[-1], other.stderr
+    assert other.returncode == 1 and "another container is using" in other.stderr.splitlines()[-1], other.stderr
     with in_training(mounted, words, steps=6) as training:
         code, said = training.end("kill")
     assert code == 128 + signal.SIGKILL and "error: " not in said, said[-2000:]

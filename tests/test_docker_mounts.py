@@ -73,7 +73,7 @@ def test_no_room_for_a_download_is_one_sentence(drawn: Path, tmp_path: Path) -> 
     with hub.running():
         done = run(image, options=(*CLOSED, *room, "-e", f"HF_ENDPOINT={hub.url}"))
     said = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and said.startswith("error: ") and "make room" in said, done.stderr
+    assert done.returncode == 1 and said.startswith("error: ") and "free some space" in said, done.stderr
     assert "Traceback" not in done.stderr
 
 

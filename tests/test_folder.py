@@ -113,7 +113,8 @@ def test_folders_named_by_class(tmp_path: Path) -> None:
     assert len(asked) == 4 and {item.split for item in asked.values()} == {"test"}
     for name, item in asked.items():
         assert (item.options[item.answer].text or "").replace(" ", "_") in str(name) and len(item.options) == 2
-    assert listing.notes == ["2 folders are taken for classes (glioma_tumor, no_tumor); a metadata.csv says otherwise"]
+    wanted = "2 folders are used as classes (glioma_tumor, no_tumor); a metadata.csv would override them"
+    assert listing.notes == [wanted]
 
 
 @pytest.mark.parametrize("names", [("1.png", "x/2.png"), ("p1/1.png", "p2/2.png"), ("c/p1/1.png", "c/p1/2.png")])
@@ -121,7 +122,7 @@ def test_pictures_without_texts_are_an_archive(tmp_path: Path, names: tuple[str,
     write(tmp_path, *names)
     listing = list_source("folder", tmp_path)
     assert [image.image_id for image in listing.images] == sorted(names) and not listing.pairs
-    assert listing.notes == ["no metadata and no class folders: these pictures have no texts"]
+    assert listing.notes == ["there is no metadata and no class folder, so these pictures have no texts"]
 
 
 def test_an_archive_is_prepared(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_deep_grey_keeps_its_shades_and_an_animation_gives_its_first_frame() -> 
 
 
 def test_an_archive_that_is_a_bomb_is_refused_as_a_whole(tmp_path: Path) -> None:
-    """Members that share their bytes: a small file that would unpack to any size."""
+    """Members that overlapping members: a small file that would unpack to any size."""
     path = tmp_path / "train_images.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("train/a.jpg", b"\0" * 100_000)
@@ -135,7 +135,7 @@ def test_an_archive_that_is_a_bomb_is_refused_as_a_whole(tmp_path: Path) -> None
         archive.filelist[1].header_offset = archive.filelist[0].header_offset
     (tmp_path / "train_captions.csv").write_text("ID,Caption\na,one scan\nb,two scans\n")
     settings = PrepareSettings.model_validate({"source": "rocov2", "root": tmp_path, "workers": 1, "most_set_aside": 1})
-    with pytest.raises(ArchiveError, match="share their bytes"):
+    with pytest.raises(ArchiveError, match="overlapping members"):
         prepare_data(settings, tmp_path / "out")
 
 

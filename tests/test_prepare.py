@@ -273,10 +273,10 @@ def test_a_missing_folder_is_one_sentence(tmp_path: Path, source: str) -> None:
 
 
 def test_nothing_usable_is_an_error(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no usable pair is left of .* \(.*empty_image.*\)") as raised:
+    with pytest.raises(DataError, match=r"has no usable pair \(.*empty_image.*\)") as raised:
         nothing = damaged(raw, tmp_path / "empty", lambda *_: b"", ("train", "valid", "test"))
         prepare_data(settings(nothing), tmp_path / "prepared")
-    assert Path(str(raised.value).split("; ")[1].removesuffix(" names each")).read_text().count("\n") > 1
+    assert Path(str(raised.value).split("; ")[1].removeprefix("see ")).read_text().count("\n") > 1
 
 
 def half(number: int, data: bytes) -> bytes:
@@ -299,7 +299,7 @@ def test_a_split_without_any_of_its_files_is_an_error(raw: Path, tmp_path: Path)
     shutil.copytree(raw, root)
     with zipfile.ZipFile(root / "valid_images.zip", "w") as archive:
         archive.writestr("valid/unasked.jpg", b"")
-    with pytest.raises(DataError, match=r"split 'valid' of .* lost every image \(40 missing_image"):
+    with pytest.raises(DataError, match=r"split 'valid' of .* has no usable image \(40 missing_image"):
         prepare_data(settings(root), tmp_path / "prepared")
 
 
@@ -352,14 +352,14 @@ def test_unsafe_members_count_and_the_end_says_what_was_set_aside(
     with caplog.at_level("INFO", logger="fuselip"):
         prepare_data(settings(root, most_set_aside=0.1), tmp_path / "prepared")
     assert any(line.startswith("train: 40 images, ") for line in caplog.messages)
-    assert caplog.messages[-1] == f"set aside: 4 unsafe member; {tmp_path / 'prepared' / 'quarantine.jsonl'} names each"
+    assert caplog.messages[-1] == f"set aside: 4 unsafe member; see {tmp_path / 'prepared' / 'quarantine.jsonl'}"
 
 
 def test_reading_what_is_not_there_is_one_sentence(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="fuselip prepare"):
         PreparedData(tmp_path)
     with pytest.raises(
-        DataError, match=rf"if it is raw data, run `fuselip data prepare --root {raw}` and name"
+        DataError, match=rf"if it is raw data, run `fuselip data prepare --root {raw}` and give"
     ) as said:
         PreparedData(raw)
     assert "--out" not in str(said.value)  # which would replace the raw data
@@ -417,9 +417,9 @@ def test_what_is_no_prepared_data_is_not_replaced(raw: Path, tmp_path: Path) -> 
     for name in ("thesis", "file"):
         with pytest.raises(DataError, match="holds no prepared data"):
             prepare_data(settings(raw), tmp_path / name)
-    with pytest.raises(DataError, match="move that away"):
+    with pytest.raises(DataError, match="move them away"):
         prepare_data(settings(raw), tmp_path / "out")
-    with pytest.raises(DataError, match="cannot be made"):
+    with pytest.raises(DataError, match="cannot be created"):
         prepare_data(settings(raw), tmp_path / "file" / "below" / "out")
     assert state_of(tmp_path) == before
 
@@ -451,5 +451,5 @@ def test_the_download_s_licence_and_version_go_along(raw: Path, tmp_path: Path) 
     rows = next(PreparedData(tmp_path / "out").iter_images("test", ["licence", "attribution"])).to_pylist()
     assert rows[0] == {"licence": "cc-by-nc-4.0", "attribution": "zenodo:10821435"}
     (root / ".test_images.zip.partial").write_bytes(b"half of it")
-    with pytest.raises(DataError, match="unfinished download"):
+    with pytest.raises(DataError, match="incomplete download"):
         prepare_data(settings(root), tmp_path / "out")

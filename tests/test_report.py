@@ -255,9 +255,7 @@ def test_concepts_stand_beside_their_control_and_what_is_published(tmp_path: Pat
     assert "better than naming the most frequent concepts" in text
     assert "0.739 [0.639 to 0.839]" in text and "+0.209 [+0.109 to +0.309]" in text
     assert "comparable only there: 0.559 (a single DenseNet-121), 0.589 (winner of 2025)" in text
-    assert (
-        re.search(r"Skull\s*2\s*5\s*0\.875", text) and "Concepts without AUC, since all images have them: 1." in text
-    )
+    assert re.search(r"Skull\s*2\s*5\s*0\.875", text) and "Concepts without AUC, since all images have them: 1." in text
     assert json.loads((tmp_path / "report" / "results.json").read_text())["concepts"][1]["auc"] == {"probe": 0.875}
     worse = concept_metrics() | {"concepts/gain/probe/f1": 0.05}
     assert "not distinguishable from naming the most frequent" in write(tmp_path, worse).text

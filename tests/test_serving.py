@@ -322,7 +322,7 @@ def test_answers_are_ranked_by_the_fused_vector(client: TestClient, embedder: Em
         ({"answers": []}, "answers: "),
         ({"answers": ["a", " "]}, "answer 1 is empty"),
         ({"question": " "}, "the question is empty"),
-        ({"image": None}, "give the picture"),
+        ({"image": None}, "give one picture"),
     ):
         answer = client.post("/v1/answers", json=body | wrong)
         assert answer.status_code == 422 and words in sentence(answer)

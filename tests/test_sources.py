@@ -290,7 +290,7 @@ def test_slake(tmp_path: Path) -> None:
     assert [prepared.manifest["counts"][split]["pairs"]["vqa"] for split in prepared.splits] == [1, 1, 1]
     assert prepared.pairs("valid").to_pylist()[0]["target_text"] == "mri"
     assert next(prepared.iter_images("test", ["modality"])).to_pylist() == [{"modality": "MR"}]
-    assert "3 questions in other languages (zh) were not read" in manifest["notes"]
+    assert "3 questions in other languages (zh) were ignored" in manifest["notes"]
     _as_on_the_hub(root)
     zipped, same = prepare("slake", root, tmp_path / "zipped")
     assert zipped["counts"] == manifest["counts"] and zipped["quarantine"] == {"unsafe_member": 1}
@@ -475,7 +475,7 @@ def test_a_folder_of_something_else_is_one_sentence(source: str, tmp_path: Path)
 )
 def test_tables_of_another_form_are_one_sentence(source: str, name: str, content: Any, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"not in the published form|must hold a list"):
+    with pytest.raises(DataError, match=r"differ from the published form|does not contain a list"):
         list_source(source, tmp_path)
 
 

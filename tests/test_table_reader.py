@@ -43,7 +43,7 @@ def read(path: Path, content: str | bytes, *optional: str) -> tuple[list[tuple[A
 )
 def test_csv_in_each_dialect(tmp_path: Path, content: str, rows: list[tuple[str, str]] | None) -> None:
     if rows is None:
-        with pytest.raises(DataError, match="broken quote"):
+        with pytest.raises(DataError, match="faulty quote"):
             read(tmp_path / "t.csv", content)
     else:
         assert read(tmp_path / "t.csv", content) == (rows, {})
@@ -110,15 +110,15 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n
         ("t.csv", b'{"ID": 1}', "is JSON"),
         ("t.csv", b"\xd0\xcf\x11\xe0\0\x01\x02", "binary data"),
         ("t.csv", "ID,Caption\n1,\xfc\n".encode("latin-1"), "not UTF-8"),
-        ("t.csv", b"ID,Caption,Caption\n1,a,b\n", "more than one column Caption"),
+        ("t.csv", b"ID,Caption,Caption\n1,a,b\n", "several columns Caption"),
         ("t.csv", b"ID;Text\n1;a\n", "lacks the column Caption"),
-        ("t.json", b'{"ID": 1}', "must hold a list"),
-        ("t.json", b"[]", "must hold a list"),
-        ("t.json", b"[1]", "must hold a list"),
-        ("t.json", b'[{"ID": 1, "Caption": "a"}', "no valid JSON"),
+        ("t.json", b'{"ID": 1}', "does not contain a list"),
+        ("t.json", b"[]", "empty list"),
+        ("t.json", b"[1]", "does not contain a list"),
+        ("t.json", b'[{"ID": 1, "Caption": "a"}', "not valid JSON"),
         ("t.json", b'[{"ID": 1, "Caption": "a", "Caption": "b"}]', "the key Caption occurs twice"),
         ("t.json", b'[{"ID": 1}]', "lacks the column Caption"),
-        ("t.parquet", b"PAR1rest", "no readable Parquet"),
+        ("t.parquet", b"PAR1rest", "not a readable Parquet"),
     ],
 )
 def test_a_file_that_is_no_table_is_refused_by_what_is_wrong(

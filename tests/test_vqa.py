@@ -110,8 +110,8 @@ def test_unusable_questions_are_set_aside(tmp_path: Path) -> None:
     ("rows", "said"),
     [
         ([{"qid": 1}], "lacks the columns phrase_type"),
-        ({}, "must hold a list"),
-        ([], "must hold a list"),
+        ({}, "does not contain a list"),
+        ([], "empty list"),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, rows: object, said: str) -> None:
@@ -122,7 +122,7 @@ def test_another_file_is_refused(tmp_path: Path, rows: object, said: str) -> Non
 def test_broken_or_absent_json_is_refused(tmp_path: Path) -> None:
     root = write(tmp_path / "vqa", [])
     (root / "questions.json").write_text("[{", encoding="utf-8")
-    with pytest.raises(DataError, match="no valid JSON"):
+    with pytest.raises(DataError, match="not valid JSON"):
         list_vqa_rad(root)
     (root / "questions.json").unlink()
     with pytest.raises(DataError, match="exactly one JSON file"):

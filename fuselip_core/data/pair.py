@@ -1,8 +1,7 @@
-"""The common form of every data set: images, and pairs of sides that belong together.
+"""The common form of all data sets: images, and pairs of sides that belong together.
 
-An adapter reads the tables of a data set and returns a `Listing`; it opens no image. `prepare.py` then checks the
-images, shard by shard, where `Place` says they are. A crop or an edit of another image is an image of its own
-(`Derived`).
+An adapter reads the tables of a data set and returns a `Listing` without opening images. Prepare then reads the images
+from their `Place` and checks them, shard by shard. A crop or an edit of an image is an image of its own (`Derived`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from fuselip_core.errors import FuselipError
 CLOSED_ANSWERS = frozenset({"yes", "no"})
 
 REMEDY = "download it there, or name its folder (--root of `fuselip data prepare`, else prepare.root)"
-SPLITS = ("train", "dev", "valid", "test")  # dev: held out of train for model selection, where a data set has no third
+SPLITS = ("train", "dev", "valid", "test")  # dev: held out of train for model selection
 SPLIT_OF = {name: name for name in SPLITS} | {
     "training": "train",
     "val": "valid",
@@ -28,7 +27,7 @@ SPLIT_OF = {name: name for name in SPLITS} | {
     "testing": "test",
 }
 
-# Whole captions that say nothing: forgotten form fields of teaching files and exports.
+# Captions without content, such as unfilled form fields of teaching files and exports.
 _PLACEHOLDER = re.compile(
     r"replace this\b.*|in progress|tbd|to ?do|to be (?:added|done)|n/?a|nil|null|none|nan|undefined|placeholder"
     r"|(?:insert|add|enter|type|your) (?:the |a |your )?(?:caption|description|text)(?: here)?"
@@ -39,14 +38,14 @@ _PLACEHOLDER = re.compile(
 
 
 class DataError(FuselipError):
-    """A data set cannot be read as a whole; the message says where it was looked for and what was expected."""
+    """A data set cannot be read at all; the message says where it was expected and in which form."""
 
 
 class _Storable:
-    """What is listed can be stored as UTF-8, whatever it came as.
+    """Base class whose strings can always be stored as UTF-8.
 
-    A file name that is no UTF-8 and half of a surrogate pair in a JSON text reach Python as characters that UTF-8 does
-    not have; they become their number, so that names that differ stay different.
+    Invalid UTF-8 in file names and lone surrogates in JSON reach Python as characters that UTF-8 cannot encode. They
+    are replaced by their escape sequences, so that different names stay different.
     """
 
     __slots__: tuple[str, ...] = ()
@@ -60,7 +59,7 @@ class _Storable:
 
 @dataclass(frozen=True, slots=True)
 class ImageEntry(_Storable):
-    """One image. `case` is the patient, study or article that must not be on two sides of a split."""
+    """One image. case: the patient, study or article, which must not be in two splits."""
 
     image_id: str
     split: str
@@ -74,7 +73,7 @@ class ImageEntry(_Storable):
 
 @dataclass(frozen=True, slots=True)
 class MadeImage(_Storable):
-    """What `edit` (as JSON, transforms.edit_to_json) makes of the image `source` when it is read; no file holds it."""
+    """An image derived from the image `source` by `edit` (JSON of transforms.edit_to_json) on reading; has no file."""
 
     image_id: str
     source: str
@@ -91,7 +90,7 @@ class Side(_Storable):
 
 @dataclass(frozen=True, slots=True)
 class Pair(_Storable):
-    """Two sides that belong together. Pairs of a group are kept together in a batch where a recipe asks for it."""
+    """Two sides that belong together. A recipe can keep the pairs of a group together in a batch."""
 
     pair_id: str
     split: str
@@ -109,9 +108,9 @@ class Pair(_Storable):
 
 @dataclass(frozen=True, slots=True)
 class Candidates(_Storable):
-    """A question of an evaluation: which of `options` belongs to `query`? `answer` is the place of the right one.
+    """A multiple-choice question: which of `options` belongs to `query`? `answer`: index of the right one.
 
-    `task` names the benchmark and its part, for example "sugarcrepe/add_att".
+    task: the benchmark and its part, such as "sugarcrepe/add_att".
     """
 
     candidates_id: str
@@ -128,7 +127,7 @@ class Candidates(_Storable):
 
 @dataclass(frozen=True, slots=True)
 class SetAside(_Storable):
-    """A sample that is not used, and why: `reason` is one word with underscores, counted in the manifest."""
+    """A sample that is not used. reason: words with underscores, counted in the manifest."""
 
     id: str
     split: str
@@ -138,10 +137,10 @@ class SetAside(_Storable):
 
 @dataclass
 class Listing:
-    """All of a data set but the images' bytes, in a stable order; pairs and candidates name only listed images.
+    """A whole data set except for the images' bytes, in a stable order; pairs and candidates use only listed images.
 
-    concept_names: those of its concept codes where the data set has no table of them.
-    own_splits: the adapter drew the splits, so that nothing published is lost when copies leave the validation split.
+    concept_names: names of its concept codes, if the data set has no table of them.
+    own_splits: the adapter drew the splits, so copies may also be removed from the validation split.
     """
 
     images: Spool[ImageEntry] = field(default_factory=Spool)
@@ -153,7 +152,7 @@ class Listing:
     own_splits: bool = False
 
     def bad_rows(self, path: Path, split: str = "train") -> Callable[[int, str], None]:
-        """What `read_table` calls for a bad row of the table `path`: it is set aside under its line number."""
+        """A callback for `read_table` that sets bad rows of the table `path` aside, named by their line number."""
 
         def set_aside(line: int, fault: str) -> None:
             self.set_aside.append(SetAside(f"{path.name}:{line}", split, "bad_row", f"line {line}: {fault}"))
@@ -168,9 +167,9 @@ def caption_pair(image: ImageEntry, caption: str) -> Pair:
 
 
 def question_pair(image: ImageEntry, name: str, question: str, answer: str, answer_type: str | None = None) -> Pair:
-    """Image and question → answer; `name` tells the questions of a data set apart.
+    """Image and question → answer. name: unique among the questions of a data set.
 
-    answer_type: "closed" or "open"; without one, yes and no are closed.
+    answer_type: "closed" or "open"; by default, yes and no are closed.
     """
     answer_type = answer_type or ("closed" if answer in CLOSED_ANSWERS else "open")
     sides = Side(image=image.image_id, text=question), Side(text=answer)
@@ -178,12 +177,12 @@ def question_pair(image: ImageEntry, name: str, question: str, answer: str, answ
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, tabs, and spaces that are doubled or at the ends."""
+    """The text with all white space reduced to single spaces."""
     return " ".join(text.split())
 
 
 def fault_of_caption(caption: str, min_words: int) -> str | None:
-    """Why a caption cannot be used: empty_caption, placeholder_caption, short_caption; None if it can."""
+    """The fault of a caption (empty_caption, placeholder_caption, short_caption); None if it is usable."""
     if not caption.strip():
         return "empty_caption"
     if _PLACEHOLDER.fullmatch(caption.strip().rstrip(".!…")) or not any(map(str.isalnum, caption)):
@@ -192,15 +191,15 @@ def fault_of_caption(caption: str, min_words: int) -> str | None:
 
 
 def require_folder(root: Path, what: str) -> None:
-    """Raises DataError if `root` is no folder or is empty."""
+    """Raises DataError if `root` is not a folder or is empty."""
     if not root.is_dir():
-        raise DataError(f"no folder {root} with {what}; {REMEDY}")
+        raise DataError(f"there is no folder {root} with {what}; {REMEDY}")
     if not any(root.iterdir()):
-        raise DataError(f"the folder {root} is empty, where {what} should be; {REMEDY}")
+        raise DataError(f"the folder {root} is empty but should contain {what}; {REMEDY}")
 
 
 def require_columns(columns: Sequence[str] | None, needed: Sequence[str], path: Path) -> None:
-    """Raises DataError naming the columns that a table lacks."""
+    """Raises DataError for missing columns."""
     missing = [name for name in needed if name not in (columns or ())]
     if missing:
         raise DataError(
@@ -210,7 +209,7 @@ def require_columns(columns: Sequence[str] | None, needed: Sequence[str], path: 
 
 
 def split_of_path(path: PurePath, default: str = "train") -> str:
-    """The split that a relative path tells by a word such as train or val in its name, else in the nearest folder's."""
+    """The split by a word such as train or val in a file's name or in the name of the nearest folder above it."""
     for part in (path.stem, *(folder.name for folder in path.parents)):
         words = re.split(r"[-_. ]", part.lower())
         if split := next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None):
@@ -219,7 +218,7 @@ def split_of_path(path: PurePath, default: str = "train") -> str:
 
 
 def answer_text(answer: object) -> str:
-    """Lower case on one line, so that equal answers are equal strings; numbers become their digits."""
+    """The answer as a string in lower case on one line."""
     return one_line("" if answer is None else str(answer)).lower()
 
 

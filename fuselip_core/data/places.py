@@ -1,7 +1,7 @@
-"""Where an image's file is, and how an image is cropped or edited from another.
+"""Places of image files, and images cropped or edited from others.
 
-A crop or an edit that is listed as an image is stored as a row of its own, losslessly as PNG: then every reader treats
-all images alike, and no table has to be joined to see one. Nothing is resampled but by the edit.
+A crop or an edit that is listed as an image is stored as its own row, losslessly as PNG, so that readers treat all
+images alike.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from fuselip_core.images import UnreadableImage
 
 @runtime_checkable
 class Readable(Protocol):
-    """A place that reads itself, such as a DICOM frame; raises UnreadableImage."""
+    """A place with its own reading code, such as a DICOM frame; raises UnreadableImage."""
 
     def read(self) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the bytes of an image are: a file, a part of it (a tar member), a zip member, or a row of a Parquet file.
+    """The place of an image's bytes: a file, a part of it (tar member), a zip member, or a row of a Parquet file.
 
-    span: offset and length in bytes. column: the Parquet column, a struct with the field `bytes`.
+    span: offset and length in bytes. column: Parquet column, a struct with the field `bytes`.
     """
 
     file: Path
@@ -38,7 +38,7 @@ class Place:
 
 
 class Box(NamedTuple):
-    """Edges of a crop in pixels, rounded and cut at the edges of the image."""
+    """Edges of a crop in pixels, which are rounded and clipped to the image."""
 
     left: float
     top: float
@@ -48,7 +48,7 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """An image that is made from the one at `source`: its part within a box, or an edit of it."""
+    """A crop or an edit of the image at `source`."""
 
     source: Place
     change: Box | Edit
@@ -58,7 +58,7 @@ class Derived:
         return self.source.file
 
     def make(self, picture: Image.Image) -> Image.Image:
-        """The new picture; raises UnreadableImage for a box outside the image."""
+        """The cropped or edited picture; raises UnreadableImage for a box outside the image."""
         if not isinstance(self.change, Box):
             return apply_edit(self.change, picture)
         left, top, right, bottom = (round(edge) for edge in self.change)

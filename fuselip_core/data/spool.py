@@ -14,10 +14,10 @@ ITEMS_A_BLOCK = 4096
 
 
 class Spool(Generic[Item]):
-    """Items in the order in which they came; `append`, `extend`, `len`, any number of passes, slices.
+    """Items in order: `append`, `extend`, `len`, indexing, any number of passes.
 
-    Blocks of ITEMS_A_BLOCK items go to a temporary file without a name, which disappears with the process however
-    that ends. Only what this process wrote is read back from it.
+    Blocks of ITEMS_A_BLOCK items are pickled to an unnamed temporary file, which disappears with the process and which
+    no other process can write to.
     """
 
     def __init__(self, items: Iterable[Item] = ()) -> None:
@@ -71,7 +71,7 @@ class Spool(Generic[Item]):
         return block
 
     def __getitem__(self, place: int) -> Item:
-        """The item at `place`; negative places count from the end. Reads one block."""
+        """The item at `place`, from the end if negative. Reads one block."""
         place = place + len(self) if place < 0 else place
         if not 0 <= place < len(self):
             raise IndexError(place)

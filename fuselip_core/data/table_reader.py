@@ -1,8 +1,8 @@
-"""Reads every table of the project: CSV, TSV, JSON, JSON lines and Parquet, told apart by the file's suffix.
+"""Reads all tables of the project: CSV, TSV, JSON, JSON lines and Parquet, by the file's suffix.
 
-Nothing is cut or swallowed. A row that cannot be trusted (an unquoted comma, a quote that never closes, damaged JSON)
-is handed to `bad_rows` with its line number, and reading goes on with the next. A file that is no table is refused by
-what is wrong with it. Blank lines, and spaces around the names of columns, do not count.
+No row is cut or lost silently. A faulty row (an unquoted comma, a quote that never closes, damaged JSON) is passed to
+`bad_rows` with its line number, and reading continues with the next one. A file that is not a table is refused with the
+reason. Blank lines, and spaces around column names, are ignored.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from fuselip_core.data.pair import DataError, require_columns
 from fuselip_core.files import foreign_content
 
 Row = dict[str, Any]
-BadRows = Callable[[int, str], None]  # line number from 1 (row number in a JSON list), what is wrong
+BadRows = Callable[[int, str], None]  # line number from 1 (row number in a JSON list), fault
 
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".json", *JSON_LINES, ".parquet")
 DELIMITERS = ",;\t"
-MOST_CHARACTERS = 1 << 24  # of a field: an unclosed quote must not take the memory of the whole file
+MOST_CHARACTERS = 1 << 24  # of a field, so that an unclosed quote does not load the whole file
 READ_CHARACTERS = 1 << 20
 HEAD_BYTES = 512
 BATCH_ROWS = 256
-# First bytes of what is no text, and what it is.
+# First bytes of binary files, and what they are.
 BINARY = ((b"PK\3\4", "a zip archive or an Excel sheet"), (b"\x1f\x8b", "a gzip archive"), (b"PAR1", "a Parquet file"))
 
 
 def read_table(
     path: Path, columns: Sequence[str], optional: Sequence[str] = (), bad_rows: BadRows | None = None
 ) -> Iterator[Row]:
-    """Yields the rows of a table, each with `columns` and `optional`; an optional value that is absent is None.
+    """Yields the rows of a table, each with `columns` and `optional`; a missing optional value is None.
 
-    A value is text in CSV, and of the file's own type in JSON and Parquet. Raises DataError for a file that is no table
-    or lacks one of `columns`, and for the first bad row unless `bad_rows` takes them.
+    Values are strings in CSV, and have the file's types in JSON and Parquet. Raises DataError for a file that is not a
+    table or lacks one of `columns`, and for the first bad row unless `bad_rows` is given.
     """
     _require_table(path)
     if path.suffix == ".parquet":
@@ -54,7 +54,7 @@ def read_table(
 
 
 def columns_of(path: Path) -> tuple[str, ...]:
-    """The columns of a table; of JSON, the keys of its first row. Raises DataError as `read_table` does."""
+    """The columns of a table; for JSON, the keys of its first row. Raises DataError as `read_table` does."""
     _require_table(path)
     if path.suffix == ".parquet":
         with _parquet_file(path) as file:
@@ -67,18 +67,18 @@ def columns_of(path: Path) -> tuple[str, ...]:
 
 def _refusal_of(path: Path) -> BadRows:
     def refuse(line: int, fault: str) -> None:
-        raise DataError(f"{path}, line {line}: {fault}; mend this line")
+        raise DataError(f"{path}, line {line}: {fault}; correct this line")
 
     return refuse
 
 
 def _require_table(path: Path) -> None:
-    """Raises DataError for a file that is missing, or whose first bytes show that it is no table of its suffix."""
+    """Raises DataError if a file is missing, or if its first bytes do not fit its suffix."""
     try:
         with path.open("rb") as stream:
             head = stream.read(HEAD_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"no file {path}; download the data set again") from error
+        raise DataError(f"there is no file {path}; download the data set again") from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder, not a table; name a file in it") from error
     if fault := foreign_content(head):
@@ -93,12 +93,12 @@ def _require_table(path: Path) -> None:
     elif kind is None and b"\0" in head:
         kind = "binary data"
     if kind:
-        raise DataError(f"{path} is {kind}, not a table of text; save it as UTF-8 {path.suffix.lstrip('.') or 'text'}")
+        raise DataError(f"{path} is {kind}, not a text table; save it as UTF-8 {path.suffix.lstrip('.') or 'text'}")
 
 
 @contextmanager
 def _text_of(path: Path) -> Iterator[TextIO]:
-    """The open file; raises DataError where what is read of it is no UTF-8."""
+    """The open file; raises DataError while reading invalid UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             yield stream
@@ -115,20 +115,20 @@ def _header(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
 
 
 class _CsvForm:
-    """How a CSV file is written, as its header shows: delimiter, spaces after it, names of the columns."""
+    """The format of a CSV file according to its header: delimiter, spaces after it, column names."""
 
     def __init__(self, path: Path, header: str) -> None:
-        self.delimiter = max(DELIMITERS, key=header.count)  # the first where none occurs
+        self.delimiter = max(DELIMITERS, key=header.count)  # the first one if none occurs
         self.spaced = f"{self.delimiter} " in header
         try:
             names = [name.strip() for name in next(self.reader(iter([header])), [])]
         except csv.Error as error:
-            raise DataError(f"{path} has a header with a broken quote ({error}); mend its first line") from error
+            raise DataError(f"{path} has a header with a faulty quote ({error}); correct its first line") from error
         while names and not names[-1]:
             names.pop()
         repeated = next((name for name in names if name and names.count(name) > 1), None)
         if repeated:
-            raise DataError(f"{path} has more than one column {repeated}; rename all but one of them")
+            raise DataError(f"{path} has several columns {repeated}; rename all but one of them")
         self.columns = tuple(names)
 
     def reader(self, lines: Iterator[str]) -> Iterator[list[str]]:
@@ -158,9 +158,9 @@ def _csv_rows(path: Path, columns: Sequence[str], optional: Sequence[str], bad_r
 
 
 def _records(lines: Iterator[str], first: int, form: _CsvForm) -> Iterator[tuple[int, list[str] | str]]:
-    """Yields the number of each record's first line and its fields, or what is wrong with its quotes.
+    """Yields the number of each record's first line and its fields, or the fault of its quotes.
 
-    After a quote that does not close, reading goes on with the next line, so that one bad row costs no other.
+    After an unclosed quote, reading continues with the next line, so that a bad row does not affect others.
     """
     again: deque[str] = deque()
     taken: list[str] = []
@@ -192,12 +192,12 @@ def _quote_fault(taken: Sequence[str], first: int) -> str:
     if sum(map(len, taken)) > MOST_CHARACTERS:
         return f"a field of more than {MOST_CHARACTERS:,} characters, or a quote that never closes"
     if len(taken) > 1:
-        return f"a quote opens that does not close before line {first + len(taken) - 1}"
-    return "a quote that never closes, or one within the text that is not doubled"
+        return f"a quote that does not close before line {first + len(taken) - 1}"
+    return "a quote that never closes, or one within a text that is not doubled"
 
 
 def _swallowed(fields: Sequence[str], taken: Sequence[str], form: _CsvForm) -> bool:
-    """True where a line within a quoted text begins like a row: with an id that differs from this row's in digits."""
+    """Whether a line within a quoted text begins like a row, with an id that differs from this row's only in digits."""
     shape = _shape(fields[0])
     for line in taken[1:]:
         start, delimiter, rest = line.partition(form.delimiter)
@@ -250,11 +250,11 @@ def _json_objects(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, dict[str
         if isinstance(value, dict):
             yield number, value
         elif number == 1:
-            raise DataError(f"{path} must hold a list of objects; compare it with the published file")
+            raise DataError(f"{path} does not contain a list of objects; compare it with the published file")
         else:
             bad_rows(number, "no JSON object")
     if not number:
-        raise DataError(f"{path} must hold a list of objects, and is an empty one; download it again")
+        raise DataError(f"{path} contains an empty list; download it again")
 
 
 def _json_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, Any]]:
@@ -264,17 +264,17 @@ def _json_lines(path: Path, bad_rows: BadRows) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, _DECODER.decode(line)
             except JSON_FAULTS as error:
-                bad_rows(number, f"no valid JSON ({error})")
+                bad_rows(number, f"invalid JSON ({error})")
 
 
 def json_array(path: Path) -> Iterator[Any]:
-    """The elements of a JSON file that holds one list, without holding the list; raises DataError."""
+    """Yields the elements of a JSON file with one list, without loading it as a whole; raises DataError."""
     _require_table(path)
     try:
         with _text_of(path) as stream:
             text, at = stream.read(READ_CHARACTERS).lstrip(), 1
             if not text.startswith("["):
-                raise DataError(f"{path} must hold a list; download it again")
+                raise DataError(f"{path} does not contain a list; download it again")
             while True:
                 while text[at : at + 1] in (" ", ",", "\n", "\t", "\r"):
                     at += 1
@@ -282,7 +282,7 @@ def json_array(path: Path) -> Iterator[Any]:
                     return
                 try:
                     value, end = _DECODER.raw_decode(text, at)
-                    # A number at the end of what was read may go on.
+                    # A number at the end of the buffer may continue.
                     if end == len(text):
                         raise json.JSONDecodeError("more may follow", text, end)
                 except json.JSONDecodeError:
@@ -294,7 +294,7 @@ def json_array(path: Path) -> Iterator[Any]:
                 yield value
                 at = end
     except (json.JSONDecodeError, RecursionError, _RepeatedKey) as error:
-        raise DataError(f"{path} is no valid JSON ({error}); download it again") from error
+        raise DataError(f"{path} is not valid JSON ({error}); download it again") from error
 
 
 @contextmanager
@@ -303,10 +303,10 @@ def _parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
-                raise DataError(f"{path} has several columns of one name; rename all but one of them")
+                raise DataError(f"{path} has several columns with the same name; rename all but one of them")
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no readable Parquet file ({error}); download it again") from error
+        raise DataError(f"{path} is not a readable Parquet file ({error}); download it again") from error
 
 
 def _parquet_rows(path: Path, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:

@@ -1,9 +1,8 @@
-"""Text-guided image transformations: an image, an instruction, and what the instruction makes of the image.
+"""Text-guided image transformations: an image, an instruction, and the edited image.
 
 FuseLIP (arXiv 2506.03096, "text-guided image transformations") trains on pairs whose query is an image with a sentence
-such as "rotate 30 degrees clockwise" and whose target is the changed image. What is done is an `Edit`, a small record
-that is stored as JSON; the sentence is written from it and never read back. Everything here is a pure function, of
-uint8 arrays of shape (H, W, 3) where pixels are involved.
+such as "rotate 30 degrees clockwise", and whose target is the transformed image. An `Edit` is a small record, stored as
+JSON; the sentence is generated from it and never parsed. All functions are pure; pixels are uint8 arrays (H, W, 3).
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ ENHANCERS: Final = {
     "saturation": ImageEnhance.Color,
 }
 FACTOR_RANGE: Final = (0.3, 2.0)
-# A crop is half the image's width, but at most this many pixels (published, for crops from large images).
+# A crop is half the image's width, but at most this many pixels (as published).
 LARGEST_CROP: Final = 256
 
 
 class TransformError(FuselipError):
-    """An array that no transformation takes, or an unknown family."""
+    """An unsuitable array or an unknown family."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """The part at `region`, half as wide and high, enlarged bicubically to the whole size."""
+    """The part at `region`, half as wide and high, enlarged bicubically to the full size."""
 
     region: Region
     kind: Literal["crop"] = "crop"
@@ -69,7 +68,7 @@ class Crop:
 
 @dataclass(frozen=True, slots=True)
 class Rotate:
-    """Turned about the centre by nearest neighbour; corners that come from outside are black."""
+    """Rotation about the centre, nearest neighbour; empty corners are black."""
 
     degrees: int
     direction: Direction
@@ -85,7 +84,7 @@ class Rotate:
 
 @dataclass(frozen=True, slots=True)
 class Adjust:
-    """Properties times their factors (at least 0; 1 changes nothing), one after the other."""
+    """Multiplies properties by their factors (at least 0; 1 changes nothing), one after the other."""
 
     changes: tuple[tuple[Property, Annotated[float, Field(ge=0)]], ...]
     kind: Literal["adjust"] = "adjust"
@@ -119,7 +118,7 @@ class Flip:
 
 @dataclass(frozen=True, slots=True)
 class Grayscale:
-    """Without colours (ITU-R 601-2 luma), still three channels."""
+    """Removes colours (ITU-R 601-2 luma), but keeps three channels."""
 
     kind: Literal["grayscale"] = "grayscale"
 
@@ -136,7 +135,7 @@ _EDITS: TypeAdapter[Edit] = TypeAdapter(Annotated[Edit, Field(discriminator="kin
 
 
 def edit_to_json(edit: Edit) -> str:
-    """The edit as prepared data stores it, equal for equal edits."""
+    """The edit as JSON for prepared data; equal for equal edits."""
     return _EDITS.dump_json(edit).decode()
 
 
@@ -146,16 +145,16 @@ def edit_from_json(text: str) -> Edit:
 
 
 def apply_edit(edit: Edit, picture: Image.Image) -> Image.Image:
-    """What an edit makes of a picture of any mode, as RGB; one of a single pixel's width or height is widened first."""
+    """Applies an edit to a picture of any mode; returns RGB. A picture one pixel wide or high is enlarged first."""
     size = max(2, picture.width), max(2, picture.height)
     picture = picture.convert("RGB")
     return edit.apply(picture if size == picture.size else picture.resize(size))
 
 
 class EditPair(NamedTuple):
-    """One pair: `before` of an image, with the instruction, asks for `after` of it; None stands for the image itself.
+    """The query is the edit `before` of an image with the instruction, the target its edit `after`; None: no edit.
 
-    Colorize is grayscale turned round: its query is the grey image and its target the coloured original.
+    Colorize is the reverse of grayscale: its query is the grey image and its target the original.
     """
 
     before: Edit | None
@@ -164,14 +163,14 @@ class EditPair(NamedTuple):
 
 
 class EditedPixels(NamedTuple):
-    """An EditPair of one image, drawn: `query` and `instruction` ask for `target`, both uint8 (H, W, 3) of one size."""
+    """An EditPair applied to an image: `query` and `target` are uint8 (H, W, 3) of the same size."""
 
     query: Pixels
     instruction: str
     target: Pixels
 
 
-# ---- families: the kinds of instruction, each with several variants of one image -----------------------------------
+# ---- families of instructions, each with several variants ----------------------------------------------------------
 
 
 def _crops(rng: np.random.Generator, count: int) -> list[EditPair]:
@@ -193,12 +192,12 @@ def _light_changes(rng: np.random.Generator, count: int) -> list[EditPair]:
 
 def _adjustment(rng: np.random.Generator, properties: tuple[Property, ...]) -> Adjust:
     drawn = ((what, round(float(rng.uniform(*FACTOR_RANGE)), 1)) for what in properties)
-    # A factor of one would ask for nothing; published code moves it up by a tenth.
+    # A factor of 1 would change nothing; the published code replaces it by 1.1.
     return Adjust(tuple((what, 1.1 if factor == 1.0 else factor) for what, factor in drawn))
 
 
 def _flips(rng: np.random.Generator, count: int) -> list[EditPair]:
-    """Each axis both ways round: original → mirrored, then mirrored → original."""
+    """Both axes in both directions: original → mirrored, then mirrored → original."""
     pairs: list[EditPair] = []
     for i in rng.permutation(len(AXES)):
         flip = Flip(AXES[i])
@@ -219,8 +218,8 @@ def _forward(edit: Edit) -> EditPair:
 class Family:
     """A kind of instruction.
 
-    `draw(rng, count)` gives up to `count` different pairs of one image; `training` and `evaluation` are the published
-    counts: variants of one image that stand together in a batch, and candidates in the evaluation.
+    draw(rng, count): up to `count` different pairs of an image. training, evaluation: the published numbers of variants
+    of an image in a batch, and of candidates in the evaluation.
     """
 
     draw: Callable[[np.random.Generator, int], list[EditPair]]
@@ -237,29 +236,29 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "light": Family(_light_changes, training=3, evaluation=10),
 }
 
-# Share of each family among the pairs, as published with the reference implementation (to be normalised).
+# Unnormalised share of each family among the pairs, as in the published implementation.
 GENERAL: Final[Mapping[str, float]] = {"crop": 2.0, "rotate": 1.0, "colour": 1.0, "flip": 2.0, "colorize": 1.0}
-# For medicine. A mirrored patient has the heart on the wrong side, so nothing is flipped; grey images have neither
-# colour nor saturation to ask for, so brightness and contrast stand in for the colour changes.
+# For medicine: no flips, since a mirrored patient has the heart on the wrong side; and only brightness and contrast
+# instead of colour changes, since the images are grey.
 MEDICAL: Final[Mapping[str, float]] = {"crop": 2.0, "rotate": 1.0, "light": 1.0}
 
 
 def draw_edits(rng: np.random.Generator, family: str, count: int | None = None) -> list[EditPair]:
-    """`count` different pairs of one image from one family: a group, hard negatives of each other.
+    """`count` different pairs of an image from one family, by default as many as in the published training.
 
-    By default as many as the published training puts together (FAMILIES). Raises TransformError for an unknown family.
+    Raises TransformError for an unknown family.
     """
     if family not in FAMILIES:
-        raise TransformError(f"no family of transformations '{family}'; there are: {', '.join(FAMILIES)}")
+        raise TransformError(f"unknown family of transformations '{family}'; use one of {', '.join(FAMILIES)}")
     kind = FAMILIES[family]
     return kind.draw(rng, kind.training if count is None else count)
 
 
 def edited_pixels(image: Pixels, rng: np.random.Generator, family: str, count: int | None = None) -> list[EditedPixels]:
-    """`draw_edits`, applied to `image`, uint8 (H, W, 3), at least 2 x 2; raises TransformError for another array."""
+    """Applies `draw_edits` to `image`, uint8 (H, W, 3), at least 2 x 2; raises TransformError for other arrays."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or min(image.shape) < 2:
         raise TransformError(
-            f"a transformation takes uint8 images of shape (H, W, 3), at least 2 x 2, not {image.dtype} {image.shape}"
+            f"transformations need uint8 images of shape (H, W, 3), at least 2 x 2, not {image.dtype} {image.shape}"
         )
     picture = Image.fromarray(image)
 
@@ -271,15 +270,16 @@ def edited_pixels(image: Pixels, rng: np.random.Generator, family: str, count: i
 
 
 def random_family(rng: np.random.Generator, weights: Mapping[str, float] = GENERAL, *, grouped: bool = False) -> str:
-    """Name of a family, drawn so that `weights` are the shares of *pairs*.
+    """A random family, so that `weights` are the shares of *pairs*.
 
-    With `grouped` every draw stands for a whole group of variants, so a family with many variants is drawn less often.
+    grouped: each draw stands for a group of variants, so families with many variants are drawn less often.
     """
     names = list(weights)
     unknown = sorted(set(names) - set(FAMILIES))
     if unknown or not names or min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise TransformError(
-            f"weights of transformations name {', '.join(FAMILIES)}, none below zero and one above; got {dict(weights)}"
+            f"weights of transformations must be for {', '.join(FAMILIES)}, not negative and not all zero, but are "
+            f"{dict(weights)}"
         )
     shares = np.array([weights[name] / (FAMILIES[name].training if grouped else 1) for name in names])
     return names[int(rng.choice(len(names), p=shares / shares.sum()))]

@@ -1,10 +1,10 @@
-"""Lists the files below a folder: the one place that decides about links, hidden files and folders that cannot be read.
+"""Lists the files below a folder, with one rule for links, hidden files and unreadable folders:
 
-- Linked folders are followed, each folder once, whatever leads to it: a loop ends, and a folder that is linked from
-  within the tree is listed at its own place. Linked files are listed under each of their names.
-- A link that leads nowhere is named in the notes.
-- Hidden names (".DS_Store", "._scan.dcm", ".ipynb_checkpoints/"), "__MACOSX" and "lost+found" are no data: left out.
-- A folder that may not be read raises PermissionError: half of a data set is worse than none.
+- Linked folders are followed, but every folder is listed only once, so loops end; a folder that is linked from within
+  the tree is listed at its own place. Linked files are listed under each of their names.
+- Broken links are mentioned in the notes.
+- Hidden names (".DS_Store", "._scan.dcm", ".ipynb_checkpoints/"), "__MACOSX" and "lost+found" are left out.
+- An unreadable folder raises PermissionError, instead of losing part of a data set silently.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ NO_DATA = ("__MACOSX", "lost+found")
 
 
 def files_below(root: Path, suffixes: Collection[str] = (), notes: list[str] | None = None) -> list[Path]:
-    """All files below `root` in the order of their paths; of `suffixes` (lower case, with dot) only, if there are any.
+    """All files below `root`, sorted by path, or only those with `suffixes` (lower case, with dot).
 
-    `notes` takes a sentence about links that lead nowhere. Raises OSError for a folder that cannot be read.
+    Adds a sentence about broken links to `notes`. Raises OSError for an unreadable folder.
     """
     found: list[Path] = []
     broken: list[Path] = []
     seen: set[tuple[int, int]] = set()
     linked = [root]
-    while linked:  # folders of the tree come before those that links add, so that they keep their own paths
+    while linked:  # folders in the tree come before linked ones, so that they keep their own paths
         starts, linked = sorted(linked), []
         for start in starts:
             for path, is_link in _entries(start, seen):
@@ -36,12 +36,12 @@ def files_below(root: Path, suffixes: Collection[str] = (), notes: list[str] | N
                 elif not suffixes or path.suffix.lower() in suffixes:
                     found.append(path)
     if broken and notes is not None:
-        notes.append(f"{len(broken)} links below {root} lead nowhere, such as {min(broken)}")
+        notes.append(f"{len(broken)} links below {root} are broken, such as {min(broken)}")
     return sorted(found)
 
 
 def _entries(start: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, bool]]:
-    """The files and links in `start` and in its own folders, but not in those of `seen`, to which it adds."""
+    """The files and links below `start`, without following links, and without folders in `seen`, which is updated."""
     folders = [start]
     while folders:
         folder = folders.pop()
@@ -54,5 +54,5 @@ def _entries(start: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, bo
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append(folder / entry.name)
-            elif entry.is_symlink() or entry.is_file():  # no pipe and no device
+            elif entry.is_symlink() or entry.is_file():  # not a pipe or device
                 yield folder / entry.name, entry.is_symlink()

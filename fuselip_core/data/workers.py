@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them."""
+"""Worker processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ LOOK_EVERY_SECONDS = 2.0
 
 @contextlib.contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """A pool of `workers` processes, or None for one: then the caller does the work itself.
+    """A pool of `workers` processes, or None for one, in which case the caller does the work itself.
 
-    Raises FuselipError if a worker dies. Work that has not begun is dropped when the block ends with an error, and what
-    has begun too when the user interrupts it.
+    Raises FuselipError if a worker dies. After an error, pending tasks are cancelled; after Ctrl-C, running ones too.
     """
     if workers == 1:
         yield None
         return
     others = active_children()
-    # Spawned, not forked: the caller may hold threads.
+    # Spawned, not forked, since the caller may have threads.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),))
     try:
         yield pool
     except BrokenProcessPool as error:
         raise FuselipError(
-            "a worker process died, most likely for lack of memory; free some, or set prepare.workers=1"
+            "a worker process died, probably for lack of memory; free some memory, or set prepare.workers=1"
         ) from error
     except KeyboardInterrupt:
         for process in active_children():
@@ -46,9 +45,9 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when `parent` is gone: a killed parent cannot tell, and its workers would wait for ever.
+    """Ends this process when `parent` is gone, since a killed parent cannot stop its workers.
 
-    An interrupt from the keyboard reaches all of them; what it means is the parent's to say, once.
+    Ignores Ctrl-C, which reaches all processes, so that only the parent handles it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

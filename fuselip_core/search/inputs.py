@@ -17,7 +17,7 @@ from fuselip_core.data.dicom.picture import is_dicom
 from fuselip_core.data.download.manifest import provenance_of
 from fuselip_core.data.pair import SPLIT_OF, DataError, ImageEntry, Listing, SetAside, one_line
 from fuselip_core.data.places import Derived, Place
-from fuselip_core.data.prepare.extra_pairs import NAMES, names_of_concepts
+from fuselip_core.data.prepare.extra_pairs import names_in
 from fuselip_core.data.shards.reader import MANIFEST, PreparedData
 from fuselip_core.data.sources.catalogue import list_source, source_names
 from fuselip_core.data.table_reader import SUFFIXES as TABLES
@@ -235,9 +235,7 @@ def _of_listing(
     for item in listing.set_aside:
         set_aside(item)
     captions = _Captions((pair.query.image, pair.target.text) for pair in listing.pairs if pair.kind == "caption")
-    origin, names = provenance_of(root), listing.concept_names
-    if not names and (root / NAMES).is_file():
-        names = names_of_concepts(root / NAMES)
+    origin, names = provenance_of(root), names_in(root, listing)
     for entry in listing.images:
         yield Row(
             id=f"{name}/{entry.image_id}" if kind == "folder" else entry.image_id,

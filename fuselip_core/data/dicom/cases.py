@@ -11,7 +11,7 @@ from fuselip_core.data.dicom.deidentify import Pseudonyms
 
 @dataclass(frozen=True)
 class DicomHeader:
-    """What is kept of one file until all are read; `path` and the keys stay inside this process."""
+    """The header fields kept from one file until all are read; `path` and `keys` never leave this process."""
 
     path: Path
     keys: Mapping[str, str]
@@ -24,12 +24,12 @@ class DicomHeader:
 
     @property
     def series(self) -> str:
-        """What the grey scale is shared with where no window is stated; a file without series is one of its own."""
+        """Files of a series without window share a grey scale; a file without a series has its own."""
         return self.keys["SeriesInstanceUID"] or str(self.path)
 
 
 def patient_key(header: DicomHeader) -> str:
-    """What ties a file to others: its patient, else its study, else nothing but itself."""
+    """The patient of a file or, if unknown, its study or the file itself."""
     if header.patient:
         return f"patient {header.patient}"
     study = header.keys["StudyInstanceUID"]
@@ -37,7 +37,7 @@ def patient_key(header: DicomHeader) -> str:
 
 
 def group_cases(headers: Sequence[DicomHeader], pseudonyms: Pseudonyms) -> dict[str, str]:
-    """Key of every file → pseudonym of its case; studies join the patients that they name, in some file or other."""
+    """Key of every file → pseudonym of its case. Patients that share a study are one case."""
     parent: dict[str, str] = {}
 
     def root_of(key: str) -> str:
@@ -50,15 +50,15 @@ def group_cases(headers: Sequence[DicomHeader], pseudonyms: Pseudonyms) -> dict[
         own = root_of(patient_key(header))
         if header.keys["StudyInstanceUID"]:
             study = root_of(f"study {header.keys['StudyInstanceUID']}")
-            # The smaller name leads, so that a case is called the same in whatever order its files come.
+            # The smaller name becomes the root, so that a case's name does not depend on the order of its files.
             parent[max(own, study)] = min(own, study)
     return {key: pseudonyms.of("case", root_of(key)) for key in list(parent)}
 
 
 def split_cases(cases: set[str], pseudonyms: Pseudonyms, test_share: float, valid_share: float) -> dict[str, str]:
-    """Case → split, by a hash: a patient stays on one side when more patients come.
+    """Case → split, by hash, so that a patient stays in a split when others are added.
 
-    With few cases a split may come out empty by chance; then it gets one case, if train keeps one.
+    If a split is empty by chance, it gets one case, unless train would lose its last one.
     """
     order = sorted(cases, key=pseudonyms.share)
     bounds = {"test": test_share, "valid": test_share + valid_share}

@@ -1,7 +1,7 @@
-"""Runs codecs that may crash in a helper process, so that damaged data costs one picture and not the run.
+"""Runs codecs that may crash in a helper process, so that damaged data cost one picture and not the run.
 
-GDCM is the only free codec for lossless JPEG within DICOM, and it ends the process on some damaged streams. The helper
-is started when it is first needed, serves one request at a time, and ends when its parent does.
+GDCM is the only free codec for lossless JPEG in DICOM, and crashes on some damaged streams. The helper starts when it
+is first needed, serves one request at a time, and ends with its parent.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
 _WITHOUT_LENGTH = frozenset(range(0xD0, 0xD8)) | {0x01}
 
-# Longer than the largest frame takes; a decoder that runs in circles is ended.
+# Longer than the largest frame takes, to stop a decoder in an endless loop.
 LONGEST_SECONDS = 120.0
 
 
 class CodecError(Exception):
-    """The helper could not decode, died, or took too long; the text is the decoder's own and may quote the file."""
+    """The helper could not decode, died, or took too long. The decoder's message may quote the file."""
 
 
 class Helper:
@@ -61,7 +61,7 @@ class Helper:
         if self._pipe is None or self._process is None or self._process.poll() is not None:
             self.close()
             ours, theirs = Pipe()
-            # Not multiprocessing: its children run the caller's script again, and inherit what the caller prints.
+            # Not multiprocessing, whose children import the caller's script and inherit its output.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fuselip_core.data.dicom.codec", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -95,7 +95,7 @@ def _serve(pipe: Connection) -> None:
 
     from fuselip_core.data.dicom.file import complete_syntax, discreet, read_dataset
 
-    # The parent's end closes with the parent, however that ends.
+    # The pipe closes when the parent ends, however it ends.
     with contextlib.suppress(EOFError, OSError):
         while True:
             path, frame, plugin = pipe.recv()
@@ -109,7 +109,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def coded_size(stream: bytes) -> tuple[int, int] | None:
-    """(width, height) in pixels that the header of `stream` states; None where it is no such stream."""
+    """(width, height) in pixels from the header of a JPEG or JPEG 2000 stream; None for other data."""
     if stream[:4] == b"\xff\x4f\xff\x51":
         return _jpeg2000(stream, 4)
     if stream[4:8] == b"jP  ":

@@ -1,7 +1,7 @@
-"""De-identification: keyed pseudonyms for ids, and free text without what identifies a person.
+"""De-identification: keyed pseudonyms for ids, and removal of identities from free text.
 
-Neither is a guarantee. A pseudonym is as safe as its key, which stays in a file of the user's own (or a variable) and
-enters no output; patterns find what looks like an identity, not every identity.
+Neither is a guarantee. A pseudonym is as safe as its key, which stays in a user's file (or an environment variable) and
+enters no output. Patterns find what looks like an identity, not every identity.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fuselip_core.errors import FuselipError
 from fuselip_core.images import UnreadableImage
 
-# Markers of side and position are part of nearly every radiograph and name nobody.
+# Letters of side and position markers, which nearly every radiograph has and which identify nobody.
 LONGEST_MARKER = 3
 LEAST_SCORE = 0.5
 Reader = Callable[[NDArray[np.uint8]], Sequence[tuple[str, float]]]
@@ -33,13 +33,13 @@ Reader = Callable[[NDArray[np.uint8]], Sequence[tuple[str, float]]]
 KEY_VARIABLE = "FUSELIP_PSEUDONYM_KEY"
 KEY_BYTES = 32
 SHORTEST_KEY = 16
-# 80 bits: among a hundred million images, two with one pseudonym are a one in 200 million chance.
+# 80 bits: among a hundred million images, the chance of a collision is one in 200 million.
 HEX_DIGITS = 20
 GAP = "___"
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mär|mai|okt|dez)[a-zäé]*"
 _NAME = r"[A-ZÄÖÜÉ][\w'-]+"
-# Capitals count where names are meant: MR is a modality and Mr a person, DR a detector and Dr. a doctor.
+# Case matters: MR is a modality and Mr a person, DR a detector and Dr. a doctor.
 _PATTERNS = tuple(
     re.compile(pattern)
     for pattern in (
@@ -52,7 +52,7 @@ _PATTERNS = tuple(
         rf"\b(?i:{_MONTH})\.?\s+\d{{1,2}}(?:st|nd|rd|th)?,?\s+\d{{4}}\b",  # January 31, 2024
         r"\b\d{1,2}:\d{2}(?::\d{2}(?:\.\d+)?)?\s*(?i:am\b|pm\b|h\b|uhr\b)?",  # times of day
         r"(?<![\w.])\+?\(?\d{2,4}\)?[-/ ]\d{3,4}[-/ ]\d{3,}\b",  # telephone
-        # Words that announce an identity, with what follows them.
+        # Words that introduce an identity, with what follows them.
         r"\b(?i:mrn|ssn|acc(?:ession)?(?:\s*(?:no|number))?|pat(?:ient)?\.?\s*id)\b\.?\s*[:#=]?\s*[\w-]*\d[\w/-]*",
         r"\b(?i:mrn|patient(?:\s*id|\s*name)?|pat\.?\s*id|acc(?:ession)?(?:\s*(?:no|number))?|ssn|dob|birth\s*date|geb)"
         rf"\.?\s*[:#=]\s*[\w./^-]+(?:(?:\s*[,^]\s*|\s+){_NAME})*",
@@ -65,31 +65,31 @@ _PATTERNS = tuple(
 
 
 class PseudonymError(FuselipError):
-    """The key of the pseudonyms cannot be used; the message says where it was looked for."""
+    """The pseudonyms' key cannot be used; the message says where it was expected."""
 
 
 class Pseudonyms:
-    """Keyed hashes: the same value gives the same pseudonym with the same key, and nobody can go back without it."""
+    """Keyed hashes: a value always gets the same pseudonym with the same key, and cannot be recovered without it."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
 
     def of(self, kind: str, value: str) -> str:
-        """``<kind>-<20 hex digits>`` for `value`; values of different kinds never meet."""
+        """``<kind>-<20 hex digits>`` for `value`; different for every kind."""
         digest = hmac.new(self._key, f"{kind}\0{value}".encode(errors="surrogateescape"), hashlib.sha256).hexdigest()
         return f"{kind}-{digest[:HEX_DIGITS]}"
 
     def share(self, value: str) -> float:
-        """A number in [0, 1) that depends on `value` and the key alone."""
+        """A number in [0, 1) that depends only on `value` and the key."""
         digest = hmac.new(self._key, f"share\0{value}".encode(errors="surrogateescape"), hashlib.sha256).digest()
         return int.from_bytes(digest[:7], "big") / 2**56
 
 
 def load_key(path: Path | None = None) -> bytes:
-    """The key from FUSELIP_PSEUDONYM_KEY, else from the file at `path`, made at the first use.
+    """The key from FUSELIP_PSEUDONYM_KEY, or else from the file at `path`, which is created on first use.
 
-    Without `path` the file is ``pseudonym.key`` in the user's configuration folder. Whoever wants the same ids on
-    another machine takes it there; whoever wants ids that can never be traced deletes it.
+    The default `path` is ``pseudonym.key`` in the user's configuration folder. Copy the file to get the same ids on
+    another machine; delete it to make ids untraceable for good.
     """
     given = os.environ.get(KEY_VARIABLE)
     if given:
@@ -101,13 +101,13 @@ def load_key(path: Path | None = None) -> bytes:
         return _checked(path.read_bytes().strip(), str(path))
     except OSError as error:
         raise PseudonymError(
-            f"the key of the pseudonyms cannot be kept at {path} ({error.strerror}); "
-            f"name another file, or set {KEY_VARIABLE}"
+            f"the pseudonyms' key cannot be stored at {path} ({error.strerror}); name another file, or set "
+            f"{KEY_VARIABLE}"
         ) from None
 
 
 def _make(path: Path) -> None:
-    """A new key, readable by its owner alone, unless there is one; never half of one."""
+    """Creates a key atomically, readable only by its owner, unless there is one."""
     if path.exists():
         return
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -118,7 +118,7 @@ def _make(path: Path) -> None:
     finally:
         os.close(descriptor)
     try:
-        # Fails if another process was faster; its key then counts.
+        # Fails if another process was faster; then its key is used.
         os.link(draft, path)
     except FileExistsError:
         pass
@@ -128,17 +128,15 @@ def _make(path: Path) -> None:
 
 def _checked(key: bytes, where: str) -> bytes:
     if len(key) < SHORTEST_KEY:
-        raise PseudonymError(
-            f"the key in {where} has {len(key)} characters; use at least {SHORTEST_KEY}, drawn at random"
-        )
+        raise PseudonymError(f"the key in {where} has {len(key)} characters; use at least {SHORTEST_KEY} random ones")
     return key
 
 
 def scrub(text: str, known: Iterable[str] = ()) -> str:
-    """`text` on one line with ``___`` in place of `known` values and of what looks like an identity.
+    """`text` on one line, with `known` values and anything that looks like an identity replaced by ``___``.
 
-    Found are dates, times, telephone and record numbers, addresses of the net, UIDs, names after titles, and the
-    words of every known value (a person's name is found in any order of its parts, in capitals or not).
+    Replaces dates, times, telephone and record numbers, web and e-mail addresses, UIDs, names after titles, and every
+    word of a known value, in any case and order.
     """
     for word in sorted(_words(known), key=len, reverse=True):
         before, after = "" if _runs_on(word[0]) else r"(?<!\w)", "" if _runs_on(word[-1]) else r"(?!\w)"
@@ -150,14 +148,14 @@ def scrub(text: str, known: Iterable[str] = ()) -> str:
 
 
 def _runs_on(letter: str) -> bool:
-    """Whether a letter is of a script that puts no spaces between words: Chinese, Japanese, Thai and the like."""
+    """Whether a letter's script has no spaces between words, such as Chinese, Japanese or Thai."""
     return unicodedata.east_asian_width(letter) in "WF" or unicodedata.name(letter, "").startswith(
         ("THAI", "LAO", "KHMER")
     )
 
 
 def _words(known: Iterable[str]) -> set[str]:
-    """Each value whole, and the parts of names; single letters and what scrubbing would leave empty stay out."""
+    """Whole values and the parts of names, except single letters and words without any letter or digit."""
     words: set[str] = set()
     for value in known:
         words.add(value.strip())
@@ -166,9 +164,9 @@ def _words(known: Iterable[str]) -> set[str]:
 
 
 def refuse_text(pixels: NDArray[np.uint8], reader: Reader | None = None) -> None:
-    """Raises UnreadableImage (burned_in_text) if a picture, uint8 (H, W) or (H, W, 3), shows more than markers.
+    """Raises UnreadableImage (burned_in_text) if a picture, uint8 (H, W) or (H, W, 3), shows more than side markers.
 
-    Pieces of up to three letters or digits pass. The message never repeats what was read.
+    Up to three letters or digits are allowed. The message never quotes the text.
     """
     pieces = (reader or _reader())(pixels)
     found = sum(score >= LEAST_SCORE and sum(map(str.isalnum, text)) > LONGEST_MARKER for text, score in pieces)
@@ -177,7 +175,7 @@ def refuse_text(pixels: NDArray[np.uint8], reader: Reader | None = None) -> None
 
 
 def require_reader() -> None:
-    """Raises FuselipError where the extra `ocr` is not installed; costs nothing."""
+    """Raises FuselipError if the extra `ocr` is not installed, without importing it."""
     if importlib.util.find_spec("rapidocr") is None:
         raise FuselipError(
             "looking for burned-in text needs rapidocr; install fuselip-rocov2[ocr], or set prepare.dicom.ocr=false"
@@ -186,7 +184,7 @@ def require_reader() -> None:
 
 @functools.cache
 def _reader() -> Reader:
-    """rapidocr with the models of its own wheel; one for the process, as loading takes seconds."""
+    """rapidocr with the models of its wheel; cached, since loading takes seconds."""
     require_reader()
     rapidocr: Any = importlib.import_module("rapidocr")
     engine = rapidocr.RapidOCR(params={"Global.log_level": "error"})

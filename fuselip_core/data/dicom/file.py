@@ -1,4 +1,4 @@
-"""Reads a DICOM file, even an old or hostile one; no message quotes its content."""
+"""Reads DICOM files, including old, damaged and hostile ones; no message quotes their content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGEST_INFLATED = 2 << 30
 
 
 def read_dataset(path: Path, *, header_only: bool = False) -> Dataset:
-    """A DICOM file, also one without the usual preamble; raises UnreadableImage (not_dicom, damaged_header)."""
+    """A DICOM file, with or without preamble; raises UnreadableImage (not_dicom, damaged_header)."""
     try:
         with discreet():
             force = _looks_bare(path)
@@ -39,7 +39,7 @@ def read_dataset(path: Path, *, header_only: bool = False) -> Dataset:
     except FileNotFoundError:
         raise UnreadableImage("missing_image", "the file is gone") from None
     except Exception as error:
-        # A parser of foreign bytes raises anything at all.
+        # The parser may raise anything on damaged bytes.
         raise UnreadableImage("damaged_header", type(error).__name__) from None
     if not any(tag.group > 2 for tag in dataset.keys()):  # noqa: SIM118  iterating would decode values
         raise UnreadableImage("not_dicom", "no DICOM elements")
@@ -47,7 +47,7 @@ def read_dataset(path: Path, *, header_only: bool = False) -> Dataset:
 
 
 def _looks_bare(path: Path) -> bool:
-    """Whether a file without preamble begins with an element of group 2 or 8, as DICOM from before 1996 does."""
+    """Whether a file without preamble begins with an element of group 2 or 8, like DICOM files from before 1996."""
     with path.open("rb") as stream:
         start = stream.read(132)
     if start[128:] == b"DICM" or len(start) < 16:
@@ -59,7 +59,7 @@ def _looks_bare(path: Path) -> bool:
 
 
 def _refuse_inflating(path: Path, bare: bool) -> None:
-    """Refuses a decompression bomb: a deflated file is inflated whole when read, so its size is counted first."""
+    """Refuses decompression bombs: pydicom inflates a deflated file as a whole, so its size is counted first."""
     if bare:
         return
     meta = read_file_meta_info(path)
@@ -78,7 +78,7 @@ def _refuse_inflating(path: Path, bare: bool) -> None:
 
 @contextmanager
 def discreet() -> Iterator[None]:
-    """Keeps pydicom quiet: its warnings and log lines quote values of the file."""
+    """Silences pydicom, whose warnings and log lines quote values of the file."""
     logger = logging.getLogger("pydicom")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -91,7 +91,7 @@ def discreet() -> Iterator[None]:
 
 
 def complete_syntax(dataset: Dataset) -> None:
-    """Old files lack the header that says how they are written; reading has found it out."""
+    """Adds the transfer syntax that old files lack, as detected while reading."""
     if dataset.file_meta.get("TransferSyntaxUID") is None:
         implicit, little = dataset.original_encoding
         plain = ExplicitVRLittleEndian if little else ExplicitVRBigEndian

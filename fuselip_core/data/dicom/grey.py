@@ -28,9 +28,9 @@ class Window:
 
 
 def padding(raw: NDArray[Any], stored: NDArray[Any], dataset: Dataset) -> NDArray[np.bool_]:
-    """Where pixels mean "no picture here" (PS3.3 C.7.5.1.1.2).
+    """Mask of padding pixels (PS3.3 C.7.5.1.1.2).
 
-    Some scanners pad with a value beyond BitsStored, so whole cells (`raw`) count as well as their significant bits.
+    Some scanners pad with a value beyond BitsStored, so both the whole cells (`raw`) and the stored bits are compared.
     """
     kind = next((kind for kind in ("Float", "DoubleFloat") if f"{kind}PixelData" in dataset), "")
     value = dataset.get(f"{kind}PixelPaddingValue")
@@ -44,15 +44,15 @@ def padding(raw: NDArray[Any], stored: NDArray[Any], dataset: Dataset) -> NDArra
 
 
 def _as_signed(value: int) -> int:
-    """A value of 16 bits that was written as unsigned."""
+    """Reads an unsigned 16-bit value as signed."""
     return int(value) - (1 << 16) if value >= 1 << 15 else int(value)
 
 
 def modality_values(stored: NDArray[Any], dataset: Dataset, frame: int) -> Values:
-    """Values in the modality's unit: through the modality LUT, else slope and intercept (PS3.3 C.11.1)."""
+    """Values in the modality's unit, by the modality LUT or by slope and intercept (PS3.3 C.11.1)."""
     if dataset.get("ModalityLUTSequence"):
-        # Not pydicom's apply_modality_lut: it fails on tables of 10 to 15 bits, on negative first values beside
-        # unsigned pixels, and takes a negative first value that is written as US for a large one.
+        # Not pydicom's apply_modality_lut: it fails on tables of 10 to 15 bits and on negative first values with
+        # unsigned pixels, and reads a negative first value written as US as a large one.
         item = dataset.ModalityLUTSequence[0]
         table = entries(item["LUTData"], item.LUTDescriptor, dataset)
         return look_up(stored, item.LUTDescriptor[1], table, signed=stored.dtype.kind == "i").astype(np.float64)
@@ -67,7 +67,7 @@ def _rescale(dataset: Dataset, frame: int) -> tuple[float, float]:
 
 
 def _functional(dataset: Dataset, frame: int, name: str) -> Iterator[Dataset]:
-    """Items of the functional groups of enhanced multi-frame files: the frame's own, then the one shared by all."""
+    """Items in the functional groups of enhanced multi-frame files: first the frame's own, then the shared one."""
     own = dataset.get("PerFrameFunctionalGroupsSequence")
     shared = dataset.get("SharedFunctionalGroupsSequence")
     for groups in (own[frame] if own and frame < len(own) else None, shared[0] if shared else None):
@@ -76,7 +76,7 @@ def _functional(dataset: Dataset, frame: int, name: str) -> Iterator[Dataset]:
 
 
 def voi_of(dataset: Dataset, frame: int, preset: Window | None) -> Window | Dataset | None:
-    """What decides the grey of a frame: the window asked for, else the file's VOI LUT or window; None without any."""
+    """The preset for CT, or else the file's VOI LUT or window; None if it has neither."""
     if preset is not None and dataset.get("Modality") == "CT":
         return preset
     for source in (*_functional(dataset, frame, "FrameVOILUTSequence"), dataset):
@@ -91,10 +91,10 @@ def voi_of(dataset: Dataset, frame: int, preset: Window | None) -> Window | Data
 
 
 def _first_window(source: Dataset) -> Window | None:
-    """The first of the file's windows that makes sense.
+    """The file's first valid window.
 
-    LINEAR is not defined for widths below 1, which turn up where values are small after rescaling (PET, MR); as other
-    viewers do, they are read as LINEAR_EXACT.
+    LINEAR is not defined for widths below 1, which occur with small rescaled values (PET, MR); like other viewers, this
+    uses LINEAR_EXACT for them.
     """
     function = str(source.get("VOILUTFunction") or "LINEAR").upper()
     function = function if function in FUNCTIONS else "LINEAR"
@@ -102,7 +102,7 @@ def _first_window(source: Dataset) -> Window | None:
         for center, width in zip(_numbers(source, "WindowCenter"), _numbers(source, "WindowWidth"), strict=False):
             if math.isfinite(center) and 0.0 < width < math.inf:
                 return Window(center, width, "LINEAR_EXACT" if function == "LINEAR" and width < 1.0 else function)
-    except (TypeError, ValueError):  # letters, where a number should be
+    except (TypeError, ValueError):  # not a number
         pass
     return None
 
@@ -116,9 +116,9 @@ def _numbers(source: Dataset, name: str) -> list[float]:
 def windowed(values: Values, window: Window) -> Values:
     """PS3.3 C.11.2.1.2 (LINEAR) and C.11.2.1.3 (SIGMOID, LINEAR_EXACT), onto 0..1."""
     scale = Dataset()
-    # One unsigned bit: the range onto which pydicom maps is then 0..1.
+    # One unsigned bit, so that pydicom's output range is 0..1.
     scale.PhotometricInterpretation, scale.PixelRepresentation, scale.BitsStored = "MONOCHROME2", 0, 1
-    # As FD, since DS holds 16 characters at most.
+    # As FD, since DS is limited to 16 characters.
     scale.add_new("WindowCenter", "FD", window.center)
     scale.add_new("WindowWidth", "FD", window.width)
     scale.VOILUTFunction = window.function
@@ -129,17 +129,17 @@ def windowed(values: Values, window: Window) -> Values:
 def through_voi_lut(values: Values, dataset: Dataset, frame: int, item: Dataset) -> Values:
     """PS3.3 C.11.2.1.1, onto 0..1.
 
-    Not pydicom's apply_voi: it wraps round where a table of 8 bits has more than 256 entries, fails on 9 and 12 bits in
-    bytes, and takes a negative first value that is written as US for a large one.
+    Not pydicom's apply_voi: it wraps around for 8-bit tables with more than 256 entries, fails on 9 and 12 bits in
+    bytes, and reads a negative first value written as US as a large one.
     """
     _, first, bits = item.LUTDescriptor
     table = entries(item["LUTData"], item.LUTDescriptor, dataset)
-    # Tables of 12 bits in fields of 16 are common; the bits that are stated decide.
+    # Tables of 12 bits in 16-bit fields are common; the stated bits count.
     return look_up(values, first, table, signed=_may_be_negative(dataset, frame)) / float(2 ** max(1, bits) - 1)
 
 
 def _may_be_negative(dataset: Dataset, frame: int) -> bool:
-    """Whether the header allows negative values after the modality LUT: then the first value of a VOI LUT is signed."""
+    """Whether values may be negative after the modality LUT, in which case the first value of a VOI LUT is signed."""
     if dataset.get("ModalityLUTSequence"):
         return False
     if "PixelData" not in dataset:
@@ -154,16 +154,16 @@ def _may_be_negative(dataset: Dataset, frame: int) -> bool:
 
 
 def entries(data: DataElement, descriptor: Any, dataset: Dataset) -> NDArray[np.uint16]:
-    """The entries of a lookup table: numbers (US), or bytes in the file's byte order (OW), one or two an entry."""
+    """The entries of a lookup table, given as numbers (US) or as bytes in the file's byte order (OW)."""
     count, _, bits = (int(part) for part in descriptor)
     count = count or 1 << 16
     content = data.value
     if not isinstance(content, bytes):
         content = np.atleast_1d(np.asarray(content, dtype=np.int64)).astype("<u2").tobytes()
     elif data.VR != "OB" and not dataset.file_meta.TransferSyntaxUID.is_little_endian:
-        # Words are swapped, also those that hold two entries of 8 bits.
+        # Words are swapped even if they contain two 8-bit entries.
         content = np.frombuffer(content[: len(content) // 2 * 2], ">u2").astype("<u2").tobytes()
-    # Bytes may be padded to an even number, and entries of 8 bits may come in words.
+    # Bytes may be padded to an even number, and 8-bit entries may be stored in words.
     words = len(content) >= 2 * count or (bits > 8 and len(content) not in (count, count + 1))
     table = np.frombuffer(content[: len(content) // 2 * 2] if words else content, "<u2" if words else np.uint8)
     if not len(table):
@@ -172,6 +172,6 @@ def entries(data: DataElement, descriptor: Any, dataset: Dataset) -> NDArray[np.
 
 
 def look_up(values: NDArray[Any], first: int, table: NDArray[Any], *, signed: bool) -> NDArray[Any]:
-    """Entries of the table, which begins at the value `first`; values beyond it take its ends."""
+    """Entries of the table, whose first entry is for the value `first`; values outside are clipped to its ends."""
     first = _as_signed(first) if signed else int(first)
     return table[np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)]

@@ -1,4 +1,4 @@
-"""Builds a description from a DICOM header, and lists the fields that identify a person."""
+"""Composes a description from a DICOM header, and lists the values that identify a person."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydicom.multival import MultiValue
 
 from fuselip_core.data.dicom.deidentify import GAP, scrub
 
-# Values that name a person, a place or a visit; wherever they turn up in a text, they are taken out.
+# Fields that identify a person, a place or a visit; their values are removed from all texts.
 IDENTITY_NAMES = (
     "PatientName",
     "PatientID",
@@ -53,7 +53,7 @@ IDENTITY_NAMES = (
 
 
 def identities(dataset: Dataset) -> tuple[str, ...]:
-    """Every value of the header that could identify a person, as text."""
+    """All values in the header that could identify a person, as text."""
     found: list[str] = []
     for name in IDENTITY_NAMES:
         value = dataset.get(name)
@@ -65,14 +65,14 @@ def identities(dataset: Dataset) -> tuple[str, ...]:
 
 
 def _persons(dataset: Dataset) -> Iterator[str]:
-    """Names of people anywhere in the header, also in private elements and within sequences."""
-    # Frames of one object repeat their references thousands of times and name nobody new.
+    """Names of people anywhere in the header, including private elements and sequences."""
+    # Not in the items of single frames, which repeat the same references thousands of times.
     for tag in dataset.keys() - {tag_for_keyword("PerFrameFunctionalGroupsSequence")}:
         raw = dataset.get_item(tag)
         kind = raw.VR or (dictionary_VR(tag) if dictionary_has_tag(tag) else None)
         if kind not in ("PN", "SQ"):
-            continue  # other values are left as bytes: decoding them all would take longer than the pictures
-        with contextlib.suppress(Exception):  # a value that cannot be decoded cannot be quoted either
+            continue  # without decoding: decoding all values would take longer than the pictures
+        with contextlib.suppress(Exception):  # a value that cannot be decoded cannot appear in a text either
             value = dataset[tag].value
             if kind == "SQ":
                 for item in value:
@@ -82,9 +82,9 @@ def _persons(dataset: Dataset) -> Iterator[str]:
 
 
 def compose(dataset: Dataset, terms: Mapping[str, Any], known: Sequence[str]) -> str:
-    """A sentence from modality, body part, view and the descriptions of study and series; "" if they say nothing.
+    """A sentence from modality, body part, view and the descriptions of study and series.
 
-    The modality alone says nothing that the picture does not, so it makes no text of its own.
+    Empty if only the modality is known, since that is visible in the picture.
     """
     modality = terms["modalities"].get(_value(dataset, "Modality").upper(), "")
     view = _value(dataset, "ViewPosition").upper()
@@ -109,7 +109,7 @@ def compose(dataset: Dataset, terms: Mapping[str, Any], known: Sequence[str]) ->
 
 
 def _value(dataset: Dataset, name: str) -> str:
-    """One value of the header as text on one line, without what only a machine reads."""
+    """A header value as text on one line, without control characters, underscores and carets."""
     value = dataset.get(name)
     if isinstance(value, MultiValue):
         value = value[0] if value else ""
@@ -124,11 +124,11 @@ def _body(dataset: Dataset, terms: Mapping[str, Any], known: Sequence[str]) -> s
 
 
 def _description(dataset: Dataset, name: str, known: Sequence[str]) -> str:
-    """A description without identities; "" where nothing else is left."""
+    """A description without identities; empty if nothing else is left."""
     return _without_gaps(scrub(_value(dataset, name), known))
 
 
 def _without_gaps(text: str) -> str:
-    """A short text without the places where an identity stood; "" if no word of two letters is left."""
+    """A short text without the gaps of removed identities; empty if no word of two letters is left."""
     text = re.sub(r"\s+([,.;:])", r"\1", " ".join(text.replace(GAP, " ").split())).strip(" .,;:-/")
     return text if re.search(r"[^\W\d_]{2,}", text) else ""

@@ -1,11 +1,11 @@
 """Lists a folder of DICOM files as a data set of 8-bit pictures with de-identified text.
 
-Files are listed by their headers; `DicomPlace.read` converts one frame to PNG, in whichever process asks. Ids are
-keyed hashes (`deidentify`), text comes from a table or from the header's own descriptions and is scrubbed, reasons and
-notes quote no value of a file. Where a `dicom.yaml` lies in the folder, it holds fields of `DicomSettings`; a
-`text.csv` there is the table.
+Files are listed by their headers; `DicomPlace.read` converts a frame to PNG, in any process. Ids are keyed hashes
+(`deidentify`). Text comes from a table or from descriptions in the header, and identities are removed from it. Reasons
+and notes quote no value of a file. A `dicom.yaml` in the folder sets fields of `DicomSettings`; a `text.csv` is the
+table.
 
-None of this guarantees anonymity: burned-in text without a flag, faces in head scans and unusual wording stay.
+None of this guarantees anonymity: burned-in text without a flag, faces in head scans and unusual wording remain.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from fuselip_core.images import UnreadableImage
 from fuselip_core.progress import track
 
 SETTINGS_FILE, TEXT_FILE = "dicom.yaml", "text.csv"
-FILES_A_WORKER = 64  # starting a process takes as long as reading so many
+FILES_A_WORKER = 64  # starting a process takes as long as reading this many files
 
 
 class DicomSettings(config.DicomSettings):
-    """The section `prepare.dicom` with its window checked, and what all sources share."""
+    """The section `prepare.dicom` with a checked window, and settings that all sources share."""
 
     max_megapixels: float = Field(default=120.0, gt=0, description="Larger frames are set aside, in megapixels.")
     workers: int = Field(default=1, ge=1, description="Processes that read pixels.")
@@ -52,24 +52,24 @@ class DicomSettings(config.DicomSettings):
     @classmethod
     def _known_window(cls, name: str) -> str:
         if name != "file" and name not in terms()["windows"]:
-            raise ValueError(f"no window '{name}'; there are: file, {', '.join(terms()['windows'])}")
+            raise ValueError(f"unknown window '{name}'; use one of file, {', '.join(terms()['windows'])}")
         return name
 
 
 @functools.cache
 def terms() -> dict[str, Any]:
-    """Words for DICOM's codes, and the window presets (centre, width in Hounsfield units)."""
+    """Words for DICOM codes, and window presets (centre, width in Hounsfield units)."""
     return read_json(Path(__file__).with_name("terms.json"))
 
 
 def preset(window: str) -> Window | None:
-    """The window of a name; None for "file", each file's own."""
+    """A window preset by name; None for "file", which means each file's own window."""
     return None if window == "file" else Window(*terms()["windows"][window])
 
 
 @dataclass(frozen=True, slots=True)
 class DicomPlace(Place):
-    """One frame of a DICOM file; `read` converts it. series: what scales frames without window, see `render`."""
+    """One frame of a DICOM file. series: range of values for frames without window, see `render`."""
 
     frame: int = 0
     window: str = "file"
@@ -78,14 +78,14 @@ class DicomPlace(Place):
     max_megapixels: float = 120.0
 
     def read(self) -> bytes:
-        """The frame as PNG, 8 bits, grey or RGB; raises UnreadableImage with a reason that quotes nothing."""
+        """The frame as PNG, 8 bits, grey or RGB; raises UnreadableImage, which quotes nothing of the file."""
         with discreet():
             dataset = read_dataset(self.file)
             pixels = render(dataset, self.frame, preset(self.window), self.max_megapixels, self.series)
         if self.ocr:
             refuse_text(pixels)
         stream = io.BytesIO()
-        # Fast compression: the pictures are read many times more often than they are written, but never shipped far.
+        # Fast compression: size matters little, since the pictures stay on this machine.
         Image.fromarray(pixels).save(stream, "PNG", compress_level=3)
         return stream.getvalue()
 
@@ -94,10 +94,10 @@ class DicomPlace(Place):
 
 
 def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
-    """Every picture below `root` that can be used, with its text if it has one, split by patient; raises DataError.
+    """All usable pictures below `root`, with their texts if any, split by patient; raises DataError.
 
-    Without `settings` they are read from ``dicom.yaml`` in `root`, if there is one. Files that cannot be used are set
-    aside under a pseudonym of their path, which `find_files` turns back for whoever holds the key.
+    Without `settings`, uses ``dicom.yaml`` in `root`, if there is one. Unusable files are set aside under a pseudonym
+    of their path, which `find_files` resolves with the key.
     """
     require_folder(root, "DICOM files")
     settings = settings or _settings_of(root)
@@ -143,8 +143,8 @@ def list_dicom(root: Path, settings: DicomSettings | None = None) -> Listing:
             if text:
                 listing.pairs.append(caption_pair(image, text))
     _note(listing, flagged, table, len(splits), settings)
-    if broken_links:  # whose names may name people
-        listing.notes.append("some links in the DICOM folder lead nowhere; `find -L FOLDER -type l` names them")
+    if broken_links:  # not quoted, since file names may contain people's names
+        listing.notes.append("the DICOM folder has broken links; `find -L FOLDER -type l` lists them")
     return listing
 
 
@@ -161,7 +161,7 @@ def _places(header: DicomHeader, series: ValueRange | None, settings: DicomSetti
 
 
 def _series_ranges(headers: Sequence[DicomHeader], settings: DicomSettings) -> dict[str, ValueRange]:
-    """Series → the range of values of its files without window, which are scaled together."""
+    """Series → range of values of its files without window, which share a grey scale."""
     lacking = [header for header in headers if header.lacks_window]
     if not lacking:
         return {}
@@ -182,11 +182,11 @@ def _range_of_file(path: Path, max_megapixels: float) -> ValueRange | None:
         with discreet():
             return value_range(read_dataset(path), max_megapixels)
     except UnreadableImage:
-        return None  # is set aside when its picture is read
+        return None  # set aside later, when its picture is read
 
 
 def settings_for(root: Path, settings: config.PrepareSettings) -> DicomSettings:
-    """What ``dicom.yaml`` in `root` says, corrected by what the section `prepare.dicom` states; raises DataError."""
+    """The settings in ``dicom.yaml`` in `root`, overridden by the section `prepare.dicom`; raises DataError."""
     stated = settings.dicom.model_dump(exclude_unset=True) if settings.dicom else {}
     return _settings_of(root, {**stated, "workers": settings.workers})
 
@@ -197,7 +197,7 @@ def _settings_of(root: Path, stated: Mapping[str, Any] | None = None) -> DicomSe
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
         return DicomSettings.model_validate({**(content or {}), **(stated or {})})
     except (yaml.YAMLError, UnicodeDecodeError, TypeError):
-        raise DataError(f"{path} is no valid YAML; write lines such as 'window: lung'") from None
+        raise DataError(f"{path} is not valid YAML; write lines such as 'window: lung'") from None
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise DataError(f"{path if path.exists() else 'prepare.dicom'}: {'; '.join(lines)}") from None
@@ -216,7 +216,7 @@ def _files(root: Path, settings: DicomSettings, broken_links: list[str] | None =
 
 
 def _header(path: Path, settings: DicomSettings) -> DicomHeader:
-    """Raises UnreadableImage for a file that is no picture to learn from."""
+    """Raises UnreadableImage for a file that is not a usable picture."""
     dataset = read_dataset(path, header_only=True)
     try:
         with discreet():
@@ -224,7 +224,7 @@ def _header(path: Path, settings: DicomSettings) -> DicomHeader:
     except UnreadableImage:
         raise
     except Exception as error:
-        # Values that contradict their types surface only when they are looked at.
+        # pydicom decodes values only when they are accessed, and fails on invalid ones.
         raise UnreadableImage("damaged_header", type(error).__name__) from None
 
 
@@ -253,7 +253,7 @@ def _take(path: Path, dataset: Dataset, settings: DicomSettings) -> DicomHeader:
 
 
 def _middle(count: int, wanted: int) -> tuple[int, ...]:
-    """`wanted` frames of `count`, evenly spread about the middle; one is the middle itself."""
+    """`wanted` evenly spaced frames of `count`; for one, the middle frame."""
     if count < 1:
         raise ValueError("no frames")
     wanted = min(wanted, count)
@@ -265,7 +265,7 @@ def _file_id(pseudonyms: Pseudonyms, root: Path, path: Path) -> str:
 
 
 def find_files(root: Path, ids: set[str], settings: DicomSettings | None = None) -> dict[str, Path]:
-    """Pseudonym → file of `root` for those ``file-…`` of the quarantine that `ids` names; needs the key they had."""
+    """Resolves pseudonyms ``file-…`` from the quarantine to files below `root`; needs the same key."""
     settings = settings or _settings_of(root)
     pseudonyms = Pseudonyms(load_key(settings.key_file))
     found = {_file_id(pseudonyms, root, path): path for path in _files(root, settings)}
@@ -275,14 +275,14 @@ def find_files(root: Path, ids: set[str], settings: DicomSettings | None = None)
 def _note(listing: Listing, flagged: int, table: TextTable, cases: int, settings: DicomSettings) -> None:
     searched = "all other pictures were" if settings.ocr else "no other picture was"
     listing.notes.append(
-        f"{flagged} DICOM files were set aside because their headers say that text is burned in; {searched} "
-        "searched for text (prepare.dicom.ocr). Neither this nor scrubbed descriptions guarantee that no identity "
-        "is left: look at the pictures before they leave your hands"
+        f"{flagged} DICOM files were set aside because their headers declare burned-in text; {searched} searched for "
+        "text (prepare.dicom.ocr). This and the cleaned descriptions do not guarantee anonymity: have a person check "
+        "the pictures before you pass them on"
     )
     if table.count:
-        listing.notes.append(f"{len(table.used)} of {table.count} rows of the table of texts name a file that is used")
+        listing.notes.append(f"{len(table.used)} of {table.count} rows of the table of texts belong to a used file")
     silent = len(listing.images) - len(listing.pairs)
     if silent:
-        listing.notes.append(f"{silent} of {len(listing.images)} DICOM pictures have no text, in table or header")
+        listing.notes.append(f"{silent} of {len(listing.images)} DICOM pictures have no text in the table or header")
     if cases == 1 and len(listing.images) > 1:
-        listing.notes.append("all DICOM files are of one patient, so nothing is held out")
+        listing.notes.append("all DICOM files belong to one patient, so nothing is held out")

@@ -1,4 +1,4 @@
-"""Renders a DICOM file in memory, such as an upload; nothing is written to disk."""
+"""Renders a DICOM file in memory, such as an upload, without writing to disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PREAMBLE = 128
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether `data` starts as a DICOM file does."""
+    """Whether `data` starts like a DICOM file."""
     return data[PREAMBLE : PREAMBLE + 4] == b"DICM"
 
 
 def decode_dicom(data: bytes, max_megapixels: float) -> Image.Image:
     """The middle frame of a DICOM file, 8 bits, by the rules of `render`; raises UnreadableImage."""
-    # A codec in another process needs a path, and the memory file has one as long as it is open.
+    # In a memory file, because a codec in another process needs a path.
     memory = os.memfd_create("dicom")
     try:
         with os.fdopen(memory, "wb", closefd=False) as stream:

@@ -1,8 +1,8 @@
 """One frame of a DICOM file → an 8-bit picture, following the rendering pipeline of PS3.4 N.2.
 
 Stored values → modality LUT or rescale → VOI LUT or window → polarity → 8 bits; palette, RGB and YBR become RGB. The
-grey scale depends on the header and the settings. Only where the header has neither window nor VOI LUT do the values
-count, and then those of the whole series. Nothing here reads or keeps who the patient is.
+grey scale depends on header and settings. Only if the header has neither window nor VOI LUT does it depend on the
+values, namely those of the whole series. No identity is read here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ValueRange = tuple[float, float]  # lowest and highest value after the modality 
 
 GREY = ("MONOCHROME1", "MONOCHROME2")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
-# From the most to the least defensive towards damaged data.
+# In order of robustness against damaged data.
 PLUGINS = ("pydicom", "pillow", "pylibjpeg", "pyjpegls", "gdcm")
 MAY_CRASH = ("gdcm",)
 
@@ -40,10 +40,10 @@ def render(
 ) -> Pixels:
     """Frame `frame` (from 0) as uint8 (H, W) for grey or (H, W, 3) for colour pictures.
 
-    `window` replaces the file's own for CT; other modalities keep theirs, as their values have no common unit.
-    `series` is what a frame without window is scaled by; without it, the range of all frames of the file. Raises
-    UnreadableImage with the reason no_pixels, too_large, truncated_pixels, damaged_pixels or unsupported_pixels. Its
-    text names formats only, never a value of the file.
+    window: replaces the file's own for CT, but not for other modalities, whose values have no common unit. series:
+    range of values that frames without window are scaled by; by default that of all frames of the file. Raises
+    UnreadableImage with the reason no_pixels, too_large, truncated_pixels, damaged_pixels or unsupported_pixels, which
+    quotes no value of the file.
     """
     try:
         _check(dataset, max_megapixels)
@@ -55,19 +55,19 @@ def render(
     except UnreadableImage:
         raise
     except Exception as error:
-        # Decoders and tables raise anything at all on damaged or hostile input.
+        # Decoders and tables may raise anything on damaged or hostile input.
         raise UnreadableImage("damaged_pixels", f"contradictory values ({type(error).__name__})") from None
 
 
 def lacks_window(dataset: Dataset, frames: tuple[int, ...], window: Window | None) -> bool:
-    """Whether the header alone does not say how grey one of `frames` is; pixel data need not be loaded."""
+    """Whether the header defines no grey scale for one of `frames`; pixel data need not be loaded."""
     if dataset.get("PhotometricInterpretation") not in GREY:
         return False
     return any(grey.voi_of(dataset, frame, window) is None for frame in frames)
 
 
 def value_range(dataset: Dataset, max_megapixels: float) -> ValueRange | None:
-    """Lowest and highest value of all readable frames, in the modality's unit and without padding; None if none is."""
+    """Lowest and highest value of all readable frames, in the modality's unit and without padding; None without any."""
     found: ValueRange | None = None
     try:
         _check(dataset, max_megapixels)
@@ -79,13 +79,13 @@ def value_range(dataset: Dataset, max_megapixels: float) -> ValueRange | None:
             if values.size:
                 found = joint_range(found, (float(values.min()), float(values.max())))
     except Exception:
-        # The frame is named when it is rendered. Stopping here keeps a header that claims a billion frames harmless.
+        # The error is reported when the frame is rendered. Stopping here, in case a header claims a billion frames.
         return found
     return found
 
 
 def joint_range(one: ValueRange | None, other: ValueRange | None) -> ValueRange | None:
-    """The range that spans both."""
+    """The union of two ranges."""
     if one is None or other is None:
         return one or other
     return min(one[0], other[0]), max(one[1], other[1])
@@ -110,7 +110,7 @@ def _check(dataset: Dataset, max_megapixels: float) -> None:
 
 
 def _decode(dataset: Dataset, frame: int) -> NDArray[Any]:
-    """Stored values of a frame, (H, W) or (H, W, 3); YBR has become RGB."""
+    """Stored values of a frame, (H, W) or (H, W, 3); YBR converted to RGB."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax.is_compressed and not syntax.is_deflated:
         _check_coded_size(dataset, frame)
@@ -138,13 +138,13 @@ def _decode_by(plugin: str, dataset: Dataset, frame: int) -> NDArray[Any]:
 
 
 def _is_native(dataset: Dataset) -> bool:
-    """Whether pixels keep their place in their cells; other codecs carry the stored bits alone."""
+    """Whether the encoding keeps the whole cells; other codecs keep only the stored bits."""
     syntax = dataset.file_meta.TransferSyntaxUID
     return syntax == RLELossless or syntax.is_deflated or not syntax.is_compressed
 
 
 def _significant_bits(raw: NDArray[Any], dataset: Dataset) -> NDArray[Any]:
-    """Values of BitsStored bits up to HighBit (PS3.5 8.1.1); pydicom takes the lowest bits, whatever HighBit says."""
+    """Values of BitsStored bits up to HighBit (PS3.5 8.1.1); pydicom ignores HighBit and takes the lowest bits."""
     allocated, bits = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
     if raw.dtype.kind not in "iu" or raw.dtype.itemsize * 8 != allocated or not _is_native(dataset):
         return raw
@@ -155,7 +155,7 @@ def _significant_bits(raw: NDArray[Any], dataset: Dataset) -> NDArray[Any]:
 
 
 def _reason(failure: str) -> str:
-    """What the decoders' errors come down to; their own words may quote the file."""
+    """The reason behind the decoders' messages, which may quote the file and so are not passed on."""
     if "less than expected" in failure:
         return "truncated_pixels"
     return "unsupported_pixels" if "does not support" in failure else "damaged_pixels"
@@ -170,7 +170,7 @@ def _plugins(syntax: Any) -> Iterator[str]:
 
 
 def _check_coded_size(dataset: Dataset, frame: int) -> None:
-    """A code stream says itself how large it unpacks; it must say what the header says, or it is a bomb or a fault."""
+    """Compares the size in the code stream with the header, against decompression bombs and damaged files."""
     frames = int(dataset.get("NumberOfFrames") or 1)
     try:
         found = coded_size(get_frame(dataset.PixelData, frame, number_of_frames=frames))
@@ -198,12 +198,12 @@ def _grey(raw: NDArray[Any], dataset: Dataset, frame: int, window: Window | None
         shown = (values - low) / (high - low) if high > low else np.zeros(values.shape)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         shown = 1.0 - np.clip(shown, 0.0, 1.0)
-    # Padding is what the scanner did not see; it is black in either polarity.
+    # Padding is black in either polarity.
     return _to_8_bits(np.where(grey.padding(raw, stored, dataset), 0.0, shown))
 
 
 def _to_8_bits(shares: Values) -> Pixels:
-    """Shares of full brightness, 0..1 → 0..255, halves upwards; what is no number is black."""
+    """Shares of full brightness, 0..1 → 0..255, halves rounded up; NaN becomes black."""
     return np.floor(np.clip(np.nan_to_num(shares), 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
@@ -211,18 +211,18 @@ def _to_8_bits(shares: Values) -> Pixels:
 
 
 def _palette(stored: NDArray[Any], dataset: Dataset) -> Pixels:
-    """Indices → RGB (PS3.3 C.7.6.3.1.5); tables of 16 bits keep their upper eight."""
+    """Indices → RGB (PS3.3 C.7.6.3.1.5); 16-bit tables are reduced to their upper 8 bits."""
     if "SegmentedRedPaletteColorLookupTableData" in dataset:
         coloured = apply_color_lut(stored, dataset)[..., :3]
         return (coloured >> 8 if coloured.dtype.itemsize > 1 else coloured).astype(np.uint8)
-    # Not pydicom's apply_color_lut: it reads words in the byte order of this machine.
+    # Not pydicom's apply_color_lut, which reads words in this machine's byte order.
     names = [f"{name}PaletteColorLookupTable" for name in ("Red", "Green", "Blue")]
     descriptors = [dataset[f"{name}Descriptor"].value for name in names]
     tables = [
         grey.entries(dataset[f"{name}Data"], descriptor, dataset)
         for name, descriptor in zip(names, descriptors, strict=True)
     ]
-    # Some writers state 16 bits and fill eight; all three tables together tell, since one of them may be dark.
+    # Some writers state 16 bits but use 8. All three tables are compared, since a single one may be dark.
     shift = 8 if max(table.max() for table in tables) > 255 else 0
     planes = [
         grey.look_up(stored, descriptor[1], table >> shift, signed=stored.dtype.kind == "i")

@@ -7,18 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuselip_core.data.pair import DataError
+from fuselip_core.data.pair import SPLIT_OF, DataError
 from fuselip_core.data.table_reader import columns_of, read_table
 
-# Columns that may name an image, from the closest to the widest.
+# Columns that may identify images, from the most to the least specific.
 IMAGE_COLUMNS = ("SOPInstanceUID", "file")
 KEY_COLUMNS = (*IMAGE_COLUMNS, "SeriesInstanceUID", "StudyInstanceUID", "AccessionNumber")
-SPLIT_OF = {"": "", "train": "train", "valid": "valid", "val": "valid", "validation": "valid", "test": "test"}
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """A row that can be used; split is "" where it states none."""
+    """A usable row; split: "" if it states none."""
 
     number: int
     text: str
@@ -27,9 +26,9 @@ class TextRow:
 
 @dataclass
 class TextTable:
-    """Rows of the table by what they name: an instance, a file, a series, a study or an accession number.
+    """Rows by the instance, file, series, study or accession number that they belong to.
 
-    set_aside: name of the row, reason and detail of each that cannot be used; none of it quotes the table.
+    set_aside: (row, reason, detail) of unusable rows, without quoting the table.
     """
 
     rows: dict[tuple[str, str], TextRow] = field(default_factory=dict)
@@ -40,7 +39,7 @@ class TextTable:
 
     @classmethod
     def read(cls, path: Path | None) -> TextTable:
-        """An empty table without `path`; raises DataError for a file that cannot be one."""
+        """Reads a table; without `path` an empty one. Raises DataError for a file that is not such a table."""
         table = cls()
         if path is None:
             return table
@@ -49,10 +48,7 @@ class TextTable:
         names = columns_of(path)
         text = next((name for name in names if name.lower() in ("text", "caption")), None)
         if text is None or not set(KEY_COLUMNS) & set(names):
-            raise DataError(
-                f"{path} needs a column text and one of {', '.join(KEY_COLUMNS)}; its header has neither "
-                "or only one of the two"
-            )
+            raise DataError(f"{path} lacks a column text, or one of {', '.join(KEY_COLUMNS)}; add it")
 
         def bad_row(line: int, fault: str) -> None:
             table.count += 1
@@ -65,30 +61,30 @@ class TextTable:
     def _add(self, row: Mapping[str, str], text: str) -> None:
         self.count += 1
         name = f"text table, row {self.count}"
-        split = SPLIT_OF.get(row["split"].lower())
+        split = SPLIT_OF.get(row["split"].lower()) if row["split"] else ""
         if split is None:
-            self.set_aside.append((name, "unknown_split", f"none of {', '.join(filter(None, SPLIT_OF))}"))
+            self.set_aside.append((name, "unknown_split", f"none of {', '.join(SPLIT_OF)}"))
             return
         entry = TextRow(self.count, row[text], split)
         keys = [(key, row[key].replace("\\", "/") if key == "file" else row[key]) for key in KEY_COLUMNS if row[key]]
-        # A row that names an image says nothing of the others of its study.
+        # A row for an image does not apply to the rest of its series or study.
         keys = [key for key in keys if key[0] in IMAGE_COLUMNS] or keys[:1]
         if not keys:
-            self.set_aside.append((name, "no_image_named", "every column that could name one is empty"))
+            self.set_aside.append((name, "no_image_named", "all columns that identify images are empty"))
         for key in keys:
             known = self.rows.setdefault(key, entry)
             if known is not entry and (known.text, known.split) != (entry.text, entry.split):
-                detail = f"its {key[0]} is that of row {known.number}, whose text is another"
+                detail = f"same {key[0]} as row {known.number}, but another text or split"
                 self.set_aside.append((name, "repeated_row", detail))
                 return
 
     def tell_apart(self, paths: Iterable[Path]) -> None:
-        """Learns all `paths` below the root: a bare name that several of them have names none of them."""
+        """Notes file names that occur several times among `paths`, so that a bare name never matches several files."""
         names = Counter(name for path in paths for name in {path.name, path.stem})
         self.shared_names = frozenset(name for name, count in names.items() if count > 1)
 
     def row_of(self, path: Path, keys: Mapping[str, str]) -> TextRow | None:
-        """The row that names a file most closely, by its `path` below the root or one of its `keys`; None if none."""
+        """The most specific row for a file, by its `path` below the root or its `keys`; None if there is none."""
         bare = [name for name in (path.name, path.stem) if name not in self.shared_names]
         for key in KEY_COLUMNS:
             for value in (path.as_posix(), *bare) if key == "file" else (keys[key],):

@@ -1,9 +1,9 @@
 """Downloads a data set: lists it, checks disk space, fetches missing files, verifies them, writes ``download.json``.
 
-Files come in a few connections at once through `transfer.Fetch`. The Hub's own client only lists: tried against the
-tests' server, `snapshot_download` (huggingface_hub 2.4) returned a damaged file under its final name, which
-`verify_repo_checksums` finds only afterwards; logged signed addresses; and lost up to 10 MB at each cut. Zenodo would
-need `Fetch` all the same. A second call on a complete folder verifies it and asks no host.
+`transfer.Fetch` downloads several files at a time. The Hub's client is used only for listing: against the tests'
+server, `snapshot_download` (huggingface_hub 2.4) returned a damaged file under its final name, which
+`verify_repo_checksums` detects only afterwards, logged signed URLs, and lost up to 10 MB with each broken connection.
+Zenodo needs `Fetch` in any case. A second call on a complete folder verifies it without contacting the host.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from fuselip_core.files import sha256_of, write_json
 from fuselip_core.lock import sole_process
 from fuselip_core.progress import ByteMeter
 
-# Notes are written beside, then renamed (files.atomic_write): ``..<file>.partial.json.<process>.partial``.
+# Temporary names of files.atomic_write for notes and manifest: ``..<file>.partial.json.<process>.partial``.
 DRAFT = re.compile(r"\.(\..+\.partial\.json|download\.json)\.\d+\.partial")
 LOCK = ".download.lock"
-# Libraries that log whole addresses, which carry signatures of temporary access.
+# Libraries that log whole URLs, which may contain temporary signatures.
 CHATTY_LOGGERS = ("httpx", "httpcore", "httpx2", "httpcore2")
 
 logger = logging.getLogger("fuselip")
 
 
 class DownloadSettings(Section):
-    """How a data set is fetched."""
+    """Settings of a download."""
 
     revision: str | None = Field(
         default=None, description="Commit, branch or tag of a Hub data set; its main branch if empty."
@@ -52,23 +52,23 @@ class DownloadSettings(Section):
     )
     exclude: tuple[str, ...] = Field(default=(), description="Globs of files to leave out.")
     connections: int = Field(default=4, ge=1, le=32, description="Files fetched at once.")
-    attempts: int = Field(default=6, ge=1, description="Failures in a row, without a new byte, before giving up.")
-    backoff_seconds: float = Field(default=1.0, ge=0, description="First wait after a failure; it doubles from there.")
+    attempts: int = Field(default=6, ge=1, description="Consecutive failures without new data before giving up.")
+    backoff_seconds: float = Field(default=1.0, ge=0, description="First wait after a failure; doubles each time.")
     longest_wait_seconds: float = Field(default=300.0, gt=0, description="Longest wait before another attempt.")
-    timeout_seconds: float = Field(default=60.0, gt=0, description="Longest silence of a host.")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="Seconds without data from the host.")
     verify: Literal["quick", "full"] = Field(
-        default="quick", description="Present files: sizes only, or checksums as well."
+        default="quick", description="How to verify existing files: size, or checksum as well."
     )
-    refresh: bool = Field(default=False, description="Ask the host again although everything is there.")
+    refresh: bool = Field(default=False, description="Ask the host even if the download is complete.")
     hub_endpoint: str | None = Field(default=None, description="Base address of the Hub; HF_ENDPOINT's if empty.")
     zenodo_endpoint: str | None = Field(default=None, description="Base address of Zenodo; ZENODO_ENDPOINT's if empty.")
 
 
 def download(source: str, target: Path, settings: DownloadSettings | None = None) -> DownloadManifest:
-    """Brings the files of `source` into `target` and returns the manifest, also written to ``target/download.json``.
+    """Downloads the files of `source` into `target` and returns the manifest, also written to ``target/download.json``.
 
-    `source` is a name of ``origins.json``, ``hub:OWNER/NAME[@REVISION]``, ``zenodo:RECORD`` or an address. Raises
-    DownloadError with the remedy; what has arrived is kept, and the next call resumes from it.
+    `source` is a name from ``origins.json``, ``hub:OWNER/NAME[@REVISION]``, ``zenodo:RECORD`` or a URL. Raises
+    DownloadError with the remedy; the next call resumes.
     """
     settings = settings or DownloadSettings()
     origin = origin_of(source)
@@ -80,14 +80,14 @@ def download(source: str, target: Path, settings: DownloadSettings | None = None
 
 
 def _sweep(target: Path) -> None:
-    """Deletes the unfinished notes of a killed process; partial files stay."""
+    """Deletes temporary notes of a killed process, but no partial files."""
     for path in target.rglob(".*.partial"):
         if DRAFT.fullmatch(path.name):
             path.unlink()
 
 
 def _complete(target: Path, origin: Origin, settings: DownloadSettings) -> DownloadManifest | None:
-    """The manifest in `target` if it answers this request and every file of it is there as it was."""
+    """The manifest in `target`, if it belongs to the same request and all its files are unchanged."""
     manifest = read_manifest(target)
     if manifest is None or manifest.requested != _requested(origin, settings):
         return None
@@ -96,7 +96,7 @@ def _complete(target: Path, origin: Origin, settings: DownloadSettings) -> Downl
         if not path.is_file() or path.stat().st_size != file.size:
             return None
         if settings.verify == "full" and sha256_of(path) != file.sha256:
-            logger.warning("%s has changed since it was downloaded; it is fetched again", path)
+            logger.warning("%s has changed since it was downloaded; fetching it again", path)
             return None
     logger.info(
         "%s: all %d files are there, their %s checked",
@@ -108,7 +108,7 @@ def _complete(target: Path, origin: Origin, settings: DownloadSettings) -> Downl
 
 
 def _requested(origin: Origin, settings: DownloadSettings) -> dict[str, Any]:
-    """What makes two downloads the same; the address without what may be secret."""
+    """The parameters that identify a download, with the URL's secrets removed."""
     plain = public_url(origin.source) if "://" in origin.source else origin.source
     include = settings.include or origin.include
     return {
@@ -136,7 +136,10 @@ def _fetch_all(origin: Origin, target: Path, settings: DownloadSettings) -> Down
         licence=listing.licence,
         page=listing.access.page,
         requested=_requested(origin, settings),
-        files=tuple(_downloaded(file, target, digests[file.path]) for file in wanted),
+        files=tuple(
+            DownloadedFile(file.path, (target / file.path).stat().st_size, digests[file.path].sha256, file.checksum)
+            for file in wanted
+        ),
     )
     write_json(target / MANIFEST, asdict(manifest))
     return manifest
@@ -156,12 +159,12 @@ def _wanted(listing: Listing, include: tuple[str, ...], exclude: tuple[str, ...]
     }
     if not wanted:
         raise DownloadError(
-            f"{listing.access.what} lists {len(listing.files)} files, of which none fits "
-            f"{', '.join(include) or '*'}; see {listing.access.page}"
+            f"{listing.access.what} has {len(listing.files)} files, but none that matches {', '.join(include) or '*'}; "
+            f"see {listing.access.page}"
         )
     clash = sorted(path for path in wanted if Path(path).name == MANIFEST and "/" not in path)
     if clash:
-        raise DownloadError(f"{listing.access.what} holds a file named {MANIFEST}, the manifest's name; leave it out")
+        raise DownloadError(f"{listing.access.what} has a file {MANIFEST}, the manifest's name; exclude it")
     return [wanted[path] for path in sorted(wanted)]
 
 
@@ -170,7 +173,7 @@ def _matches(path: str, globs: tuple[str, ...]) -> bool:
 
 
 def _present(wanted: list[RemoteFile], target: Path) -> dict[str, Digests]:
-    """Digests of the files that are there, whole and as listed; a file that nothing vouches for is fetched again."""
+    """Digests of existing files that match the listing; files with neither size nor checksum are fetched again."""
     present = {}
     for file in wanted:
         path = target / file.path
@@ -195,10 +198,6 @@ def _bytes_to_come(missing: list[RemoteFile], target: Path) -> int:
     return total
 
 
-def _downloaded(file: RemoteFile, target: Path, digests: Digests) -> DownloadedFile:
-    return DownloadedFile(file.path, (target / file.path).stat().st_size, digests.sha256, file.checksum)
-
-
 def _fetch_missing(
     missing: list[RemoteFile],
     target: Path,
@@ -209,13 +208,13 @@ def _fetch_missing(
 ) -> dict[str, Digests]:
     """Fetches in `connections` threads; the first failure stops the others and is raised."""
     stop = threading.Event()
-    # A thread that waits for its next attempt wakes up as soon as the download is given up.
+    # Wakes threads that wait for their next attempt when the download is stopped.
     patience = replace(patience, sleep=stop.wait)
     total = sum(file.size or 0 for file in missing)
     with ExitStack() as stack:
         meter = stack.enter_context(ByteMeter(f"download {listing.access.what}", total or None))
         pool = stack.enter_context(ThreadPoolExecutor(connections, thread_name_prefix="download"))
-        # Runs before the pool waits for its threads, also when this thread is interrupted.
+        # Called before the pool waits for its threads, also if this thread is interrupted.
         stack.callback(stop.set)
         futures = {
             pool.submit(
@@ -236,12 +235,12 @@ def _fetch_missing(
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Only one process downloads into a folder; the lock goes with the process, however it ends."""
+    """Lets only one process download into a folder; removes a new folder again if nothing was downloaded."""
     made = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DownloadError(f"{target} cannot be made ({error.strerror}); choose another folder") from None
+        raise DownloadError(f"{target} cannot be created ({error.strerror}); choose another folder") from None
     try:
         busy = DownloadError(f"another process is downloading into {target}; wait for it or end it")
         with sole_process(target / LOCK, busy):
@@ -255,7 +254,7 @@ def _locked(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keeps addresses with signatures out of the log while a download runs."""
+    """Keeps signed URLs out of the log during a download."""
     loggers = [logging.getLogger(name) for name in CHATTY_LOGGERS]
     levels = [library.level for library in loggers]
     for library in loggers:

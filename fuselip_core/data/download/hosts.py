@@ -1,7 +1,7 @@
-"""Lists the files of a data set on its host: Hugging Face, Zenodo, or a single address.
+"""Lists the files of a data set on its host: Hugging Face, Zenodo, or a single URL.
 
-A source is written ``hub:OWNER/NAME[@REVISION]``, ``zenodo:RECORD``, ``https://…/file[#sha256=…]``, or as a name in
-``origins.json``. Listing pins the revision, so that every file of a download belongs to one version.
+A source is ``hub:OWNER/NAME[@REVISION]``, ``zenodo:RECORD``, ``https://…/file[#sha256=…]``, or a name from
+``origins.json``. Listing pins the revision, so that all files of a download belong to one version.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ZENODO = "https://zenodo.org"
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Base addresses of the hosts and seconds to wait for an answer; mirrors take the public hosts' place."""
+    """Base URLs of the hosts or their mirrors, and the timeout in seconds."""
 
     hub: str
     zenodo: str
@@ -48,7 +48,7 @@ class Endpoints:
 
     @classmethod
     def configured(cls, hub: str | None, zenodo: str | None, timeout: float) -> Endpoints:
-        """Explicit addresses, else those of HF_ENDPOINT and ZENODO_ENDPOINT, else the public ones."""
+        """The given URLs, or else those of HF_ENDPOINT and ZENODO_ENDPOINT, or else the public ones."""
         from huggingface_hub import constants
 
         addresses = {
@@ -57,13 +57,13 @@ class Endpoints:
         }
         for variable, address in addresses.items():
             if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", address):
-                raise DownloadError(f"{variable} is '{address}', which is no address; write https://HOST, or unset it")
+                raise DownloadError(f"{variable} is '{address}', which is not a URL; write https://HOST, or unset it")
         return cls(addresses["HF_ENDPOINT"].rstrip("/"), addresses["ZENODO_ENDPOINT"].rstrip("/"), timeout)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Every file of one version of a data set. `revision` is a commit (Hub), a record (Zenodo) or None."""
+    """All files of one version of a data set. `revision`: a commit (Hub), a record (Zenodo) or None."""
 
     source: str
     revision: str | None
@@ -74,7 +74,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Origin:
-    """A named data set: where it lies and which of its files are needed (globs, all if empty)."""
+    """A named data set: its source, and globs of the files that are needed (all if empty)."""
 
     source: str
     include: tuple[str, ...] = ()
@@ -90,20 +90,20 @@ def origins() -> dict[str, Origin]:
 
 
 def origin_of(source: str) -> Origin:
-    """The origin that a name or an address stands for; raises DownloadError for anything else."""
+    """The origin of a name or source; raises DownloadError for anything else."""
     named = origins()
     if source in named:
         return named[source]
     if source.startswith(("hub:", "zenodo:", "https://", "http://")):
         return Origin(source)
     raise DownloadError(
-        f"no data set '{source}' to download; name one of {', '.join(named)}, "
-        "or write hub:OWNER/NAME, zenodo:RECORD or https://…"
+        f"unknown data set '{source}'; name one of {', '.join(named)}, or write hub:OWNER/NAME, zenodo:RECORD or "
+        "https://…"
     )
 
 
 def folder_name_of(source: str) -> str:
-    """A folder to download `source` into where none is given: its name, without what an address may hide."""
+    """The default folder for downloading `source`: its name, without query or other parts of a URL."""
     if source.startswith(("https://", "http://")):
         name = PurePosixPath(unquote(urlsplit(source).path)).stem
     else:
@@ -114,13 +114,13 @@ def folder_name_of(source: str) -> str:
 def list_files(
     source: str, revision: str | None, client: httpx.Client, endpoints: Endpoints, patience: Patience
 ) -> Listing:
-    """Lists the files of `source` (an Origin's); raises DownloadError that names the page or variable that helps."""
+    """Lists the files of an Origin's `source`; raises DownloadError that names the page or variable to look at."""
     kind, _, rest = source.partition(":")
     if kind == "hub":
         name, _, given = rest.partition("@")
         return _list_hub(name, revision or given or None, endpoints, patience)
     if revision is not None:
-        raise DownloadError(f"{public_url(source)} has no revisions to choose from; leave the revision out")
+        raise DownloadError(f"{public_url(source)} has no revisions; leave the revision out")
     if kind == "zenodo":
         return _list_zenodo(rest, client, endpoints, patience)
     return _list_address(source)
@@ -134,7 +134,7 @@ def _list_hub(name: str, revision: str | None, endpoints: Endpoints, patience: P
     from huggingface_hub.hf_api import RepoFile
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise DownloadError(f"'{name}' is no data set of the Hub; write hub:OWNER/NAME")
+        raise DownloadError(f"'{name}' is not the name of a data set on the Hub; write hub:OWNER/NAME")
     token = get_token()
     page = f"{endpoints.hub}/datasets/{name}"
     access = Access(
@@ -189,13 +189,13 @@ def _hub_errors(access: Access, revision: str | None) -> Iterator[None]:
         raise DownloadError(no_access(access, error.response.status_code)) from None
     except RepositoryNotFoundError:
         raise DownloadError(
-            f"{access.what} does not exist at {access.origin}, or is private: check its name, "
-            f"or set {HUB_TOKEN} to a token that may read it"
+            f"{access.what} does not exist at {access.origin}, or is private; check its name, or set {HUB_TOKEN} to a "
+            "token that may read it"
         ) from None
     except RevisionNotFoundError:
         raise DownloadError(f"{access.what} has no revision '{revision}'; see {access.page}/commits/main") from None
     except HFValidationError:
-        raise DownloadError(f"{access.what} has no name that the Hub allows; write hub:OWNER/NAME") from None
+        raise DownloadError(f"{access.what} has a name that the Hub does not allow; write hub:OWNER/NAME") from None
     except OfflineModeIsEnabled:
         raise DownloadError(f"{access.what} cannot be listed in offline mode; unset HF_HUB_OFFLINE") from None
     except HfHubHTTPError as error:
@@ -208,7 +208,7 @@ def _hub_errors(access: Access, revision: str | None) -> Iterator[None]:
             raise DownloadError(no_access(access, status)) from None
         raise DownloadError(f"the Hub answered {status} for {access.what}; see {access.page}") from None
     except Exception as error:
-        # huggingface_hub lets the errors of its HTTP library through: httpx in some releases, httpx2 in others.
+        # Errors of huggingface_hub's HTTP library, httpx in some releases and httpx2 in others.
         if not type(error).__module__.startswith("httpx") and not isinstance(error, TimeoutError | ConnectionError):
             raise
         raise TransientError(f"connection to {access.origin} failed ({type(error).__name__})") from None
@@ -219,7 +219,7 @@ def _hub_errors(access: Access, revision: str | None) -> Iterator[None]:
 
 def _list_zenodo(record: str, client: httpx.Client, endpoints: Endpoints, patience: Patience) -> Listing:
     if not record.isdigit():
-        raise DownloadError(f"'{record}' is no Zenodo record; write zenodo:NUMBER, for example zenodo:10821435")
+        raise DownloadError(f"'{record}' is not a Zenodo record; write zenodo:NUMBER, for example zenodo:10821435")
     token = os.environ.get(ZENODO_TOKEN)
     access = Access(
         f"Zenodo record {record}",
@@ -240,9 +240,9 @@ def _ask_json(client: httpx.Client, url: str, access: Access) -> Mapping[str, An
     try:
         content = response.json()
     except ValueError:
-        raise TransientError(f"{response.url.host} answered something that is no JSON") from None
+        raise TransientError(f"{response.url.host} did not answer with JSON") from None
     if not isinstance(content, dict):
-        raise DownloadError(f"{response.url.host} answered no record for {access.what}; see {access.page}")
+        raise DownloadError(f"{response.url.host} did not answer with a record for {access.what}; see {access.page}")
     return content
 
 
@@ -251,15 +251,15 @@ def _zenodo_listing(content: Mapping[str, Any], access: Access) -> Listing:
     files = content.get("files") or []
     if not files:
         raise DownloadError(
-            f"{access.what} shows no files (access: {metadata.get('access_right', 'unknown')}): "
-            f"ask for access on {access.page} and set {ZENODO_TOKEN} to a token of the account that got it"
+            f"{access.what} shows no files (access: {metadata.get('access_right', 'unknown')}); request access on "
+            f"{access.page} and set {ZENODO_TOKEN} to a token of the account that has it"
         )
     try:
         listed = tuple(
             RemoteFile(entry["key"], entry["links"]["self"], int(entry["size"]), entry["checksum"]) for entry in files
         )
     except (KeyError, TypeError, ValueError):
-        raise DownloadError(f"the answer for {access.what} lists files in an unknown form; see {access.page}") from None
+        raise DownloadError(f"the file list of {access.what} has an unknown format; see {access.page}") from None
     return Listing(
         source=f"zenodo:{content.get('id', access.what.split()[-1])}",
         revision=str(content.get("id", "")) or None,
@@ -269,21 +269,21 @@ def _zenodo_listing(content: Mapping[str, Any], access: Access) -> Listing:
     )
 
 
-# ---- one address -----------------------------------------------------------------------------------------------------
+# ---- a single URL ----------------------------------------------------------------------------------------------------
 
 
 def _list_address(source: str) -> Listing:
-    """``https://host/path/file#sha256=…`` (or md5): a listing of one file whose size is not known yet."""
+    """``https://host/path/file#sha256=…`` (or md5): one file of unknown size."""
     parts = urlsplit(source)
     name = unquote(PurePosixPath(parts.path).name)
     if not parts.hostname or not name:
-        raise DownloadError(f"{public_url(source)} names no file; write the address of a file, ending in its name")
+        raise DownloadError(f"{public_url(source)} names no file; write a URL that ends in a file name")
     checksum = None
     if parts.fragment:
         kind, _, digest = parts.fragment.partition("=")
         lengths = {"sha256": 64, "md5": 32}
         if not re.fullmatch(r"[0-9a-fA-F]*", digest) or lengths.get(kind) != len(digest):
-            raise DownloadError(f"'#{parts.fragment}' is no checksum; write #sha256=… or #md5=… in hexadecimal")
+            raise DownloadError(f"'#{parts.fragment}' is not a checksum; write #sha256=… or #md5=… in hexadecimal")
         checksum = f"{kind}:{digest.lower()}"
     url = parts._replace(fragment="").geturl()
     access = Access(name, public_url(source))
@@ -291,8 +291,8 @@ def _list_address(source: str) -> Listing:
 
 
 def safe_path(path: str) -> PurePosixPath:
-    """`path` as a host gave it, if it stays in the folder it is put into; raises DownloadError otherwise."""
+    """A path from a host, if it stays within the target folder; raises DownloadError otherwise."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in path or "\0" in path:
-        raise DownloadError(f"the host lists a file named {quote(path)}, which would leave its folder; nothing is read")
+        raise DownloadError(f"the host lists the file {quote(path)}, whose path leaves the target folder; exclude it")
     return pure

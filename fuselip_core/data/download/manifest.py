@@ -15,7 +15,7 @@ MANIFEST = "download.json"
 
 @dataclass(frozen=True)
 class Provenance:
-    """`source` as `fuselip data download` takes it, the version that its host pinned, and the licence of the whole."""
+    """`source` as for `fuselip data download`, its pinned version, and the licence of the data set as a whole."""
 
     source: str | None = None
     revision: str | None = None
@@ -23,11 +23,11 @@ class Provenance:
 
 
 def provenance_of(root: Path) -> Provenance:
-    """What ``download.json`` in `root` says, nothing without one; raises DataError for an unfinished download."""
+    """The provenance in ``download.json`` in `root`, empty without one; raises DataError for an incomplete download."""
     for partial in chain(root.glob(".[!.]*.partial"), root.glob("*/.[!.]*.partial")):
         raise DataError(
-            f"{root} has an unfinished download ({partial.name}); run `fuselip data download` again, which goes on "
-            "with it, or remove that file"
+            f"{root} has an incomplete download ({partial.name}); run `fuselip data download` again, which resumes it, "
+            "or remove that file"
         )
     content = find_json(root / MANIFEST)
     stated = {name: content.get(name) for name in ("source", "revision", "licence")}
@@ -36,7 +36,7 @@ def provenance_of(root: Path) -> Provenance:
 
 @dataclass(frozen=True)
 class DownloadedFile:
-    """A file below the target folder. `checksum` is what its host stated, `sha256` what was read here."""
+    """A file below the target folder. checksum: as the host states it. sha256: computed here."""
 
     path: str
     size: int
@@ -46,7 +46,7 @@ class DownloadedFile:
 
 @dataclass(frozen=True)
 class DownloadManifest:
-    """What ``download.json`` holds; no times and no machine names, so equal downloads have equal manifests."""
+    """Content of ``download.json``, without times and machine names, so that equal downloads have equal manifests."""
 
     source: str
     revision: str | None
@@ -62,7 +62,7 @@ class DownloadManifest:
 
 
 def read_manifest(target: Path) -> DownloadManifest | None:
-    """The manifest of a finished download in `target`; None if there is none that can be read."""
+    """The manifest of a complete download in `target`; None if there is none, or it is damaged."""
     content = find_json(target / MANIFEST)
     try:
         files = tuple(DownloadedFile(**file) for file in content.pop("files"))

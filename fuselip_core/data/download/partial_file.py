@@ -1,12 +1,11 @@
-"""A partly downloaded file: its bytes and digests so far; it gets its name when it is complete.
+"""A partly downloaded file: its bytes and digests so far.
 
-Bytes gather in ``.<name>.partial`` beside the final path; ``.<name>.partial.json`` remembers which version of the file
-they belong to, so that a later process can resume.
+Bytes are collected in ``.<name>.partial`` beside the final path and renamed when complete. ``.<name>.partial.json``
+records the version of the file, so that a later process can resume.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -22,7 +21,7 @@ from fuselip_core.files import CHUNK_BYTES, find_json, write_json
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as its host lists it. `checksum` is ``<sha256|md5|gitsha1>:<hex>``; `path` is relative, with slashes."""
+    """A file in a host's list. checksum: ``<sha256|md5|gitsha1>:<hex>``. path: relative, with slashes."""
 
     path: str
     url: str
@@ -31,7 +30,7 @@ class RemoteFile:
 
 
 class Digests:
-    """Hashes bytes as they pass: always SHA-256, and what the host's checksum needs."""
+    """Hashes a stream of bytes: SHA-256, and the kind of the host's checksum."""
 
     def __init__(self, checksum: str | None, size: int | None) -> None:
         self.expected = checksum
@@ -41,7 +40,7 @@ class Digests:
         if kind == "md5":
             self._other = hashlib.md5(usedforsecurity=False)
         elif kind == "gitsha1" and size is not None:
-            # Git's name of a file: SHA-1 over a header with its size, then its bytes.
+            # Git's blob id: SHA-1 of a header with the size, then the content.
             self._other = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
         elif kind != "sha256":
             self.expected = None
@@ -57,7 +56,7 @@ class Digests:
 
     @property
     def found(self) -> str | None:
-        """The checksum in the form of the expected one; None where the host gave none."""
+        """The computed checksum of the expected kind; None if the host gave none."""
         if self.expected is None:
             return None
         kind = self.expected.partition(":")[0]
@@ -69,7 +68,7 @@ class Digests:
 
 
 def digests_of(path: Path, file: RemoteFile) -> Digests:
-    """Digests of the file at `path`, read whole."""
+    """Digests of the whole file at `path`."""
     digests = Digests(file.checksum, file.size if file.size is not None else path.stat().st_size)
     with path.open("rb") as stream:
         while block := stream.read(CHUNK_BYTES):
@@ -78,7 +77,7 @@ def digests_of(path: Path, file: RemoteFile) -> Digests:
 
 
 class Partial:
-    """Bytes of a file on their way to `final`; knows how many there are and their digests so far."""
+    """The incomplete file for `final`, with its size and digests so far."""
 
     def __init__(self, final: Path, file: RemoteFile) -> None:
         self.final, self.file = final, file
@@ -90,7 +89,7 @@ class Partial:
         self._take_up()
 
     def _take_up(self) -> None:
-        """Goes on with what an earlier run left, where that provably belongs to the same version of the file."""
+        """Continues an earlier run's file if it is certain to be the same version."""
         try:
             note = find_json(self.note)
             same = (note["size"], note["checksum"]) == (self.file.size, self.file.checksum)
@@ -103,7 +102,7 @@ class Partial:
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """A file descriptor that appends; whatever lies beyond the bytes known here is cut off first."""
+        """A descriptor for appending, after cutting off any bytes beyond the known size."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -124,7 +123,7 @@ class Partial:
     def restart(self) -> None:
         self.size, self.etag = 0, None
         self.digests = Digests(self.file.checksum, self.file.size)
-        # At once, not at the next byte: what `remember` writes next must never vouch for bytes of another version.
+        # At once, so that the note that `remember` writes next never refers to bytes of another version.
         if self.path.exists() and self.path.stat().st_size:
             os.truncate(self.path, 0)
 
@@ -151,33 +150,29 @@ class Partial:
 
 
 def partial_path(final: Path) -> Path:
-    """Where the bytes of `final` gather until it is whole."""
+    """The temporary path of `final`."""
     return final.with_name(f".{final.name}.partial")
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raises DownloadError unless `needed` bytes are free where `folder` is (or will be)."""
+    """Raises DownloadError unless `needed` bytes are free on the disk of `folder`, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DownloadError(
-            f"{what} needs {_readable(needed)} more in {folder}, where {_readable(free)} are free; "
-            "make room or choose another folder"
+            f"{what} needs {_readable(needed)} more in {folder}, where {_readable(free)} are free; free some space, or "
+            "choose another folder"
         )
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into one sentence."""
+    """Adds the file to errors of the disk, which a failing write does not name."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(
-                f"the disk of {path.parent} is full; make room and run it again, and it resumes where it stopped"
-            ) from None
-        raise DownloadError(f"{path} cannot be written ({os.strerror(error.errno or 0)})") from None
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _readable(count: int) -> str:

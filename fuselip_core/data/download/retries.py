@@ -1,6 +1,6 @@
-"""Decides which HTTP failures to retry, and how often.
+"""Which HTTP failures to retry, and how often.
 
-Nothing here writes a secret: messages name hosts, pages and variables, never headers, queries or tokens.
+Messages contain hosts, pages and variables, but never headers, queries or tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger("fuselip")
 
 
 class DownloadError(FuselipError):
-    """A download that cannot go on; the message says what is missing and what to do."""
+    """A download that cannot continue; the message says what is missing and what to do."""
 
 
 class GaveUp(DownloadError):
@@ -39,7 +39,7 @@ class GaveUp(DownloadError):
 
 
 class TransientError(Exception):
-    """A failure that another attempt may overcome; `retry_after` is the wait in seconds that the server asked for."""
+    """A failure worth a retry. retry_after: seconds that the server asks to wait. progressed: new bytes arrived."""
 
     def __init__(self, reason: str, *, retry_after: float | None = None, progressed: bool = False) -> None:
         super().__init__(reason)
@@ -49,9 +49,9 @@ class TransientError(Exception):
 
 @dataclass(frozen=True)
 class Access:
-    """Who asks: the page that explains access, the variable that holds a token, and the token's header.
+    """Access to a host: the page that explains it, the variable for a token, and the header with the token.
 
-    The header goes only to `origin` (scheme and host), never to where that redirects.
+    The header is sent only to `origin` (scheme and host), never to a redirect's target.
     """
 
     what: str
@@ -67,7 +67,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Patience:
-    """When to give up: consecutive failures without a new byte, and the waits in seconds between them."""
+    """When to give up: number of consecutive failures without new data, and the waits in seconds between them."""
 
     attempts: int = 6
     first_wait: float = 1.0
@@ -76,9 +76,9 @@ class Patience:
 
 
 def persist(attempt: Callable[[], Result], patience: Patience, what: str) -> Result:
-    """Calls `attempt` until it raises no TransientError; waits grow exponentially, or as long as the server asks.
+    """Calls `attempt` until it raises no TransientError. Waits grow exponentially, or are as long as the server asks.
 
-    An attempt that received new bytes resets the count. Raises GaveUp when patience runs out.
+    An attempt that received new bytes resets the count. Raises GaveUp according to `patience`.
     """
     failures = 0
     backoff = tenacity.wait_exponential_jitter(
@@ -98,7 +98,7 @@ def persist(attempt: Callable[[], Result], patience: Patience, what: str) -> Res
 
     def wait(state: tenacity.RetryCallState) -> float:
         asked = _error_of(state).retry_after
-        # Tenacity counts every attempt; the wait depends on the failures since the last new byte.
+        # Tenacity counts all attempts, but the wait depends on the failures since the last new byte.
         state.attempt_number = failures
         return asked if asked is not None else backoff(state)
 
@@ -131,13 +131,13 @@ def _error_of(state: tenacity.RetryCallState) -> TransientError:
 def _gave_up(what: str, error: TransientError, failures: int, patience: Patience) -> str:
     if (error.retry_after or 0.0) > patience.longest_wait:
         return f"{what}: {error}, and its server asks to wait {error.retry_after:.0f} s; run it again after that"
-    return f"{what}: {error}, {failures} times in a row; run it again later, and it resumes where it stopped"
+    return f"{what}: {error}, {failures} times in a row; run it again later to resume"
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a Retry-After header asks for, given as seconds or as a date; None without one.
+    """Seconds of a Retry-After header, given as seconds or as a date; None without one.
 
-    The Hub sends RateLimit instead (`"api";r=0;t=55`: nothing remains for 55 seconds).
+    The Hub sends RateLimit instead (`"api";r=0;t=55`: no requests left for 55 seconds).
     """
     value = headers.get("Retry-After")
     if value is None:
@@ -156,7 +156,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 @contextmanager
 def network_errors(host: str) -> Iterator[None]:
-    """Turns failures of the connection into TransientError; other errors of the request into DownloadError."""
+    """Turns connection failures into TransientError, and other errors of the request into DownloadError."""
     try:
         yield
     except (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError) as error:
@@ -166,13 +166,13 @@ def network_errors(host: str) -> Iterator[None]:
 
 
 def refuse_status(response: httpx.Response, access: Access) -> None:
-    """Raises what an answer without content means: TransientError, or DownloadError with the remedy."""
+    """Raises TransientError, or DownloadError with the remedy, if the response is an error."""
     status, host = response.status_code, response.url.host
     if status in RETRY_STATUS:
         raise TransientError(f"{host} answered {status}", retry_after=retry_after(response.headers))
     if status in (401, 403) and response.history and not access.headers_for(str(response.url)):
-        # The address that the host handed out has expired; the next attempt asks for a fresh one.
-        raise TransientError(f"{host} answered {status} to a temporary address")
+        # The signed URL has expired; the next attempt gets a new one.
+        raise TransientError(f"{host} answered {status} to a temporary URL")
     if status in (401, 403):
         raise DownloadError(no_access(access, status))
     if status in (404, 410):
@@ -182,15 +182,15 @@ def refuse_status(response: httpx.Response, access: Access) -> None:
 
 
 def no_access(access: Access, status: int) -> str:
-    """The sentence for a data set that needs a licence accepted, a token, or both."""
+    """The sentence for a data set that requires accepting its terms, a token, or both."""
     remedy = f"accept its terms on {access.page}"
     if access.token_variable:
         remedy += f" and set {access.token_variable} to a token of the account that accepted them"
-    return f"{access.what} may not be read without permission (answer {status}): {remedy}"
+    return f"{access.what} may not be read without permission (answer {status}); {remedy}"
 
 
 def public_url(url: str) -> str:
-    """`url` without user name, password, query and fragment, which may hold secrets."""
+    """`url` without user name, password, query and fragment, which may contain secrets."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     netloc = f"{host}:{parts.port}" if parts.port else host

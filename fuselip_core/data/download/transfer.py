@@ -1,4 +1,4 @@
-"""One file over HTTP: resumed (RFC 9110, Range and If-Range), retried, verified, whole or absent."""
+"""Downloads one file over HTTP: resuming (RFC 9110, Range and If-Range), retrying, verified, atomic."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from fuselip_core.data.download.retries import (
     refuse_status,
 )
 
-# A file that arrives damaged is fetched again from the start; after a second time it is damaged at its source.
+# A damaged file is fetched again from the start; if it is damaged again, the fault is at its source.
 MISMATCHES_ALLOWED = 1
 
 
 class Stopped(Exception):
-    """Another file of the same download failed, so this one stops at the next block."""
+    """Another file of the download failed, so this one stops at the next block."""
 
 
 class Meter(Protocol):
-    """Receives the number of bytes that arrive (negative when some must be fetched again)."""
+    """Receives the number of new bytes (negative if some must be fetched again)."""
 
     def advance(self, count: int) -> None: ...
 
 
 @dataclass
 class Fetch:
-    """Fetches one file with `run`; holds the state that one attempt leaves to the next."""
+    """Fetches one file with `run`; holds the state between attempts."""
 
     client: httpx.Client
     file: RemoteFile
@@ -50,7 +50,7 @@ class Fetch:
     mismatches: int = 0
 
     def run(self) -> Digests:
-        """The digests of the whole file, which then stands at `final`; raises DownloadError or Stopped."""
+        """Fetches the file to `final` and returns its digests; raises DownloadError, OSError or Stopped."""
         partial = Partial(self.final, self.file)
         self.meter.advance(partial.size)
         self.furthest = partial.size
@@ -91,17 +91,19 @@ class Fetch:
             self._cut_short(partial)
 
     def _nothing_left(self, response: httpx.Response, partial: Partial) -> None:
-        """No byte lies beyond what is here: it is whole (and verified next), or belongs to another version."""
+        """Handles 416: the file is already complete (and verified next), or belongs to another version."""
         if _content_range(response).total == partial.size and self.file.size is None:
             return
         self._restart(partial)
         raise TransientError("the server refused to resume where the last run stopped")
 
     def _start(self, response: httpx.Response, partial: Partial) -> int | None:
-        """Size of the whole file once this answer is read, or None if the server does not say."""
+        """Size of the whole file after this response, or None if the server does not say."""
         refuse_status(response, self.access)
         if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise DownloadError(f"{response.url.host} sends {self.file.path} compressed though asked not to")
+            raise DownloadError(
+                f"{response.url.host} sends {self.file.path} compressed, although asked not to; use another mirror"
+            )
         if response.status_code == 206:
             span = _content_range(response)
             if span.start != partial.size:
@@ -109,7 +111,7 @@ class Fetch:
                 raise TransientError("the server sent another part than the one asked for")
             total = span.total
         else:
-            # No resumption was asked for, the server knows none, or the file has changed since.
+            # First request, a server that cannot resume, or a changed file.
             self._restart(partial)
             length = response.headers.get("Content-Length", "")
             total = int(length) if length.isdigit() else None
@@ -130,7 +132,7 @@ class Fetch:
     def _copy(self, response: httpx.Response, partial: Partial) -> None:
         try:
             with partial.opened() as descriptor:
-                # Blocks as they come from the network: larger ones would be gathered first, and lost with a cut.
+                # Raw blocks, because larger ones would be buffered and lost if the connection breaks.
                 for block in response.iter_raw():
                     if self.stopped():
                         raise Stopped
@@ -152,8 +154,8 @@ class Fetch:
         self.mismatches += 1
         if self.mismatches > MISMATCHES_ALLOWED:
             raise DownloadError(
-                f"{self.file.path} {how}, {self.mismatches} times; "
-                f"it may be damaged at its source, see {self.access.page}"
+                f"{self.file.path} {how}, {self.mismatches} times; it may be damaged at its source, see "
+                f"{self.access.page}"
             )
         raise TransientError(f"it {how}")
 
@@ -164,7 +166,7 @@ class _Span(NamedTuple):
 
 
 def _content_range(response: httpx.Response) -> _Span:
-    """``bytes 5-9/10`` → (5, 10), ``bytes */10`` → (None, 10); None also for what makes no sense."""
+    """``bytes 5-9/10`` → (5, 10), ``bytes */10`` → (None, 10); None for invalid parts."""
     unit, _, rest = response.headers.get("Content-Range", "").partition(" ")
     span, _, total = rest.partition("/")
     start = span.partition("-")[0]

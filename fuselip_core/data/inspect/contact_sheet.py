@@ -34,7 +34,7 @@ def thumbnail(data: bytes | None, side: int = CELL) -> Image.Image | None:
 
 
 def write_sheet(path: Path, parts: Mapping[str, tuple[Sequence[Mapping[str, Any]], Mapping[str, bytes]]]) -> None:
-    """One PNG: under the name of each split its pairs, a cell each, with their picture or pictures and their text.
+    """Writes one PNG with the pairs of each split, one cell a pair, with its pictures and text.
 
     parts: split → (pairs, bytes of their pictures by id).
     """
@@ -64,7 +64,7 @@ def _draw_cell(
     pair: Mapping[str, Any],
     pictures: Mapping[str, bytes],
 ) -> None:
-    """A pair: the pictures of query and target side by side where it has both, and its text below."""
+    """Draws a pair: its picture, or those of query and target side by side, and its text below."""
     pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=FRAME)
     names = [pair[side] for side in ("query_image", "target_image") if pair[side]]
     width = CELL // len(names)
@@ -79,7 +79,7 @@ def _draw_cell(
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, of the system or of matplotlib, for letters of many scripts; else the few of Pillow's own font."""
+    """DejaVu Sans from the system or from matplotlib, for many scripts; otherwise Pillow's own font."""
     matplotlib = importlib.util.find_spec("matplotlib")
     folder = Path(matplotlib.origin or "").parent / "mpl-data" / "fonts" / "ttf" if matplotlib else Path()
     for path in (FONT, str(folder / FONT)):

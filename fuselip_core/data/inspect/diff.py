@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from fuselip_core.data.inspect.statistics import shard_paths
 from fuselip_core.data.pair import DataError
 from fuselip_core.data.shards.reader import PreparedData
 
@@ -17,7 +16,7 @@ KEYS = {"images": "image_id", "pairs": "pair_id", "candidates": "candidates_id"}
 
 @dataclass(frozen=True)
 class Difference:
-    """Rows of one table of one split by what became of them; changed: same id, another row."""
+    """Ids of the rows that differ in one table of one split. changed: same id, other content."""
 
     table: str
     split: str
@@ -30,9 +29,9 @@ class Difference:
 
 
 def differences(old: Path, new: Path) -> list[Difference]:
-    """Differences of every table and split, those without any left out; raises DataError for what is no such folder.
+    """The tables of all splits that differ; raises DataError for a folder without prepared data.
 
-    Holds the ids and hashes of one table of one split at a time.
+    Memory: the ids and hashes of one table of one split at a time.
     """
     before, after = PreparedData(old), PreparedData(new)
     found = []
@@ -52,7 +51,7 @@ def differences(old: Path, new: Path) -> list[Difference]:
 
 
 def _rows(data: PreparedData, table: str, split: str, key: str) -> Iterator[tuple[str, bytes]]:
-    for path in shard_paths(data, table, split):
+    for path in data.shards(table, split):
         with pq.ParquetFile(path) as file:
             if "row_hash" not in file.schema_arrow.names:
                 raise DataError(f"{path} has no row hashes; prepare it again with this version")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from fuselip_core.data.inspect.contact_sheet import thumbnail, write_sheet
+from fuselip_core.data.inspect.contact_sheet import write_sheet
 from fuselip_core.data.inspect.statistics import Statistics, bytes_of, draw_pairs, draw_questions, gather
 from fuselip_core.data.pair import SPLITS
 from fuselip_core.data.shards.reader import PreparedData
 from fuselip_core.files import atomic_write
-from fuselip_core.html import data_uri, render
-from fuselip_core.images import quiet_decoders
+from fuselip_core.html import picture_uri, render
+from fuselip_core.images import UnreadableImage, decode, quiet_decoders
 
 PAGE, SHEET = "index.html", "contact-sheet.png"
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 QUARANTINE_SHOWN, SHARES_SHOWN, LETTERS_SHOWN, PAIRS_SHOWN = 8, 12, 220, 200
 CHART_WIDTH, CHART_HEIGHT, BARS = 300, 110, 30
-THUMBNAIL = 280  # pixels of the longer side
 
 Samples = Mapping[str, tuple[Sequence[Mapping[str, Any]], Mapping[str, bytes]]]
 
@@ -63,7 +62,7 @@ def inspect_data(folder: Path, out: Path, samples: int = 12, seed: int = 0) -> d
 
 
 def _draw_samples(prepared: PreparedData, count: int, seed: int) -> Samples:
-    """Split → some of its pairs and questions, and the files of their images by id."""
+    """Split → sample pairs and questions, and the files of their images by id."""
     samples = {}
     for split in prepared.splits:
         pairs = draw_pairs(prepared, split, count, seed) + draw_questions(prepared, split, count, seed)
@@ -109,7 +108,7 @@ def _counts(prepared: PreparedData) -> dict[str, Any]:
 
 
 def _set_aside(prepared: PreparedData) -> list[tuple[str, int, str, list[str]]]:
-    """Reason, number, the first example and some more."""
+    """Rows of reason, number, first example and further examples."""
     examples: dict[str, list[str]] = {reason: [] for reason in prepared.manifest["quarantine"]}
     with (prepared.folder / "quarantine.jsonl").open(encoding="utf-8") as stream:
         for item in map(json.loads, stream):
@@ -122,7 +121,7 @@ def _set_aside(prepared: PreparedData) -> list[tuple[str, int, str, list[str]]]:
 def _lengths(found: Statistics) -> dict[str, Any] | None:
     if not found.lengths:
         return None
-    shared: dict[tuple[str, str], int] = {}  # one scale for the splits of a kind of text
+    shared: dict[tuple[str, str], int] = {}  # splits share the scale of a kind of text
     for (_, *text), lengths in found.lengths.items():
         shared[text[0], text[1]] = max(shared.get((text[0], text[1]), 0), _most(lengths.counts))
     charts, rows = [], []
@@ -189,18 +188,15 @@ def _card(pair: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]
     """Both sides of a pair: side, image id, thumbnail, and the text as beginning and rest."""
     sides = []
     for side in ("query", "target"):
-        name = pair[f"{side}_image"] or ""
-        small, source = thumbnail(files.get(name), THUMBNAIL), ""
-        if small:
-            stream = io.BytesIO()
-            small.save(stream, "JPEG", quality=85)
-            source = data_uri(stream.getvalue(), "jpeg")
+        name, source = pair[f"{side}_image"] or "", ""
+        with contextlib.suppress(UnreadableImage):
+            source = picture_uri(decode(files.get(name, b"")))
         sides.append((side, name, source, _folded(pair[f"{side}_text"] or "")))
     return {"kind": pair["kind"], "name": pair["pair_id"], "sides": sides}
 
 
 def _folded(text: str) -> tuple[str, str]:
-    """The beginning of a text, and its end where it is long."""
+    """The beginning of a text, and its rest if it is long."""
     if len(text) <= LETTERS_SHOWN + 40:
         return text, ""
     cut = text.rfind(" ", 0, LETTERS_SHOWN)

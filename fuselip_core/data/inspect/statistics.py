@@ -1,11 +1,10 @@
-"""Text lengths, modalities and image sizes of a prepared data set, counted in one pass with one batch in memory."""
+"""Text lengths, modalities and image sizes of a prepared data set, in one pass with one batch in memory."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ class Lengths:
     counts: Counter[int] = field(default_factory=Counter)
 
     def summary(self) -> dict[str, float]:
-        """Number, mean, and the words at 0, 50, 95 and 100 % of the texts."""
+        """Number of texts, and minimum, median, mean, 95th percentile and maximum of their words."""
         words = np.array(sorted(self.counts))
         texts = np.array([self.counts[count] for count in words])
         ends = np.cumsum(texts)
@@ -42,17 +41,17 @@ class Lengths:
 
 @dataclass
 class Statistics:
-    """By split; `lengths` by (split, kind, side)."""
+    """Histograms by split; `lengths` by (split, kind, side)."""
 
     lengths: dict[tuple[str, str, str], Lengths]
     modalities: dict[str, Counter[str]]
     sizes: dict[str, Counter[int]]  # longer side in pixels
-    shapes: dict[str, Counter[float]]  # width through height, to a tenth
+    shapes: dict[str, Counter[float]]  # width / height, rounded to a tenth
     licences: dict[str, Counter[str]]
 
 
 def gather(prepared: PreparedData) -> Statistics:
-    """Counts over all splits, without reading a picture."""
+    """Statistics of all splits, without reading pictures."""
     found = Statistics({}, {}, {}, {}, {})
     for split in prepared.splits:
         found.modalities[split], found.licences[split] = Counter(), Counter()
@@ -76,21 +75,15 @@ def _add_images(split: str, batch: pa.RecordBatch, found: Statistics) -> None:
         found.licences[split][row["licence"] or UNKNOWN] += 1
 
 
-def shard_paths(prepared: PreparedData, table: str, split: str) -> list[Path]:
-    """The shards of a table of a split, in their order."""
-    names = (shard["path"] for shard in prepared.manifest["shards"])
-    return [prepared.folder / name for name in names if name.startswith(f"{table}-{split}-")]
-
-
 def pair_batches(prepared: PreparedData, split: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Batches of some columns of a split's pairs."""
-    for path in shard_paths(prepared, "pairs", split):
+    for path in prepared.shards("pairs", split):
         with pq.ParquetFile(path) as file:
             yield from file.iter_batches(1 << 14, columns=columns)
 
 
 def draw_pairs(prepared: PreparedData, split: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` pairs of each kind of a split, drawn uniformly (reservoir sampling), in their order."""
+    """`count` random pairs of each kind of a split (reservoir sampling), in their order."""
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     seen: Counter[str] = Counter()
@@ -108,7 +101,7 @@ def draw_pairs(prepared: PreparedData, split: str, count: int, seed: int) -> lis
 
 
 def draw_questions(prepared: PreparedData, split: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` questions of each evaluation task, as pairs of the query and its right option."""
+    """`count` random questions of each evaluation task, as pairs of the query and its right option."""
     rng = np.random.default_rng(seed)
     table = prepared.candidates(split)
     tasks: dict[str, list[int]] = {}
@@ -129,7 +122,7 @@ def draw_questions(prepared: PreparedData, split: str, count: int, seed: int) ->
 def bytes_of(prepared: PreparedData, split: str, names: set[str]) -> dict[str, bytes]:
     """The bytes of some images; only row groups that contain one of the ids are read."""
     found: dict[str, bytes] = {}
-    for path in shard_paths(prepared, "images", split) if names else ():
+    for path in prepared.shards("images", split) if names else ():
         with pq.ParquetFile(path) as file:
             for group in range(file.metadata.num_row_groups):
                 here = file.read_row_group(group, columns=["image_id"]).column("image_id").to_pylist()

@@ -1,7 +1,7 @@
-"""Draws one radiology-like picture: four modalities of three body regions, with lesions where they are asked for.
+"""Draws radiology-like pictures: four modalities of three body regions, with optional lesions.
 
-As in radiology the image's left is the patient's right. 1 mm is 1/50 of a unit of the canvas: a phantom is 100 mm wide,
-so that even the smallest lesion (14 mm) is 14 % of it.
+As in radiology, the image's left is the patient's right. A unit of the canvas is 50 mm: a phantom is 100 mm wide, so
+the smallest lesion (14 mm) takes 14 % of its width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Lesion:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; everything that a caption may tell."""
+    """The content of a picture: everything that a caption may mention."""
 
     modality: str
     region: str
@@ -55,7 +55,7 @@ def draw(scene: Scene, width: int, height: int, rng: np.random.Generator) -> NDA
 
 
 def _draw_lesion(canvas: Canvas, study: Study, lesion: Lesion, bright: bool) -> None:
-    """A blob at its place, a little off and a little oval, with an edge of the opposite tone."""
+    """Draws a slightly displaced, slightly oval blob with an edge of the opposite tone."""
     jitter = canvas.rng.uniform
     x = lesion.side * (study.middle_x if lesion.level == 1 else study.outer_x) + jitter(-0.03, 0.03)
     y = study.centre_y + (lesion.level - 1) * study.pitch + jitter(-0.02, 0.02)
@@ -280,7 +280,7 @@ def _us_abdomen(c: Canvas, finding: bool) -> None:
 
 
 def _speckle(c: Canvas, linear: bool) -> None:
-    """Multiplicative grain, weaker echoes with depth, and black outside the probe's field."""
+    """Adds multiplicative speckle, attenuation with depth, and black outside the probe's field."""
     height, width = c.pixels.shape
     drawn = c.rng.integers(0, 256, (height, width + 2), dtype=np.int16)
     c.pixels *= np.float32(0.6) + (drawn[:, 2:] + drawn[:, 1:-1] + drawn[:, :-2]) / np.float32(960)
@@ -298,10 +298,10 @@ def _speckle(c: Canvas, linear: bool) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """How a modality shows a region: its anatomy, where lesions lie, and their grey values.
+    """Appearance of a region in a modality: anatomy, positions of lesions, and grey values.
 
-    Lesions of the three levels lie `pitch` apart around `centre_y`, at `outer_x` (upper, lower) or `middle_x` from
-    the midline; `rim` surrounds dark ones.
+    The three levels of lesions are `pitch` apart around `centre_y`, at `outer_x` (upper, lower) or `middle_x` from
+    the midline; dark lesions have a `rim`.
     """
 
     anatomy: Callable[[Canvas, bool], None]

@@ -1,11 +1,10 @@
-"""A grey image and the shapes that can be blended into it.
+"""A grey image, and shapes to blend into it.
 
-Coordinates: x to the right, y down, the shorter image side runs from -1 to 1 before the patient's pose (shift, turn,
-scale) is applied.
+Coordinates: x to the right, y down; the shorter image side is -1 to 1 before the patient's pose (shift, turn, scale).
 
-Every number on the way to a grey value comes from additions, multiplications, divisions and square roots, which
-IEEE 754 defines to the last bit, and from integers of a seeded PCG64; there is no exp, sin or matrix product. The same
-seed therefore gives the same bytes on every machine.
+Grey values are computed only from integers of a seeded PCG64 by additions, multiplications, divisions and square roots,
+which IEEE 754 defines to the last bit, without exp, sin or matrix products. The same seed therefore gives the same
+bytes on every machine.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ RIGHT, LEFT = -1, 1  # sides of the patient, as signs of x in the image
 
 
 class Canvas:
-    """Grey values (height, width) float32 in 0..255, and shapes that are blended into them."""
+    """Grey values (height, width) float32 in 0..255, and methods that blend shapes into them."""
 
     def __init__(self, width: int, height: int, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -38,7 +37,7 @@ class Canvas:
         self.fine = self.smooth_noise(30)
 
     def smooth_noise(self, cells: int) -> Field:
-        """Values in -1..1, linear between the points of a random lattice with `cells` cells along the longer side."""
+        """Values in -1..1, interpolated linearly in a random lattice with `cells` cells along the longer side."""
         height, width = self.pixels.shape
         step = max(height, width) / cells
         lattice = self.rng.integers(-128, 129, (int(height / step) + 2, int(width / step) + 2)).astype(np.float32) / 128
@@ -51,7 +50,7 @@ class Canvas:
         return field
 
     def wobble(self, value: float, share: float = 0.07) -> float:
-        """`value`, up to `share` larger or smaller: anatomy varies."""
+        """`value`, randomly up to `share` larger or smaller."""
         return value * self.rng.uniform(1 - share, 1 + share)
 
     def _box(self, x: float, y: float, reach: float) -> Box:
@@ -68,7 +67,7 @@ class Canvas:
     def _place(
         self, x: float, y: float, reach: float, turn: float, rx: float = 1.0, ry: float = 1.0
     ) -> tuple[Box, Field, Field]:
-        """Pixels around a shape and where they lie in its own frame, in multiples of `rx` and `ry`."""
+        """Pixels around a shape, and their coordinates in its own frame in multiples of `rx` and `ry`."""
         box = self._box(x, y, reach)
         turn_cosine, turn_sine = (1 - turn * turn) / (1 + turn * turn), 2 * turn / (1 + turn * turn)
         cosine = turn_cosine * self.cosine - turn_sine * self.sine
@@ -103,7 +102,7 @@ class Canvas:
         fine: float = 0.0,
         add: bool = False,
     ) -> None:
-        """Fills an ellipse; `soft` is the width of its edge in pixels, `add` adds `value` as X-rays add up."""
+        """Fills an ellipse. soft: width of its edge in pixels. add: add `value`, like overlapping tissue in X-rays."""
         box, across, down = self._place(x, y, max(rx, ry), turn, rx, ry)
         distance = np.square(across, out=across)
         distance += np.square(down, out=down)
@@ -162,19 +161,19 @@ class Canvas:
             draw(side * x, *rest, turn=-side * turn, **options)
 
     def grain(self, amplitude: int) -> None:
-        """Adds noise of a bell shape, at most twice `amplitude` away from 0."""
+        """Adds triangular noise of at most twice `amplitude`."""
         drawn = self.rng.integers(-amplitude, amplitude + 1, (2, *self.pixels.shape), dtype=np.int16)
         drawn[0] += drawn[1]
         self.pixels += drawn[0]
 
     def grey(self) -> NDArray[np.uint8]:
-        """The picture (height, width) uint8, with a contrast and brightness of its own."""
+        """The picture (height, width) uint8, with random contrast and brightness."""
         gain, offset = self.rng.uniform(0.9, 1.06), self.rng.uniform(-4, 8)
         return np.clip(self.pixels * np.float32(gain) + np.float32(offset), 0, 255).astype(np.uint8)
 
 
 def _cover(inside: Field, opacity: float) -> Field:
-    """How far each pixel is covered, in place: `inside` is its distance from the edge plus one half, in pixels."""
+    """Coverage of each pixel, computed in place. inside: its distance from the edge plus one half, in pixels."""
     np.minimum(inside, 1, out=inside)
     np.maximum(inside, 0, out=inside)
     if opacity != 1:

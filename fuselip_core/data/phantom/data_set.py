@@ -1,4 +1,4 @@
-"""The embedded sample: a radiology-like data set, drawn from a seed, in the exact layout in which ROCOv2 is published.
+"""The embedded sample: a radiology-like data set, drawn from a seed, in exactly the published layout of ROCOv2.
 
     {train,valid,test}_images.zip            members <split>/<ID>.jpg, grey JPEG
     {train,valid,test}_captions.csv          ID,Caption
@@ -8,10 +8,10 @@
     cui_mapping.csv                          CUI,Canonical name
     license_information.csv                  ID,PMCID,Attribution,Link
 
-A caption tells the study, how many lesions there are, their side, tone, and the size and level of the largest, and one
-more finding. Sides are the patient's: a lesion in the left half of the image is right-sided. Every split is drawn by
-itself; one to three images share a PMCID, which is their case. The same seed gives the same bytes on every machine
-(Pillow's JPEG encoder is pinned in the lock file).
+A caption mentions the study, the number of lesions, their side and tone, size and level of the largest, and one more
+finding. Sides are the patient's: a lesion in the left half of the image is on the right. Splits are independent. One to
+three images share a PMCID, which is their case. The same seed gives the same bytes on every machine (the lock file pins
+Pillow's JPEG encoder).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CASES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with everything that the published files say about it."""
+    """One image with its rows in all published files."""
 
     identifier: str
     case: str
@@ -60,8 +60,8 @@ class Sample:
 def draw_data_set(folder: Path, seed: int = 0, counts: Mapping[str, int] = COUNTS, workers: int = 1) -> None:
     """Writes the data set into `folder`, every file atomically, `license_information.csv` last.
 
-    counts: images a split; splits that are missing there are not written. workers: processes that draw; their number
-    does not change a byte. Raises ValueError for an unknown split.
+    counts: number of images by split; other splits are not written. workers: processes that draw; their number does not
+    affect the result. Raises ValueError for an unknown split.
     """
     unknown = set(counts) - set(SPLITS)
     if unknown:
@@ -81,7 +81,7 @@ def _write_split(folder: Path, split: str, seed: int, count: int, pool: Executor
     captions, concepts, manual, questions, licences = [], [], [], [], []
     with atomic_write(folder / f"{split}_images.zip") as path, zipfile.ZipFile(path, "w") as archive:
         for sample in track(_samples(split, seed, count, pool), f"draw {split}", total=count):
-            # A member's time stamp is fixed: the archive must not depend on the day it was made.
+            # A fixed time stamp, so that the archive does not depend on the date.
             member = zipfile.ZipInfo(f"{split}/{sample.identifier}.jpg", (2026, 1, 1, 0, 0, 0))
             member.create_system, member.external_attr = 3, 0o100644 << 16
             archive.writestr(member, sample.image)
@@ -105,11 +105,11 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def _samples(split: str, seed: int, count: int, pool: Executor | None) -> Iterator[Sample]:
-    """The first `count` samples of a split, in order; cases are drawn whole and the last one is cut."""
+    """The first `count` samples of a split, in order; the last case may be cut."""
     make = functools.partial(draw_case, split, seed)
     case = done = 0
     while done < count:
-        # At least one image a case: never more cases than images that are missing.
+        # Every case has at least one image, so no more cases than missing images are needed.
         cases = range(case, case + min(CASES_AT_ONCE, count - done))
         case = cases.stop
         for samples in map(make, cases) if pool is None else pool.map(make, cases, chunksize=16):
@@ -119,7 +119,7 @@ def _samples(split: str, seed: int, count: int, pool: Executor | None) -> Iterat
 
 
 def draw_case(split: str, seed: int, case: int) -> list[Sample]:
-    """The one to three images of a case: one patient, one region, any modalities."""
+    """The one to three images of a case: one region, any modalities."""
     rng = np.random.default_rng([seed, SPLITS.index(split), case])
     region = _choose(rng, ("head", "chest", "abdomen"))
     samples = []
@@ -146,7 +146,7 @@ def draw_case(split: str, seed: int, case: int) -> list[Sample]:
 def _draw_scene(rng: np.random.Generator, region: str) -> Scene:
     modality = _choose(rng, ("ct", "mr", "xray", "us"))
     number = _choose(rng, (0, 1, 2, 3), (0.1, 0.36, 0.27, 0.27))
-    # With several lesions only one may be the largest, or its level could not be told.
+    # With several lesions, exactly one is the largest, so that its level is well defined.
     largest = _choose(rng, (SMALL, MEDIUM, LARGE), (0.7, 0.15, 0.15) if number == 1 else (0.0, 0.5, 0.5))
     side = _choose(rng, (-1, 1))
     levels = [int(level) for level in rng.permutation(3)[:number]]
@@ -157,7 +157,7 @@ def _draw_scene(rng: np.random.Generator, region: str) -> Scene:
 
 
 def _concepts(scene: Scene) -> list[str]:
-    """Codes of modality and region first, then of what is seen."""
+    """Codes of modality and region, then of findings."""
     wording = _wording()
     names = [scene.modality, scene.region]
     if scene.lesions:
@@ -198,7 +198,7 @@ def _caption(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def _questions(rng: np.random.Generator, scene: Scene) -> tuple[tuple[str, str], ...]:
-    """Four questions of different kinds; how often a kind is asked keeps each kind's answers about equally frequent."""
+    """Four questions of different kinds, with probabilities that keep the answers of each kind balanced."""
     kinds = [_choose(rng, ("modality", "region", "study"))]
     if not scene.lesions:
         kinds += [_choose(rng, [kind for kind in ("modality", "region", "study") if kind != kinds[0]])]
@@ -261,5 +261,5 @@ def _choose(rng: np.random.Generator, options: Sequence[Any], shares: Sequence[f
 
 @functools.cache
 def _wording() -> dict[str, Any]:
-    """Names, templates and codes; a data file, so that no word list lives in the code."""
+    """Names, templates and codes."""
     return read_json(Path(__file__).with_name("phantom.json"))

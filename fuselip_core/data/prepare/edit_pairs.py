@@ -1,11 +1,11 @@
-"""Training pairs of an image, an instruction and the image that it asks for (transforms.py), a group for each image.
+"""Training pairs of an image with an instruction and the edited image (transforms.py).
 
-"edits" are those that medicine allows: a mirrored patient has the heart on the wrong side, so nothing is flipped.
-"general-edits" are the published ones, with the published shares of the families and numbers of variants an image.
+"edits" are suitable for medicine: nothing is flipped, since a mirrored patient has the heart on the wrong side.
+"general-edits" are the published ones, with the published shares of families and numbers of variants.
 
-No file holds what an instruction makes: the pairs name made images, which are tokenized straight from their originals
-and live in the token store like any other image. Only training images are edited: in a split that is measured an edited
-copy would be one more wrong answer to every caption. The pairs of one original are a group, each other's negatives.
+Edited images are not stored: the pairs refer to made images, which are tokenized directly from their originals. Only
+training images are edited, because edited copies in an evaluation split would be additional wrong candidates. The pairs
+of an original form a group and are hard negatives of each other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fuselip_core.data.transforms import (
 
 @dataclass(frozen=True)
 class Edits:
-    """Which families, by their share of pairs or (`grouped`) of images' groups; variants an image, or as published."""
+    """Families with their share of pairs (or of groups if `grouped`), and variants an image (None: as published)."""
 
     weights: Mapping[str, float]
     grouped: bool
@@ -44,25 +44,25 @@ KINDS = {"edits": Edits(MEDICAL, grouped=False, variants=3), "general-edits": Ed
 
 
 def add_edits(plan: Plan, kinds: Collection[str], share: float, seed: int) -> None:
-    """Adds edits of one family for `share` of the training images, for each kind of KINDS in `kinds`."""
+    """For each of `kinds` that is in KINDS, adds edits of one family to `share` of the training images."""
     for name in sorted(KINDS.keys() & set(kinds)):
         edited = 0
         for image in plan.images["train"]:
-            # Only pictures of their own: a part of a picture is no image to turn.
+            # Only whole pictures, no crops.
             if type(image.place) is Place and _drawn(image.image_id, seed) < share:
                 _add_edits_of(image, KINDS[name], seed, plan)
                 edited += 1
         made = len(plan.made["train"])
-        plan.notes.append(f"{edited:,} training images have edits ({name}); {made:,} images are made of them when read")
+        plan.notes.append(f"{edited:,} training images have edits ({name}), which make {made:,} images")
 
 
 def _drawn(image_id: str, seed: int) -> float:
-    """A number in 0..1 that is as good as random, the same each time."""
+    """A reproducible pseudo-random number in 0..1."""
     return int.from_bytes(hashlib.sha256(f"{seed} edited {image_id}".encode()).digest()[:8], "big") / 2**64
 
 
 def pairs_of(image_id: str, kind: Edits, seed: int) -> list[EditPair]:
-    """Edits of one image; equal arguments give equal edits, each once."""
+    """Distinct edits of one image, reproducible for equal arguments."""
     rng = np.random.default_rng([seed, *hashlib.sha256(image_id.encode()).digest()[:8]])
     family = random_family(rng, kind.weights, grouped=kind.grouped)
     return list(dict.fromkeys(draw_edits(rng, family, kind.variants or FAMILIES[family].training)))

@@ -1,8 +1,8 @@
-"""More pairs from the same captioned images, each kind by its name in `prepare.extra_pairs` (and in train.mixture):
+"""Additional pairs from the same captioned images, by their names in `prepare.extra_pairs` and kinds in train.mixture:
 
 sentences   image → one sentence of its caption                            kind "sentence"
-concepts    image → the names of its concepts (concept_pairs.py)           kind "concepts"
-questions   image + question → answer, by rules (concept_questions.py)     kind "vqa"
+concepts    image → the names of its concepts                              kind "concepts"
+questions   image + question → answer, by rules (rule_questions.py)        kind "vqa"
 statements  image → a question about it with its answer                    kind "statement"
 edits       image + instruction → edited image (edit_pairs.py)             kind "edit"
 general-edits  the same, with flips and colours, as published              kind "edit"
@@ -19,7 +19,6 @@ from pathlib import Path
 from fuselip_core.data.pair import (
     CLOSED_ANSWERS,
     DataError,
-    ImageEntry,
     Listing,
     Pair,
     Side,
@@ -33,14 +32,14 @@ from fuselip_core.data.table_reader import read_table
 
 NAMES = "cui_mapping.csv"
 
-FEWEST_WORDS = 3  # of a sentence worth a pair
-# A full stop before a new sentence, not behind an initial or one of these.
+FEWEST_WORDS = 3  # of a sentence
+# A full stop before a new sentence, but not after an initial or an abbreviation.
 _END = re.compile(r"[.!?]\)?\s+(?=[A-Z(])")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:[A-Za-z]|figs?|vs|cf|no|al|dr|st|approx|e\.g|i\.e)\.$", re.IGNORECASE)
 
 
 def add_extra_pairs(root: Path, listing: Listing, kinds: Collection[str]) -> None:
-    """Adds the pairs of `kinds` to a listing (edits come when the splits stand); raises DataError (see concepts)."""
+    """Adds the pairs of `kinds` to a listing, except edits, which need the final splits; raises DataError."""
     made: Spool[Pair] = Spool()
     if "sentences" in kinds:
         made.extend(_sentence_pairs(listing))
@@ -54,7 +53,7 @@ def add_extra_pairs(root: Path, listing: Listing, kinds: Collection[str]) -> Non
 
 
 def sentences_of(caption: str) -> list[str]:
-    """The sentences of a caption that have some words, each with its own full stop."""
+    """The sentences of a caption with at least FEWEST_WORDS words."""
     ends = (match for match in _END.finditer(caption) if not _ABBREVIATION.search(caption[: match.start() + 1]))
     starts = [0, *(match.end() for match in ends), len(caption)]
     parts = (caption[start:stop].strip() for start, stop in itertools.pairwise(starts))
@@ -62,7 +61,7 @@ def sentences_of(caption: str) -> list[str]:
 
 
 def _sentence_pairs(listing: Listing) -> Iterator[Pair]:
-    """One sentence of every caption that has several, the same one each time; which one is as good as random."""
+    """A reproducible pseudo-random sentence of every caption that has several."""
     for pair in listing.pairs:
         caption = pair.target.text or ""
         if pair.kind != "caption" or fault_of_caption(caption, FEWEST_WORDS):
@@ -75,7 +74,7 @@ def _sentence_pairs(listing: Listing) -> Iterator[Pair]:
 
 
 def _statement_pairs(listing: Listing) -> Iterator[Pair]:
-    """What is asked about an image, and what is answered, tells what it shows: the head, a radiograph, a left side."""
+    """Questions joined with their answers as texts that describe an image."""
     for pair in listing.pairs:
         if pair.kind == "vqa" and pair.query.text and pair.target.text:
             sides = Side(image=pair.query.image), Side(text=f"{pair.query.text} {pair.target.text}")
@@ -96,35 +95,32 @@ def _question_pairs(root: Path, listing: Listing) -> Iterator[Pair]:
 
 
 def add_concept_pairs(root: Path, listing: Listing) -> None:
-    """Adds to each image with concepts the pair image → names, in an order that does not depend on the table's.
+    """Adds a pair image → sorted concept names for each image with concepts.
 
-    Raises DataError if `root` holds no table of names. Codes without a name are passed over and counted in a note.
+    Raises DataError if there is no table of names. Codes without a name are skipped and counted in a note.
     """
     names = names_in(root, listing)
     if not names:
-        raise DataError(f"{root} has no {NAMES} with the names of concepts; put it there, or take it from extra_pairs")
+        raise DataError(f"{root} has no {NAMES} with concept names; put it there, or remove concepts from extra_pairs")
     nameless = 0
     for image in listing.images:
         codes = set(image.concepts)
         named = {code for code in codes if names.get(code)}
         nameless += len(codes - named)
         if known := sorted({names[code] for code in named}):
-            listing.pairs.append(_pair(image, "; ".join(known)))
+            sides = Side(image=image.image_id), Side(text="; ".join(known))
+            name = f"{image.image_id}/concepts"
+            listing.pairs.append(Pair(name, image.split, "concepts", image.image_id, image.case, *sides))
     if nameless:
         listing.notes.append(f"{nameless} concepts of images have no name in {NAMES} and are in no pair")
 
 
 def names_in(root: Path, listing: Listing) -> dict[str, str]:
-    """Concept code → name, as the data set or its table of names tells; empty without either."""
+    """Concept code → name, from the data set itself or from its table; empty without either."""
     return listing.concept_names or (names_of_concepts(root / NAMES) if (root / NAMES).is_file() else {})
 
 
 def names_of_concepts(table: Path) -> dict[str, str]:
-    """Concept code → name, of ROCOv2's cui_mapping.csv; raises DataError without a readable table."""
+    """Concept code → name, from ROCOv2's cui_mapping.csv; raises DataError if the table cannot be read."""
     rows = read_table(table, ("CUI", "Canonical name"))
     return {row["CUI"].strip(): one_line(row["Canonical name"]) for row in rows}
-
-
-def _pair(image: ImageEntry, text: str) -> Pair:
-    sides = Side(image=image.image_id), Side(text=text)
-    return Pair(f"{image.image_id}/concepts", image.split, "concepts", image.image_id, image.case, *sides)

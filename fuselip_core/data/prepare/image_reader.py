@@ -1,4 +1,4 @@
-"""Reads the bytes of one image, from a file or an archive, and makes the images that edits describe."""
+"""Reads the bytes of an image from a file or an archive, and makes cropped and edited images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fuselip_core.data.places import Derived, Place, Readable
 from fuselip_core.images import MOST_MEGAPIXELS, UnreadableImage, decode
 
 ARCHIVE_ERRORS = (zipfile.BadZipFile, zlib.error, KeyError, EOFError, RuntimeError, NotImplementedError, StopIteration)
-# Nothing that is stored in as many pixels as allowed needs more: 8 bytes a pixel, and 64 MiB of metadata.
+# The most that an image of the allowed size can need: 8 bytes a pixel, and 64 MiB of metadata.
 MOST_BYTES = int(8e6 * MOST_MEGAPIXELS) + (64 << 20)
 PNG_LEVEL = 3  # twice as fast as the default, 5 % larger
 
 
 class ImageReader:
-    """Reads images where their places say; keeps one archive or Parquet file open, and one decoded original."""
+    """Reads images from their places; keeps one archive or Parquet file open, and one decoded original."""
 
     def __init__(self) -> None:
         self._archive: tuple[Path, zipfile.ZipFile] | None = None
@@ -54,7 +54,7 @@ class ImageReader:
             raise UnreadableImage("damaged_archive", detail) from error
 
     def _decoded(self, place: Derived) -> Image.Image:
-        """The original of a derived image; its crops and edits follow each other, so the last one is kept."""
+        """The original of a derived image; the last one is cached, since its crops and edits are consecutive."""
         if self._original is None or self._original[0] != place.source:
             self._original = place.source, decode(self.read(place.source))
         return self._original[1]
@@ -89,10 +89,10 @@ class ImageReader:
         return archive.read(member)
 
     def _row(self, path: Path, column: str, row: int) -> bytes:
-        """Rows of a column are asked for in rising order, so one pass over its row groups serves a shard."""
+        """Reads a row; requests come in ascending order, so one pass over the row groups suffices for a shard."""
         key = path, column
         if key not in self._rows or self._rows[key][0] > row:
-            # Another file: the passes over the last one are over.
+            # Forget other files.
             self._rows = {known: state for known, state in self._rows.items() if known[0] == path}
             self._rows[key] = _rows_from(path, column, row)
         at, rows = self._rows[key]
@@ -105,7 +105,7 @@ class ImageReader:
 
 
 def _rows_from(path: Path, column: str, row: int) -> tuple[int, Iterator[bytes]]:
-    """Index of the first row of the row group that has `row`, and the image bytes from there on."""
+    """Index of the first row in the row group of `row`, and the image bytes from there on."""
     file = pq.ParquetFile(path)
     first = group = 0
     while first + file.metadata.row_group(group).num_rows <= row:
@@ -117,7 +117,7 @@ def _rows_from(path: Path, column: str, row: int) -> tuple[int, Iterator[bytes]]
 
 
 def _png(image: Image.Image) -> bytes:
-    """The image as PNG, in its own mode where PNG has it, else RGB."""
+    """The image as PNG, in its own mode if PNG supports it, else in RGB."""
     image = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else image.convert("RGB")
     stream = io.BytesIO()
     image.save(stream, "PNG", compress_level=PNG_LEVEL)

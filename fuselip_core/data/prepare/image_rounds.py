@@ -1,4 +1,4 @@
-"""Writes the image shards of all splits, held-out splits first, so that later ones can leave out copies of them."""
+"""Writes the image shards of all splits, held-out splits first, so that later ones can leave out their copies."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fuselip_core.data.workers import process_pool
 from fuselip_core.progress import track
 
 ROUNDS = (("test", "valid"), ("dev",), ("train",))
-OWN_ROUNDS = (("test",), ("valid",), ("dev",), ("train",))  # of published splits only train is touched
-TASKS_AHEAD = 2  # shards that wait for each worker
+OWN_ROUNDS = (("test",), ("valid",), ("dev",), ("train",))  # for splits of our own: published ones keep valid
+TASKS_AHEAD = 2  # shards queued for each worker
 
 Results = dict[str, list[ShardResult]]
 
 
 def write_images(plan: Plan, settings: PrepareSettings, work: Path, origin: Provenance) -> Results:
-    """Image shards of every split; copies of held-out images stay out of dev and train unless they are to be kept."""
+    """Image shards of every split, without copies of held-out images in dev and train unless the settings keep them."""
     results: Results = {}
     for number, splits in enumerate(OWN_ROUNDS if plan.own_splits else ROUNDS):
         here = [split for split in splits if split in plan.splits]
@@ -66,10 +66,10 @@ def shard_name(table: str, split: str, number: int, count: int) -> str:
 
 
 def count_duplicates(work: Path, results: Results) -> dict[str, int]:
-    """Images with the same bytes (or look) as another: of the same split, or of another (left out, or kept)."""
+    """Numbers of images that equal another one: in the same split, or in another (left out, or kept)."""
     within, distinct = 0, []
     for parts in results.values():
-        # 8 bytes of each SHA-256: enough to tell millions apart.
+        # 8 bytes of each SHA-256 are enough for millions of images.
         heads = np.concatenate([_digests(work / part.path)[:, 0] for part in parts])
         distinct.append(np.unique(heads))
         within += len(heads) - len(distinct[-1])
@@ -89,7 +89,7 @@ def _digests(shard: Path) -> NDArray[np.uint64]:
 
 
 def _index_held_out(work: Path, number: int, results: Results) -> Path | None:
-    """The index of all images written so far, none of which may come again; None if there are none."""
+    """Builds the index of all images written so far; None if there are none."""
     paths = [work / result.path for parts in results.values() for result in parts]
     digests = [row.tobytes().hex() for path in paths for row in _digests(path)]
     if not digests:
@@ -102,8 +102,8 @@ def _index_held_out(work: Path, number: int, results: Results) -> Path | None:
 
 
 def _run(tasks: Iterator[ShardTask], count: int, workers: int) -> Iterator[ShardResult]:
-    """Results in the order of the tasks, of which only a few exist at a time."""
-    # A process takes a second or two to start; fewer than two shards each would not pay for it.
+    """Results in the order of the tasks, with only a few tasks in memory."""
+    # Starting a process takes a second or two, which pays off only for at least two shards each.
     workers = min(workers, count // 2)
     if workers <= 1:
         yield from (write_image_shard(task, show=True) for task in tasks)

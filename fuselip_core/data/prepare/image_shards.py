@@ -1,6 +1,6 @@
-"""Checks images and writes them as one Parquet shard, in any process, with constant memory; bytes stay as published.
+"""Checks images and writes them, bytes unchanged, as one Parquet shard, in any process and with constant memory.
 
-A finished shard has a sidecar `<shard>.json` (and the hashes of its images beside it); one without it is written again.
+A finished shard has a sidecar `<shard>.json` and a file with the hashes of its images; others are written again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuselip_core.data.pair import ImageEntry, SetAside
@@ -20,22 +21,22 @@ from fuselip_core.data.places import Derived, Place
 from fuselip_core.data.prepare.image_reader import ImageReader
 from fuselip_core.data.prepare.near_duplicates import THUMBNAIL, Fingerprint, HeldOutIndex, fingerprint
 from fuselip_core.data.prepare.tables import row_hash
-from fuselip_core.data.shards.schemas import IMAGE_SCHEMA, table_of
+from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.files import atomic_write, read_json, sha256_of, write_json
 from fuselip_core.images import UnreadableImage, decode, quiet_decoders
 from fuselip_core.progress import track
 
-# A row group is what a reader holds at once.
+# Readers hold one row group in memory.
 GROUP_ROWS, GROUP_BYTES = 256, 32 << 20
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What one worker writes: `entries` into `path`.
+    """A worker's task: write `entries` into `path`.
 
-    licence, attribution: of the data set as a whole, for images that state none of their own.
-    held_out: folder of a HeldOutIndex, whose images are left out. near: their near duplicates too. fingerprints: leave
-    what such an index is built of beside the shard.
+    licence, attribution: those of the data set, for images without their own. held_out: folder of a HeldOutIndex, whose
+    images are left out. near: leave out their near duplicates too. fingerprints: also write what an index is built
+    from.
     """
 
     path: Path
@@ -50,7 +51,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a shard holds; ids and hashes of its images stay on disk, in the sidecar."""
+    """A written shard; the hashes of its images stay on disk."""
 
     path: str
     sha256: str
@@ -67,12 +68,12 @@ class _Work:
     digests: list[str] = field(default_factory=list)
     fingerprints: list[Fingerprint] = field(default_factory=list)
     set_aside: list[SetAside] = field(default_factory=list)
-    # Originals that were left out as copies; their crops are left out too.
+    # Originals that were left out as copies, whose crops are left out too.
     copies: set[Place] = field(default_factory=set)
 
 
 def write_image_shard(task: ShardTask, show: bool = False) -> ShardResult:
-    """Checks and writes the images of a task, unless an earlier run finished it; `show` shows its progress."""
+    """Checks and writes the images of a task, unless an earlier run finished it. show: show progress."""
     sidecar = sidecar_of(task.path)
     if sidecar.exists() and task.path.exists():
         return _read_result(sidecar)
@@ -94,7 +95,7 @@ def write_image_shard(task: ShardTask, show: bool = False) -> ShardResult:
 
 
 def sidecar_of(path: Path) -> Path:
-    """The file that says that a shard is finished, and what was set aside."""
+    """The file that marks a shard as finished and lists what was set aside."""
     return path.with_name(f"{path.name}.json")
 
 
@@ -122,7 +123,7 @@ def _read_result(sidecar: Path) -> ShardResult:
 
 
 def _checked_row(entry: ImageEntry, data: bytes, work: _Work) -> dict[str, Any]:
-    """The row of an image; raises UnreadableImage also for copies of what is held out."""
+    """The row of an image; raises UnreadableImage, also for copies of held-out images."""
     image = decode(data)
     digest = hashlib.sha256(data).hexdigest()
     mark = fingerprint(image) if work.task.fingerprints or (work.index and work.task.near) else None
@@ -148,9 +149,9 @@ def _checked_row(entry: ImageEntry, data: bytes, work: _Work) -> dict[str, Any]:
 
 
 def _refuse_copies(entry: ImageEntry, digest: str, mark: Fingerprint | None, index: HeldOutIndex, work: _Work) -> None:
-    """Raises UnreadableImage for what looks like an image that is held out.
+    """Raises UnreadableImage for a copy or near duplicate of a held-out image.
 
-    A crop or an edit is judged by its original: many a small crop of a sky looks like another.
+    Crops and edits are judged by their original, since small crops may look alike by chance.
     """
     if isinstance(entry.place, Derived):
         if entry.place.source in work.copies:
@@ -164,8 +165,8 @@ def _refuse_copies(entry: ImageEntry, digest: str, mark: Fingerprint | None, ind
 
 @contextlib.contextmanager
 def _group_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields a function that takes one row; rows go to disk by row groups of bounded size."""
-    # Image bytes are compressed already: packing them again costs time and gains nothing.
+    """Yields a function that adds a row; rows are written in row groups of bounded size."""
+    # Image files are compressed already.
     packed = {name: "zstd" for name in IMAGE_SCHEMA.names if name != "bytes"} | {"bytes": "none"}
     packed["concepts.list.element"] = packed.pop("concepts")
     waiting: list[dict[str, Any]] = []
@@ -176,7 +177,7 @@ def _group_writer(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
 
         def flush() -> None:
             nonlocal size
-            writer.write_table(table_of(waiting, IMAGE_SCHEMA), row_group_size=GROUP_ROWS)
+            writer.write_table(pa.Table.from_pylist(waiting, IMAGE_SCHEMA), row_group_size=GROUP_ROWS)
             waiting.clear()
             size = 0
 

@@ -1,8 +1,8 @@
-"""Every training image once more, mirrored left to right, with the words left and right of its texts exchanged.
+"""Adds every training image mirrored, with left and right exchanged in its texts.
 
-Doubles a small data set without making its texts false. It is meant for texts that speak of sides of the picture or of
-organs that come in pairs: a mirrored chest has the heart on the wrong side, whatever the words say. No file holds a
-mirrored image; it is tokenized from its original. Held-out splits stay as they are.
+Doubles a small data set while its texts stay true. Suitable for texts about sides of the picture or paired organs, but
+not for a chest, whose heart would be on the wrong side. Mirrored images are not stored, but tokenized from their
+originals. Held-out splits do not change.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _OTHER = {"left": "right", "right": "left"}
 
 
 def add_mirrored(plan: Plan) -> None:
-    """Adds the mirrored training images and their pairs of the same kinds. Call it before edits are added."""
+    """Adds the mirrored training images and their pairs. Call it before edits are added."""
     edit = edit_to_json(Flip("horizontal"))
-    # Only pictures of their own: a part of a picture is no image to turn.
+    # Only whole pictures, no crops.
     names = {
         image.image_id: f"{image.image_id}/mirrored" for image in plan.images["train"] if type(image.place) is Place
     }
@@ -38,7 +38,7 @@ def add_mirrored(plan: Plan) -> None:
         )
         for pair in pairs
     )
-    plan.notes.append(f"{len(names):,} training images are also read mirrored, with left and right exchanged in words")
+    plan.notes.append(f"{len(names):,} training images are also used mirrored, with left and right exchanged in texts")
 
 
 def _mirrored(side: Side, names: dict[str, str]) -> Side:
@@ -46,7 +46,7 @@ def _mirrored(side: Side, names: dict[str, str]) -> Side:
 
 
 def exchange_sides(text: str) -> str:
-    """The text with left and right exchanged, capitals kept: "Left-sided" becomes "Right-sided"."""
+    """Exchanges left and right and keeps capitals: "Left-sided" becomes "Right-sided"."""
 
     def other(found: re.Match[str]) -> str:
         word = found.group()

@@ -1,9 +1,9 @@
-"""Finds near duplicates, pictures that look the same but differ in their bytes, without comparing all pairs.
+"""Finds near duplicates (pictures that look the same but have different bytes) without comparing all pairs.
 
-A picture's fingerprint is a difference hash of 64 bits (is each cell of a 9 x 8 grey thumbnail darker than its right
-neighbour?) and a grey thumbnail of 16 x 16. Rescaling or recompressing changes a few bits of the hash. Two hashes that
-differ in at most 7 bits share at least one of their 8 bytes, so only pictures that share a byte are compared. Where few
-bits differ, the thumbnails decide, because radiographs of one region look alike.
+A picture's fingerprint is a difference hash of 64 bits (whether each cell of a 9 x 8 grey thumbnail is darker than its
+right neighbour) and a grey thumbnail of 16 x 16. Rescaling or recompressing changes only a few bits of the hash. Hashes
+that differ in at most 7 bits share at least one of their 8 bytes, so only pictures that share a byte are compared. If
+few bits differ, the correlation of the thumbnails decides, because radiographs of the same region look alike.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 BANDS = 8
 MOST_BITS = 7  # pigeonhole: at most BANDS - 1
 THUMBNAIL = 16
-# A uniform picture, such as an empty frame, has a meaningless hash: below this deviation only equal bytes count.
+# The hash of a uniform picture is meaningless, so below this standard deviation only equal bytes count.
 LEAST_SPREAD = 4.0
 LEAST_CORRELATION = 0.995
 
@@ -44,13 +44,13 @@ def fingerprint(image: Image.Image) -> Fingerprint:
 
 
 def looks_same(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether two pictures are near duplicates by the rules above."""
+    """Whether two pictures are near duplicates."""
     near = (one.bits ^ other.bits).bit_count() <= MOST_BITS
     return near and _correlation(one.thumbnail, other.thumbnail[None]) >= LEAST_CORRELATION
 
 
 def _correlation(mine: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
-    """The highest correlation of a thumbnail with N others (N, THUMBNAIL * THUMBNAIL); 0 for one that is flat."""
+    """The highest correlation of a thumbnail with N others (N, THUMBNAIL * THUMBNAIL); 0 for a uniform one."""
     one, others = mine.astype(np.float64), theirs.astype(np.float64)
     if not len(others) or one.std() < LEAST_SPREAD:
         return 0.0
@@ -60,10 +60,10 @@ def _correlation(mine: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> float:
 
 
 class HeldOutIndex:
-    """Exact and perceptual hashes of held-out images in memory-mapped files: `build` once, look up in any process."""
+    """Exact and perceptual hashes of held-out images in memory-mapped files, which any process can open."""
 
     def __init__(self, folder: Path) -> None:
-        # Plain arrays on the mapped files: numpy's own class for them costs more than the look-up.
+        # As plain arrays: np.memmap's overhead exceeds the cost of a look-up.
         self._digests, self._bits, self._thumbnails, self._order, self._starts = (
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
             for name in ("digests", "bits", "thumbnails", "order", "starts")
@@ -82,12 +82,12 @@ class HeldOutIndex:
         np.save(folder / "starts.npy", np.array([np.concatenate([[0], np.cumsum(count)]) for count in counts]))
 
     def has(self, digest: str) -> bool:
-        """True if an image with these very bytes is held out."""
+        """Whether an image with the same bytes is held out."""
         place = int(np.searchsorted(self._digests, digest.encode()))
         return place < len(self._digests) and bool(self._digests[place] == digest.encode())
 
     def nearest(self, image: Fingerprint) -> float:
-        """Correlation of the thumbnail with that of the most similar held-out image whose hash is near; else 0."""
+        """Highest correlation with the thumbnails of held-out images with a similar hash; 0 without any."""
         wanted = np.array([image.bits], dtype=np.uint64)
         rows = np.unique(
             np.concatenate([self._sharing(band, int(wanted.view(np.uint8)[band])) for band in range(BANDS)])
@@ -96,10 +96,10 @@ class HeldOutIndex:
         return _correlation(image.thumbnail, self._thumbnails[rows])
 
     def has_near(self, image: Fingerprint) -> bool:
-        """True if a held-out image looks the same."""
+        """Whether a held-out image is a near duplicate."""
         return self.nearest(image) >= LEAST_CORRELATION
 
     def _sharing(self, band: int, value: int) -> NDArray[np.int32]:
-        """Rows whose hash has `value` as its byte number `band`."""
+        """Rows whose hash has `value` in byte `band`."""
         first, last = self._starts[band, value : value + 2]
         return np.asarray(self._order[band, first:last])

@@ -2,13 +2,13 @@
 
     images-<split>-00000-of-00002.parquet   one row an image, bytes as published (schemas.IMAGE_SCHEMA)
     pairs-<split>-00000-of-00001.parquet    one row a pair (schemas.PAIR_SCHEMA)
-    made-<split>-00000-of-00001.parquet     one row an image that is made of another when it is read (MADE_SCHEMA)
-    candidates-<split>-..., options-...     questions of evaluation sets (candidates.py), where there are any
+    made-<split>-00000-of-00001.parquet     one row an image that is derived from another on reading (MADE_SCHEMA)
+    candidates-<split>-..., options-...     questions of evaluation sets (tables.py), if there are any
     quarantine.jsonl                        {"id", "split", "reason", "detail"} of everything that is not used
     manifest.json                           counts, hashes, reasons, notes
 
-The same data and settings give the same bytes, with any number of workers. Rows wait in spools on disk and results in
-the shards' sidecars, so that memory does not grow with the data set.
+The same data and settings give the same bytes, with any number of workers. Rows are kept in spools on disk, and results
+in sidecars of the shards, so that memory use does not grow with the data set.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fuselip_core.progress import logger
 
 QUARANTINE = "quarantine.jsonl"
 PAIRS_A_SHARD = 1 << 20
-# Left out on purpose, or no image in the first place: not counted as lost. Every other reason is.
+# Reasons that do not count as losses: left out on purpose, or not an image.
 NOT_LOST = frozenset(
     {"image_in_held_out", "case_in_held_out", "copy_in_held_out", "near_copy_in_held_out"}
     | {
@@ -60,12 +60,11 @@ NOT_LOST = frozenset(
 
 
 def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = None) -> dict[str, Any]:
-    """Prepares the data set that `settings` name into the folder `target` and returns its manifest.
+    """Prepares the data set of `settings` into the folder `target` and returns its manifest.
 
-    Finished shards wait in `work` (beside `target` by default, on the same disk in any case) until all are there; a
-    killed run resumes with the first unfinished one. Single bad samples are set aside with their reason.
-    Raises FuselipError if the data set as a whole cannot be used: no pair or no image of a split is left, or more is
-    lost than `prepare.most_set_aside` allows.
+    Finished shards are kept in `work` (by default beside `target`, on the same disk in any case), from which an
+    interrupted run resumes. Bad samples are set aside with a reason. Raises FuselipError if the data set as a whole is
+    unusable: no pair is left, a split has no image left, or losses exceed `prepare.most_set_aside`.
     """
     work = work or target.with_name(f"{target.name}.partial")
     with reserved(target, settings.root):
@@ -106,7 +105,7 @@ def prepare_data(settings: PrepareSettings, target: Path, work: Path | None = No
 
 
 def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
-    """Names of the concepts that images have; a table that cannot be read costs them, and is noted."""
+    """Names of the images' concepts; empty, with a note, if the table cannot be read."""
     try:
         names = names_in(root, listing)
     except DataError as error:
@@ -117,7 +116,7 @@ def _concept_names(root: Path, listing: Listing) -> dict[str, str]:
 
 
 def tool_version() -> str:
-    """Version of this package, or "unknown" where it is not installed."""
+    """Version of this package, or "unknown" if it is not installed."""
     try:
         return importlib.metadata.version("fuselip-rocov2")
     except importlib.metadata.PackageNotFoundError:
@@ -129,7 +128,7 @@ def tool_version() -> str:
 
 @dataclass
 class _Tables:
-    """The tables beside the images: their shards as the manifest names them, counts by split, what lacks an image."""
+    """The tables beside the images: their manifest entries, counts by split, and rows that lack an image."""
 
     shards: list[dict[str, Any]] = field(default_factory=list)
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -140,12 +139,12 @@ class _Tables:
 
 
 def _write_tables(plan: Plan, images: Results, work: Path) -> _Tables:
-    """Pairs, made images and candidates of every split, without those that lack an image."""
+    """Writes pairs, made images and candidates of every split, without those that lack an image."""
     tables = _Tables()
     for split in plan.splits:
         missing = {item.id for part in images[split] for item in part.set_aside}
         missing |= {made.image_id for made in plan.made.get(split, ()) if made.source in missing}
-        # 8 bytes of memory an image, however many.
+        # 8 bytes of memory an image.
         cases = array("Q", (_short(image.case) for image in plan.images[split] if image.image_id not in missing))
         counts = {"images": len(cases), "cases": len(np.unique(np.asarray(cases))), "pairs": {}}
         tables.counts[split] = counts
@@ -217,7 +216,7 @@ def _by_reason(reasons: Mapping[tuple[str, str], int]) -> dict[str, int]:
 
 
 def _said(reasons: Mapping[str, int]) -> str:
-    """Counts and reasons, the most frequent first."""
+    """Counts and reasons, most frequent first."""
     order = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count:,} {reason}" for reason, count in order)
 
@@ -231,21 +230,21 @@ def _refuse_losses(
     archive: bool,
     image_count: int,
 ) -> None:
-    """Raises DataError where nothing is left, a split lost every image, or more was lost than is allowed.
+    """Raises DataError if nothing is left, a split lost all its images, or more was lost than the settings allow.
 
-    archive: the data set has no texts at all, so that its images alone are enough. image_count: its images with those
-    that `prepare.limit` leaves out, since what the listing lost, it lost of all of them.
+    archive: the data set has no texts, so its images are enough. image_count: its images including those beyond
+    `prepare.limit`, since the listing's losses refer to all of them.
     """
-    names_each = f"{work / QUARANTINE} names each"
+    names_each = f"see {work / QUARANTINE}"
     needed = ("images",) if archive else ("pairs", "candidates")
     if not any(part.get(what) for part in tables.counts.values() for what in needed):
         said = _said(_by_reason(reasons)) or "it has no texts"
-        raise DataError(f"no usable pair is left of {settings.root} ({said}); {names_each}")
+        raise DataError(f"{settings.root} has no usable pair ({said}); {names_each}")
     for split in SPLITS:
         why = {reason: count for (of, reason), count in reasons.items() if of == split}
         listed = split in plan.splits or not plan.own_splits  # own splits are drawn from what can be read
         if why and listed and not tables.counts.get(split, {}).get("images"):
-            raise DataError(f"split '{split}' of {settings.root} lost every image ({_said(why)}); {names_each}")
+            raise DataError(f"split '{split}' of {settings.root} has no usable image ({_said(why)}); {names_each}")
     lost = Counter({reason: count for reason, count in _by_reason(reasons).items() if reason not in NOT_LOST})
     total = sum(part["images"] for part in tables.counts.values()) + lost.total()
     if settings.limit is not None:
@@ -253,7 +252,7 @@ def _refuse_losses(
     if lost.total() > settings.most_set_aside * total:
         raise DataError(
             f"{lost.total():,} of {total:,} samples of {settings.root} are unusable ({_said(lost)}), more than the "
-            f"{settings.most_set_aside:.0%} that prepare.most_set_aside allows; {names_each}: mend them, or raise it"
+            f"{settings.most_set_aside:.0%} that prepare.most_set_aside allows; {names_each}, then repair or raise it"
         )
 
 
@@ -262,7 +261,7 @@ def _summarise(manifest: Mapping[str, Any], target: Path) -> None:
         logger.info("%s: %s images, %s pairs", split, f"{part['images']:,}", f"{sum(part['pairs'].values()):,}")
     if manifest["quarantine"]:
         said = _said(manifest["quarantine"]).replace("_", " ")
-        logger.info("set aside: %s; %s names each", said, target / QUARANTINE)
+        logger.info("set aside: %s; see %s", said, target / QUARANTINE)
 
 
 # ---- manifest --------------------------------------------------------------------------------------------------------
@@ -277,15 +276,16 @@ def _named(images: Results) -> list[dict[str, Any]]:
 
 
 def _stated(settings: PrepareSettings) -> dict[str, Any]:
-    """The settings as the manifest states them; paths to DICOM files, which may name people, stay out of it."""
+    """The settings for the manifest, without paths to DICOM files, which may contain names."""
     stated = settings.model_dump(mode="json")
     if settings.source == "dicom":
         stated["root"] = "withheld"
-        stated["dicom"] = {**(stated["dicom"] or {}), "text": None, "key_file": None} if stated["dicom"] else None
+        if stated["dicom"]:
+            stated["dicom"] |= {"text": None, "key_file": None}
     return stated
 
 
 def _data_version(shards: Sequence[dict[str, Any]]) -> str:
-    """One hash for the content of all shards."""
+    """Hash of the content of all shards."""
     lines = sorted(f"{shard['path']} {shard['sha256']}" for shard in shards)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """Makes questions and answers by rules, from an image's known modality, body part, plane and side.
 
-What is known comes from the names of the image's concepts and from the words of its caption (question_words.json). An
-aspect is asked about only where both together name one value of it. "No" is answered only where one value rules the
-other out (an MR image is no ultrasound): a concept that a caption does not mention may be in the image all the same.
+These are taken from the names of the image's concepts and from its caption (question_words.json). There are questions
+about an aspect only if both together name exactly one value. The answer is "no" only if one value excludes the other,
+such as MR and ultrasound, because an image may well show concepts that its caption does not mention.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_FINDINGS = 2
 def questions_of(
     image_id: str, caption: str, concepts: Sequence[str], modality: str | None = None, seed: int = 0
 ) -> list[tuple[str, str]]:
-    """Questions and lower-case answers about one image; `concepts` are names. Equal arguments give equal questions."""
+    """Questions and lower-case answers about an image, reproducible for equal arguments. concepts: names."""
     rng = np.random.default_rng([seed, *hashlib.sha256(image_id.encode()).digest()[:8]])
     known = known_values(caption, concepts, modality)
     pairs = []
@@ -49,7 +49,7 @@ def questions_of(
 
 
 def known_values(caption: str, concepts: Sequence[str], modality: str | None = None) -> dict[str, str]:
-    """Aspect → the one value that caption and concepts name; aspects with none or several are left out."""
+    """Aspect → value, for aspects of which caption and concepts name exactly one value."""
     known = {}
     for aspect in OPEN_QUESTIONS:
         values = {value for text in (caption, *concepts) for value in _values_in(aspect, text)}
@@ -61,7 +61,7 @@ def known_values(caption: str, concepts: Sequence[str], modality: str | None = N
 
 
 def _closed(aspect: str, value: str, rng: np.random.Generator) -> tuple[str, str]:
-    """A question with the answer yes or, as often, no."""
+    """A question with the answer yes or no, with equal probability."""
     compatible = {value, *_words()["excluding"].get(aspect, {}).get(value, ())}
     others = [other for other in _words()[aspect] if other not in compatible]
     if rng.random() < 0.5 or not others:
@@ -70,7 +70,7 @@ def _closed(aspect: str, value: str, rng: np.random.Generator) -> tuple[str, str
 
 
 def _values_in(aspect: str, text: str) -> set[str]:
-    """The values of an aspect that a text names; none where one of its words belongs to a name (left ventricle)."""
+    """The values of an aspect in a text; none if a word belongs to a name, such as left ventricle."""
     value_of, names, words = _patterns()[aspect]
     if names.search(text):
         return set()
@@ -78,16 +78,16 @@ def _values_in(aspect: str, text: str) -> set[str]:
 
 
 def _named_aspects(name: str) -> list[str]:
-    """Aspects that the name of a concept belongs to; a finding belongs to none."""
+    """Aspects that a concept's name mentions; none for a finding."""
     return [aspect for aspect in OPEN_QUESTIONS if _values_in(aspect, name)]
 
 
 @functools.cache
 def _patterns() -> dict[str, tuple[dict[str, str], re.Pattern[str], re.Pattern[str]]]:
-    """Aspect → value of each word, pattern of the words that forbid it, pattern of its words."""
+    """Aspect → value of each word, pattern of names that contain such words, pattern of the words."""
 
     def whole_words(words: Iterable[str]) -> re.Pattern[str]:
-        longest_first = sorted(words, key=len, reverse=True)  # an X-ray computed tomography is no X-ray
+        longest_first = sorted(words, key=len, reverse=True)  # "X-ray computed tomography" before "X-ray"
         return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})(?![\w-])", re.IGNORECASE)
 
     found = {}
@@ -99,5 +99,4 @@ def _patterns() -> dict[str, tuple[dict[str, str], re.Pattern[str], re.Pattern[s
 
 @functools.cache
 def _words() -> dict[str, dict[str, Any]]:
-    path = Path(__file__).with_name("question_words.json")
-    return read_json(path)
+    return read_json(Path(__file__).with_name("question_words.json"))

@@ -1,7 +1,7 @@
-"""Splits: drops faulty captions, keeps cases whole, and shares nothing between training and held-out splits.
+"""Splits: drops faulty captions, keeps cases whole, and lets training and held-out splits share nothing.
 
-Three passes over the images and one over the pairs, row by row. What is remembered grows with what is held out and with
-what is taken out of training, not with the size of the training set (but for `dev_share`, which counts the cases).
+Three passes over the images and one over the pairs, row by row. Memory use grows with the held-out images and those
+removed from training, but not with the training set, except for counting cases for `dev_share`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fuselip_core.data.pair import (
 from fuselip_core.data.spool import Spool
 
 HELD_OUT = ("test", "valid")
-ENDS = {"drop": "left out", "drop-copies": "kept but for the same images", "keep": "kept"}  # of prepare.shared_images
+ENDS = {"drop": "left out", "drop-copies": "kept except for the same images", "keep": "kept"}  # by shared_images
 Entry = TypeVar("Entry", ImageEntry, Pair)
 
 
 @dataclass
 class Plan:
-    """Images, pairs and candidates of every split in their final order, before any image was opened."""
+    """Images, pairs and candidates of every split in their final order, before any image is opened."""
 
     images: dict[str, Spool[ImageEntry]] = field(default_factory=lambda: defaultdict(Spool))
     pairs: dict[str, Spool[Pair]] = field(default_factory=lambda: defaultdict(Spool))
@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass
 class _Training:
-    """The training images: how many, which are shared with a held-out split and why, which of those go."""
+    """The training images: their number, the reasons why some are shared with a held-out split, those removed."""
 
     count: int = 0
     shared: dict[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class _Training:
 
 
 def plan_splits(listing: Listing, settings: PrepareSettings) -> Plan:
-    """Final splits of a listing; raises DataError if nothing would be left to train on."""
+    """Final splits of a listing; raises DataError if nothing is left to train on."""
     plan = Plan(set_aside=listing.set_aside, notes=list(listing.notes), own_splits=listing.own_splits)
     training = _find_shared(listing, settings, plan)
     dev = _choose_dev(training, settings)
@@ -73,7 +73,7 @@ def plan_splits(listing: Listing, settings: PrepareSettings) -> Plan:
 
 
 def _find_shared(listing: Listing, settings: PrepareSettings, plan: Plan) -> _Training:
-    """Training images that a held-out split has too, or another of their case."""
+    """Training images that are also in a held-out split, or share a case with one."""
     ids: set[str] = set()
     cases: set[str] = set()
     of_their_own = bool(len(listing.images))
@@ -83,7 +83,7 @@ def _find_shared(listing: Listing, settings: PrepareSettings, plan: Plan) -> _Tr
             ids.add(image.image_id)
             cases.add(image.case)
     if of_their_own:
-        plan.notes.append("the data set names no patient, study or article: every image counts as a case of its own")
+        plan.notes.append("the data set has no patients, studies or articles: every image is its own case")
     going = {"drop": ("image_in_held_out", "case_in_held_out"), "drop-copies": ("image_in_held_out",), "keep": ()}
     training = _Training()
     for image in (image for image in listing.images if image.split == "train"):
@@ -97,25 +97,22 @@ def _find_shared(listing: Listing, settings: PrepareSettings, plan: Plan) -> _Tr
         if settings.dev_share:
             training.cases[image.case] += 1
     if training.count and len(training.gone) == training.count:
-        raise DataError("every training image is also held out, so none is left; set prepare.shared_images=keep")
+        raise DataError("all training images are also held out, so none is left; set prepare.shared_images=keep")
     return training
 
 
 def _choose_dev(training: _Training, settings: PrepareSettings) -> Collection[str]:
-    """Whole cases with about `dev_share` of the training images (one case at least, never all)."""
+    """Whole cases with about `dev_share` of the training images, at least one but not all."""
     if not training.cases:
         return ()
     dev = choose_cases(training.cases, settings.dev_share, settings.seed)
     if len(dev) == len(training.cases):
-        raise DataError("all training images are of one case, so none can be held out; set prepare.dev_share=0")
+        raise DataError("all training images belong to one case, so none can be held out; set prepare.dev_share=0")
     return dev
 
 
 def choose_cases(sizes: Mapping[str, int], share: float, seed: int) -> Collection[str]:
-    """Cases with together about `share` of the images, in an order that depends on nothing but seed and names.
-
-    sizes: case → number of its images.
-    """
+    """Cases with about `share` of the images together, chosen by a hash of seed and name. sizes: case → images."""
     chosen: set[str] = set()
     wanted = max(1, round(share * sum(sizes.values())))
     for case in sorted(sizes, key=lambda case: hashlib.sha256(f"{seed}:{case}".encode()).digest()):
@@ -138,9 +135,9 @@ def _deal_images(listing: Listing, gone: Collection[str], dev: Collection[str], 
 def _deal_pairs(
     listing: Listing, training: _Training, dev: Collection[str], settings: PrepareSettings, plan: Plan
 ) -> tuple[int, int]:
-    """Pairs and candidates whose images are there; a faulty caption goes, and its image stays.
+    """Assigns pairs and candidates whose images are used; faulty captions are set aside, but not their images.
 
-    Returns how many training pairs there were, and how many of them had a shared image.
+    Returns the number of training pairs, and of those with a shared image.
     """
     kept = None
     if settings.limit is not None:
@@ -175,7 +172,7 @@ def _note(
     if training.shared:
         counts, choice = Counter(training.shared.values()), settings.shared_images
         plan.notes.append(
-            f"{counts['image_in_held_out']} of {training.count} training images are in a held-out split too and "
+            f"{counts['image_in_held_out']} of {training.count} training images are also in a held-out split and "
             f"{counts['case_in_held_out']} more share a case with one; their {touched} of {pairs} training pairs"
             f" were {ENDS[choice]}{'' if choice == 'drop' else ' (prepare.shared_images)'}"
         )
@@ -183,4 +180,4 @@ def _note(
         held = sum(training.cases[case] for case in dev)
         plan.notes.append(f"{held} training images of {len(dev)} whole cases are held out as dev (prepare.dev_share)")
     if settings.limit is not None:
-        plan.notes.append(f"only the first {settings.limit} images of a split were taken (prepare.limit)")
+        plan.notes.append(f"only the first {settings.limit} images of each split were used (prepare.limit)")

@@ -1,10 +1,10 @@
-"""Evaluation candidates as two tables: the questions, and the lists of options that questions may share.
+"""Tables of pairs, and of evaluation candidates as two tables: questions, and lists of options, which can be shared.
 
-    candidates-<split>-*.parquet   candidates_id, task, query, `options` (an options_id), `answer` (place in that list)
-    options-<split>-*.parquet      options_id, and two lists of equal length: images (ids) and texts, null where absent
+    candidates-<split>-*.parquet   candidates_id, task, query, `options` (an options_id), `answer` (index in that list)
+    options-<split>-*.parquet      options_id, and two lists of equal length: images (ids) and texts, null if absent
 
-Benchmarks publish the right option first. Here equal options are one, and a list is in the order of its options'
-hashes: a model that scores all options alike gains nothing, and questions with the same options share one list.
+Benchmarks list the right option first. Here, equal options are merged and sorted by hash, so that the order gives
+nothing away and questions with the same options share one list.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fuselip_core.data.pair import Candidates, Pair, SetAside, Side
-from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, OPTIONS_SCHEMA, PAIR_SCHEMA, table_of
+from fuselip_core.data.shards.schemas import CANDIDATES_SCHEMA, OPTIONS_SCHEMA, PAIR_SCHEMA
 from fuselip_core.files import atomic_write
 
 PAIR_GROUP_ROWS = 1 << 14
 
-# Options, not lists, bound what is held at once: a list has 2 to 1,000 of them.
+# Row groups of lists are limited by their number of options, since a list has between 2 and 1,000.
 OPTIONS_A_GROUP, ROWS_A_GROUP = 1 << 17, 1 << 13
 
 
 def write_candidates(
     questions: Path, options: Path, candidates: Iterable[Candidates], missing: set[str]
 ) -> tuple[dict[str, int], dict[str, int], list[SetAside]]:
-    """Writes both tables; returns rows by file name, questions by task, and those that lack an image in `missing`."""
+    """Writes both tables; returns rows by file name, questions by task, and questions with an image in `missing`."""
     tasks: dict[str, int] = {}
     set_aside: list[SetAside] = []
     lists: set[str] = set()
@@ -55,7 +55,7 @@ def write_candidates(
 
 
 def canonical(item: Candidates) -> tuple[list[Side], int]:
-    """The options without repetitions in the order of their hashes, and the place of the right one."""
+    """The distinct options in the order of their hashes, and the index of the right one."""
     sides = sorted(set(item.options), key=_hash_of)
     return sides, sides.index(item.options[item.answer])
 
@@ -83,7 +83,7 @@ def _row(item: Candidates, options: str, answer: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _table(path: Path, schema: pa.Schema, size: int = OPTIONS_A_GROUP) -> Iterator[Any]:
-    """Yields a function that takes a row and its size; a row group is written when `size` is reached."""
+    """Yields a function that adds a row of a given weight; a row group is written once their sum reaches `size`."""
     waiting: list[dict[str, Any]] = []
     held = 0
     with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
@@ -93,31 +93,31 @@ def _table(path: Path, schema: pa.Schema, size: int = OPTIONS_A_GROUP) -> Iterat
             waiting.append(row)
             held += weight
             if held >= size:
-                writer.write_table(table_of(waiting, schema))
+                writer.write_table(pa.Table.from_pylist(waiting, schema))
                 waiting.clear()
                 held = 0
 
         yield add
         if waiting:
-            writer.write_table(table_of(waiting, schema))
+            writer.write_table(pa.Table.from_pylist(waiting, schema))
 
 
 def row_hash(row: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a row: of its columns but the image bytes, for which their own hash stands."""
+    """SHA-256 (hex) of a row's columns; image bytes are represented by their hash."""
     return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def write_pair_shard(path: Path, pairs: Iterable[Pair]) -> int:
-    """Writes pairs in their order, atomically, holding one row group at a time; returns their number."""
+    """Writes pairs in order, atomically, with one row group in memory; returns their number."""
     return write_table(path, map(_pair_row, pairs), PAIR_SCHEMA)
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
-    """Writes rows as `write_pair_shard` does."""
+    """Writes rows in order, atomically, with one row group in memory; returns their number."""
     with atomic_write(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         total = 0
         for part in _parts(rows, PAIR_GROUP_ROWS):
-            writer.write_table(table_of(part, schema))
+            writer.write_table(pa.Table.from_pylist(part, schema))
             total += len(part)
     return total
 

@@ -1,4 +1,4 @@
-"""The working folder of `prepare`: resumes an interrupted run, and protects everything that is not prepared data."""
+"""The working folder of `prepare`: lets an interrupted run resume, and protects files that are not prepared data."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MANIFEST, KEY = "manifest.json", "key.json"
 
 @contextmanager
 def reserved(target: Path, root: Path) -> Iterator[None]:
-    """Holds `target` for one run; raises DataError if another has it, or if something else would be replaced."""
+    """Locks `target` for one run; raises DataError if another run has it, or if other files would be replaced."""
     _refuse_to_replace(target, root)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{target.parent} cannot be made ({error.strerror}); name another folder") from None
+        raise DataError(f"{target.parent} cannot be created ({error.strerror}); name another folder") from None
     busy = DataError(f"another process is preparing data into {target}; wait for it or end it")
     with sole_process(target.with_name(f".{target.name}.lock"), busy):
         yield
 
 
 def _refuse_to_replace(target: Path, root: Path) -> None:
-    """Prepared data replaces what stands in its place: that may be earlier prepared data and nothing else."""
+    """Raises DataError unless `target` is free or holds earlier prepared data."""
     if root.resolve().is_relative_to(target.resolve()):
         raise DataError(f"{target} holds the raw data, which the prepared data would replace; name another folder")
     if (target.exists() and not target.is_dir()) or _holds_something_else(target):
@@ -43,19 +43,19 @@ def _holds_something_else(folder: Path) -> bool:
 
 
 def open_work(work: Path, key: str) -> None:
-    """Keeps what an earlier run with the same `key` left in `work`, and nothing else; raises DataError."""
+    """Keeps files in `work` from an earlier run with the same `key`, and deletes others; raises DataError."""
     path, content = work / KEY, {"key": key}
     if find_json(path) == content:
         return
     if _holds_something_else(work):
-        raise DataError(f"{work} is needed for unfinished shards but holds something else; move that away")
+        raise DataError(f"{work} is needed for unfinished shards but contains other files; move them away")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(path, content)
 
 
 def close_work(work: Path) -> None:
-    """Takes away what only a resumed run needs."""
+    """Deletes files that only a resumed run needs."""
     for pattern in ("*.parquet.*", ".*.partial", "held_out-*"):
         for path in work.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -63,7 +63,7 @@ def close_work(work: Path) -> None:
 
 
 def key_of(plan: Plan, settings: PrepareSettings, *more: object) -> str:
-    """Changes with the settings, the tables, the size or time of any file that holds images, and whatever is added."""
+    """A hash of the settings, the tables, size and time of all files with images, and `more`."""
     digest = hashlib.sha256(f"{more!r} {settings.model_dump_json(exclude={'workers', 'most_set_aside'})}".encode())
     last: Path | None = None
     for split in plan.splits:

@@ -1,8 +1,8 @@
 """Reads pictures of a prepared split by row number, in any order, from memory-mapped shards.
 
-Parquet is read by row groups; training asks for single images at random. Prepared shards store image bytes neither
-compressed nor in a dictionary (shards.py), so each file lies whole somewhere in its shard: one pass over the shards
-finds where. The index is 16 bytes an image, kept beside other scratch files and memory-mapped.
+Parquet is read by row groups, but training needs single images at random. Prepared shards store image bytes without
+compression or dictionary (prepare/image_shards.py), so every file is contiguous in its shard, and one pass over the
+shards finds its offset. The memory-mapped index takes 16 bytes an image.
 """
 
 from __future__ import annotations
@@ -29,15 +29,11 @@ ROWS_AT_ONCE = 64
 
 
 class PictureReader:
-    """Random access to the pictures of `split`; `path` keeps where they are, and is written on first use."""
+    """Random access to the pictures of `split`. The index at `path` is written on first use."""
 
     def __init__(self, path: Path, prepared: PreparedData, split: str) -> None:
-        """Raises DataError where the shards are not as prepare writes them."""
-        self._shards = [
-            prepared.folder / str(shard["path"])
-            for shard in prepared.manifest["shards"]
-            if str(shard["path"]).startswith(f"images-{split}-")
-        ]
+        """Raises DataError if the shards are not in the format that prepare writes."""
+        self._shards = prepared.shards("images", split)
         version = prepared.data_version[:16]
         path = path.with_name(f"{path.stem}-{version}.npy")
         if not path.is_file():
@@ -51,11 +47,11 @@ class PictureReader:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """Images, and those that are made of them."""
+        """Number of images, including made ones."""
         return len(self._entries) + len(self._sources)
 
     def picture(self, row: int) -> Image.Image:
-        """The picture of a row, read or made; may be called from several threads."""
+        """The picture of a row, stored or made; thread-safe."""
         number = row - len(self._entries)
         image = decode(self.file(row if number < 0 else int(self._sources[number])))
         return image if number < 0 else apply_edit(edit_from_json(self._edits[number].as_py()), image)
@@ -77,19 +73,19 @@ class PictureReader:
 def _find_all(shards: list[Path], count: int) -> NDArray[np.void]:
     entries = np.zeros(count, ENTRY)
     row = 0
-    for number, path in enumerate(track(shards, "finding images in their shards")):
+    for number, path in enumerate(track(shards, "index images")):
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             end = 0
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(ROWS_AT_ONCE, columns=["bytes"]):
                     for blob in batch.column("bytes").to_pylist():
-                        # Each value follows its length, in four bytes; the next one is never before the last.
+                        # Each value follows its length in four bytes; values are in order.
                         start = mapped.find(len(blob).to_bytes(4, "little") + blob, end)
                         if start < 0:
-                            raise DataError(f"{path} holds its images packed; run `fuselip prepare` again")
+                            raise DataError(f"{path} has compressed images; run `fuselip prepare` again")
                         end = start + 4 + len(blob)
                         entries[row] = number, len(blob), start + 4
                         row += 1
     if row != count:
-        raise DataError(f"{shards[0].parent} holds {row} images but its manifest says {count}; run `fuselip prepare`")
+        raise DataError(f"{shards[0].parent} has {row} images but its manifest says {count}; run `fuselip prepare`")
     return entries

@@ -1,6 +1,6 @@
-"""Images of a prepared data set as batches of pixels, decoded by threads while the model works on the batch before.
+"""Images of a prepared data set as batches of pixels, decoded by threads while the model works on the previous batch.
 
-Pillow decodes and resizes without holding Python's lock, so threads do; no worker process, no shared memory.
+Threads suffice, without worker processes or shared memory, because Pillow releases the GIL.
 Legend: N images, V views, S pixels a side.
 """
 
@@ -28,11 +28,11 @@ from fuselip_core.progress import track
 Item = TypeVar("Item")
 Draw = Callable[[Image.Image, int], np.ndarray]  # (image, row) → uint8 (V, S, S, 3)
 MOST_THREADS = 32
-Encoded = tuple[bytes, Edit | None]  # an image file, and the edit that makes a made image of it
+Encoded = tuple[bytes, Edit | None]  # an image file, and the edit of a made image
 
 
 def decoding_threads() -> ThreadPoolExecutor:
-    """Threads that decode: one a core, so that a machine with a GPU and many cores does not wait for two of them."""
+    """A pool with one decoding thread for each core."""
     return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
 
 
@@ -42,7 +42,7 @@ def evaluation_view(size: int) -> Draw:
 
 
 def ahead(items: Iterator[Item], most: int) -> Generator[Item, None, None]:
-    """The same items, of which a thread takes up to `most` before they are asked for."""
+    """The same items, prefetched by a thread, at most `most` at a time."""
     waiting: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(most)
     stopped = threading.Event()
 
@@ -59,7 +59,7 @@ def ahead(items: Iterator[Item], most: int) -> Generator[Item, None, None]:
                 if stopped.is_set():
                     return
             put(None)
-        except BaseException as error:  # raised again where the items are asked for
+        except BaseException as error:  # raised again in the consumer's thread
             put(None, error)
 
     thread = threading.Thread(target=take_all, name="ahead", daemon=True)
@@ -90,9 +90,9 @@ def drawn_batches(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[tuple[int, list[Item]]]:
-    """Yields (first row, what `draw` makes of N images) for the rows from `start` to before `stop`, in order.
+    """Yields (first row, results of `draw` for N images) for rows `start` to `stop` (exclusive), in order.
 
-    Rows behind the images are those that are made of them. While the caller works on a batch the next one is decoded.
+    Made images follow the stored ones. The next batch is decoded while the caller works on one.
     """
 
     def decode_and_draw(encoded: Encoded, row: int) -> Item:
@@ -102,7 +102,7 @@ def drawn_batches(
             return draw(image if edit is None else apply_edit(edit, image), row)
         except FuselipError as error:
             raise FuselipError(
-                f"image {row} of split '{split}' in {prepared.folder} is no longer what was prepared ({error}); "
+                f"image {row} of split '{split}' in {prepared.folder} has changed since it was prepared ({error}); "
                 "run `fuselip prepare` again"
             ) from error
 
@@ -120,7 +120,7 @@ def drawn_batches(
 def _encoded_batches(
     prepared: PreparedData, split: str, batch_rows: int, start: int, stop: int | None
 ) -> Iterator[tuple[int, list[Encoded]]]:
-    """(first row, image files with what is to be made of them) of the rows from `start` to before `stop`."""
+    """(first row, image files with their edits) of rows `start` to `stop` (exclusive)."""
     images, end = prepared.image_count(split), prepared.row_count(split) if stop is None else stop
     row = start
     for batch in prepared.iter_images(split, ["bytes"], batch_rows, first=start) if row < min(images, end) else ():
@@ -136,7 +136,7 @@ def _encoded_batches(
 def _made_batches(
     prepared: PreparedData, split: str, batch_rows: int, start: int, stop: int
 ) -> Iterator[tuple[int, list[Encoded]]]:
-    """The same for rows of made images. Their originals stand in the same order, so one pass over those will do."""
+    """The same for rows of made images, in one pass over their originals, which are in the same order."""
     images = prepared.image_count(split)
     sources = prepared.sources_of_made(split)[start - images : stop - images]
     edits = prepared.made(split).column("edit")[start - images : stop - images].to_pylist()
@@ -164,7 +164,7 @@ def _blobs_from(prepared: PreparedData, split: str, first: int) -> Iterator[tupl
 
 
 class PixelCache:
-    """Up to `limit` images of a split, squashed to one size, as a memory-mapped file for random access."""
+    """Up to `limit` images of a split, resized to one size, in a memory-mapped file for random access."""
 
     def __init__(self, path: Path, prepared: PreparedData, split: str, size: int, limit: int) -> None:
         count = min(prepared.image_count(split), limit)
@@ -179,5 +179,5 @@ class PixelCache:
         return len(self.pixels)
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
-        """Rows (B) → uint8 (B, S, S, 3), in ascending order, in which a disk reads best."""
+        """Rows (B) → uint8 (B, S, S, 3), sorted by row, which is faster to read."""
         return self.pixels[np.sort(rows)]

@@ -1,4 +1,4 @@
-"""Reads a prepared data set: images in the order of their shards, pairs as one table a split."""
+"""Reads a prepared data set: images in the order of their shards, and the pairs of a split as one table."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ FIRST = "run `fuselip prepare` first"
 
 
 def validation_split(splits: Collection[str]) -> str:
-    """The split that training may look at: dev where the published splits are all for evaluation, else valid.
-
-    Raises DataError where there is neither.
-    """
+    """The split for validation during training: dev if there is one, else valid; raises DataError without either."""
     for split in ("dev", "valid"):
         if split in splits:
             return split
@@ -34,18 +31,18 @@ def validation_split(splits: Collection[str]) -> str:
 
 
 def _of_raw(folder: Path) -> str:
-    return f"if it is raw data, run `fuselip data prepare --root {folder}` and name its output"
+    return f"if it is raw data, run `fuselip data prepare --root {folder}` and give its output"
 
 
 class PreparedData:
-    """The folder that `prepare_data` wrote. Row i of a split's images is row i of its token store."""
+    """A folder written by `prepare_data`. Row i of a split's images is row i of its token store."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises DataError if the folder has no manifest or a shard of it is missing."""
+        """Raises DataError if the manifest or one of its shards is missing."""
         self.folder = Path(folder)
         self._sources: dict[str, NDArray[np.int64]] = {}
         if not (self.folder / MANIFEST).is_file():
-            # Raw data must not be named as --out: prepared data replaces what stands there.
+            # No advice about --out for raw data, since prepared data would replace that folder.
             raw = self.folder.is_dir() and any(self.folder.iterdir())
             raise DataError(
                 f"{folder} holds no prepared data (it has no {MANIFEST}); {_of_raw(folder) if raw else FIRST}"
@@ -55,16 +52,16 @@ class PreparedData:
         listed = isinstance(shards, list) and all(isinstance(shard, dict) and "path" in shard for shard in shards)
         if not (isinstance(counts, dict) and listed and "data_version" in self.manifest):
             raise DataError(
-                f"{self.folder / MANIFEST} is damaged or foreign (it lacks counts, shards or data_version); "
+                f"{self.folder / MANIFEST} is damaged or foreign (no counts, shards or data_version); "
                 f"{AGAIN}, or {_of_raw(folder)}"
             )
         missing = [shard["path"] for shard in self.manifest["shards"] if not (self.folder / shard["path"]).is_file()]
         if missing:
-            raise DataError(f"{folder} lacks {missing[0]}, which its manifest names; {AGAIN}")
+            raise DataError(f"{folder} lacks {missing[0]}, which its manifest lists; {AGAIN}")
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Splits that have images, in the order train, dev, valid, test."""
+        """Splits with images, in the order train, dev, valid, test."""
         return tuple(split for split in SPLITS if split in self.manifest["counts"])
 
     @property
@@ -73,16 +70,16 @@ class PreparedData:
         return str(self.manifest["data_version"])
 
     def image_count(self, split: str) -> int:
-        """Images of a split."""
+        """Number of images of a split."""
         self._require(split)
         return int(self.manifest["counts"][split]["images"])
 
     def iter_images(
         self, split: str, columns: Sequence[str] | None = None, batch_rows: int = 256, first: int = 0
     ) -> Iterator[pa.RecordBatch]:
-        """Batches of at most `batch_rows` images in their order (see schemas.IMAGE_SCHEMA), holding one row group.
+        """Batches of at most `batch_rows` images in order (schemas.IMAGE_SCHEMA), with one row group in memory.
 
-        They begin with row `first`; nothing before its row group is read.
+        Starts with row `first`, without reading earlier row groups.
         """
         for path in self._shards("images", split):
             with _reading(path), pq.ParquetFile(path) as file:
@@ -93,23 +90,23 @@ class PreparedData:
                 first = 0
 
     def made(self, split: str) -> pa.Table:
-        """Images that are made of others when they are read (see schemas.MADE_SCHEMA), in the order of those."""
+        """Images derived from others on reading (schemas.MADE_SCHEMA), in the order of their originals."""
         table = self._table("made", split, MADE_SCHEMA)
         if table.column("edit").null_count:
             raise DataError(f"{self.folder} was prepared by an earlier version; {AGAIN}")
         return table
 
     def row_count(self, split: str) -> int:
-        """Images of a split and those that are made of them: the rows of its token store."""
+        """Number of images including made ones: the rows of the split's token store."""
         return self.image_count(split) + int(self.manifest["counts"][split].get("made_images", 0))
 
     def row_ids(self, split: str) -> pa.ChunkedArray:
-        """Ids of the images, then of those that are made of them."""
+        """Ids of the images, followed by those of made images."""
         own = [batch.column("image_id") for batch in self.iter_images(split, ["image_id"], batch_rows=1 << 16)]
         return pa.chunked_array([*own, *self.made(split).column("image_id").chunks], pa.string())
 
     def sources_of_made(self, split: str) -> NDArray[np.int64]:
-        """Row of the original of each made image, never falling; raises DataError where one is missing."""
+        """Row of each made image's original, in ascending order; raises DataError if one is missing."""
         if split in self._sources:
             return self._sources[split]
         made = self.made(split).column("source")
@@ -121,16 +118,16 @@ class PreparedData:
         return self._sources[split]
 
     def pairs(self, split: str) -> pa.Table:
-        """All pairs of a split, in their order (see schemas.PAIR_SCHEMA)."""
+        """All pairs of a split in order (schemas.PAIR_SCHEMA)."""
         return self._table("pairs", split, PAIR_SCHEMA)
 
     def candidates(self, split: str, task: str | None = None) -> pa.Table:
-        """Evaluation questions of a split, of one task or of all (see schemas.CANDIDATES_SCHEMA)."""
+        """Evaluation questions of a split, of one task or all (schemas.CANDIDATES_SCHEMA)."""
         table = self._table("candidates", split, CANDIDATES_SCHEMA)
         return table if task is None else table.filter(pc.equal(table["task"], task))
 
     def options(self, split: str, names: Collection[str] | None = None) -> dict[str, list[Side]]:
-        """Lists of options by their ids (the column `options` of the questions): those in `names`, or all."""
+        """Lists of options by id (column `options` of the questions): those in `names`, or all."""
         found: dict[str, list[Side]] = {}
         for path in self._shards("options", split):
             with _reading(path), pq.ParquetFile(path) as file:
@@ -147,10 +144,14 @@ class PreparedData:
                 tables.append(pq.read_table(path, schema=schema))
         return pa.concat_tables(tables) if tables else schema.empty_table()
 
-    def _shards(self, table: str, split: str) -> list[Path]:
-        self._require(split)
+    def shards(self, table: str, split: str) -> list[Path]:
+        """The shards of a table of a split, in order; none if the split has no such table."""
         names = (shard["path"] for shard in self.manifest["shards"])
         return [self.folder / name for name in names if name.startswith(f"{table}-{split}-")]
+
+    def _shards(self, table: str, split: str) -> list[Path]:
+        self._require(split)
+        return self.shards(table, split)
 
     def _require(self, split: str) -> None:
         if split not in self.manifest["counts"]:
@@ -160,7 +161,7 @@ class PreparedData:
 def _rows_from(
     file: pq.ParquetFile, first: int, batch_rows: int, columns: list[str] | None
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of a shard from its row `first` on; row groups before that are not read."""
+    """Batches of a shard from row `first` on, without reading earlier row groups."""
     groups = list(range(file.num_row_groups))
     while groups and first >= file.metadata.row_group(groups[0]).num_rows:
         first -= file.metadata.row_group(groups.pop(0)).num_rows
@@ -172,14 +173,14 @@ def _rows_from(
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what Arrow raises on a damaged shard, each its own, into a sentence; what the caller raises passes."""
+    """Turns Arrow's errors on a damaged shard into a sentence."""
     try:
         yield
     except pa.ArrowException as error:
         reason = one_line(error)[:200]
         raise DataError(f"{path} is damaged ({reason}); {AGAIN}") from error
     except OSError as error:
-        if error.errno is not None:  # of the disk, and told as such
+        if error.errno is not None:  # an error of the disk, which `errors.sentence_of` explains
             raise
         reason = one_line(error)[:200]
         raise DataError(f"{path} is damaged ({reason}); {AGAIN}") from error

@@ -1,4 +1,4 @@
-"""Safe reading of zip archives: no path traversal, no zip bomb, no links, no repeated members."""
+"""Safe reading of zip archives: no path traversal, zip bombs, links or repeated members."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.files import foreign_content
 
 GIGABYTE = 1 << 30
-# A local file header is 30 bytes and the name; members closer together than that share their bytes.
+# A local file header is at least 30 bytes, so members closer together overlap.
 LOCAL_HEADER = 30
-# Below this size no ratio is suspicious: a small CSV table or a blank picture may shrink a hundredfold.
+# Below this size no ratio is suspicious, since small tables or blank pictures may be compressed a hundredfold.
 SMALL_MEMBER = 16 << 20
 
 
 class ArchiveError(FuselipError):
-    """An archive that is not read at all; the message says why."""
+    """An archive that is refused as a whole; the message says why."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one archive may unpack to: bytes in all, bytes a member, members, and how far a member may have shrunk."""
+    """Limits of an archive: uncompressed bytes in total and per member, number of members, compression ratio."""
 
     total_bytes: int = 400 * GIGABYTE
     member_bytes: int = 2 * GIGABYTE
@@ -34,28 +34,28 @@ class Limits:
 
 @dataclass(frozen=True)
 class Members:
-    """`safe` are the files to read, in the order of the archive; `refused` are (name, reason)."""
+    """safe: files to read, in the order of the archive. refused: (name, reason)."""
 
     safe: tuple[zipfile.ZipInfo, ...]
     refused: tuple[tuple[str, str], ...]
 
 
 def open_archive(path: Path) -> zipfile.ZipFile:
-    """The archive at `path`; raises ArchiveError if there is none that can be read."""
+    """The archive at `path`; raises ArchiveError if it cannot be read."""
     try:
         with path.open("rb") as stream:
             if fault := foreign_content(stream.read(200)):
-                raise ArchiveError(f"{path} is no zip archive that can be read: it {fault}")
+                raise ArchiveError(f"{path} is not a readable zip archive: it {fault}")
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ArchiveError(f"{path} is no zip archive that can be read ({error}); download it again") from None
+        raise ArchiveError(f"{path} is not a readable zip archive ({error}); download it again") from None
 
 
 def safe_members(archive: zipfile.ZipFile, limits: Limits | None = None) -> Members:
-    """Sorts the files of `archive` (no folders) into those that may be read and those that may not.
+    """Divides the files of `archive` into safe and refused ones.
 
-    Looks at the directory of the archive only, so it costs nothing and nothing is unpacked. Raises ArchiveError where
-    the archive as a whole is built to do harm: overlapping members, or more than `limits` allow.
+    Reads only the directory of the archive. Raises ArchiveError if the whole archive is malicious: overlapping members,
+    or more than `limits` allow.
     """
     limits = limits or Limits()
     members = [info for info in archive.infolist() if not info.is_dir()]
@@ -64,7 +64,7 @@ def safe_members(archive: zipfile.ZipFile, limits: Limits | None = None) -> Memb
     for info in members:
         reason = _reason(info, limits)
         if reason is None and info.filename in seen:
-            reason = "a member of this name came before"
+            reason = "an earlier member has the same name"
         if reason is None:
             seen.add(info.filename)
             safe.append(info)
@@ -76,19 +76,23 @@ def safe_members(archive: zipfile.ZipFile, limits: Limits | None = None) -> Memb
 def _check_whole(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo], limits: Limits) -> None:
     name = archive.filename or "the archive"
     if len(members) > limits.members:
-        raise ArchiveError(f"{name} holds {len(members):,} members, more than the {limits.members:,} that are allowed")
+        raise ArchiveError(
+            f"{name} has {len(members):,} members, more than the {limits.members:,} allowed; download it again"
+        )
     total = sum(info.file_size for info in members)
     if total > limits.total_bytes:
-        raise ArchiveError(f"{name} would unpack to {total:,} bytes, more than the {limits.total_bytes:,} allowed")
+        raise ArchiveError(
+            f"{name} would unpack to {total:,} bytes, more than the {limits.total_bytes:,} allowed; download it again"
+        )
     end = 0
     for info in sorted(members, key=lambda info: info.header_offset):
         if info.header_offset < end:
-            raise ArchiveError(f"{name} has members that share their bytes, as archives built to do harm do")
+            raise ArchiveError(f"{name} has overlapping members, as in a zip bomb; download it again")
         end = info.header_offset + LOCAL_HEADER + info.compress_size
 
 
 def _reason(info: zipfile.ZipInfo, limits: Limits) -> str | None:
-    """Why a member may not be read; None if it may."""
+    """The reason to refuse a member; None if it is safe."""
     name = info.orig_filename
     checks: list[tuple[Callable[[], bool], str]] = [
         (lambda: leaves_folder(name), "its path leaves the folder"),
@@ -104,7 +108,7 @@ def _reason(info: zipfile.ZipInfo, limits: Limits) -> str | None:
 
 
 def leaves_folder(name: str) -> bool:
-    """True where `name`, as a path below some folder, would reach outside it on any system."""
+    """Whether `name`, as a path below a folder, leads outside of it on any operating system."""
     windows = PureWindowsPath(name)
     parts = PurePosixPath(name.replace("\\", "/")).parts
     return "\0" in name or name.startswith(("/", "\\")) or bool(windows.drive) or ".." in parts or not parts

@@ -1,4 +1,4 @@
-"""Name → adapter: the only place that lists data sets. An adapter takes the data set's folder and returns a Listing."""
+"""Name → adapter, for all data sets. An adapter takes the folder of a data set and returns a Listing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fuselip_core.data.sources.vqa_rad import list_vqa_rad
 def list_phantom(root: Path) -> Listing:
     """The embedded sample: ROCOv2's layout, and questions."""
     if not root.is_dir() or not any(root.iterdir()):
-        raise DataError(f"no sample in {root}; draw it with `fuselip sample --out {root}`, or run `make demo`")
+        raise DataError(f"{root} has no sample; draw one with `fuselip sample --out {root}`, or run `make demo`")
     return list_rocov2(root)
 
 
 def list_dicom_folder(root: Path, settings: PrepareSettings) -> Listing:
-    """A tree of DICOM files; its libraries come with the extra `download`."""
+    """A tree of DICOM files; needs the extra `download`."""
     from fuselip_core.data.dicom.listing import list_dicom, settings_for
 
     return list_dicom(root, settings_for(root, settings))
@@ -51,36 +51,36 @@ SOURCES: Mapping[str, Callable[[Path], Listing]] = {
     "mmeb-eval": list_mmeb,
     "tgit": list_tgit,
 }
-# Adapters with settings of their own.
+# Adapters with their own settings.
 SOURCES_WITH_SETTINGS: Mapping[str, Callable[[Path, PrepareSettings], Listing]] = {"dicom": list_dicom_folder}
 
 
 def source_names() -> tuple[str, ...]:
-    """All that `list_source` knows."""
+    """The names that `list_source` accepts."""
     return (*SOURCES, *SOURCES_WITH_SETTINGS)
 
 
 def list_source(name: str, root: Path, settings: PrepareSettings | None = None) -> Listing:
-    """All of a data set but its pixels; raises DataError for an unknown name or a folder that is not that data set."""
+    """The listing of a data set; raises DataError for an unknown name or a folder with another data set."""
     if name not in source_names():
-        raise DataError(f"unknown source '{name}'; there are: {', '.join(source_names())}")
+        raise DataError(f"unknown source '{name}'; use one of {', '.join(source_names())}")
     if name in SOURCES_WITH_SETTINGS:
         listing = SOURCES_WITH_SETTINGS[name](root, settings or PrepareSettings())
     else:
         with published_form(name, root):
             listing = SOURCES[name](root)
     if not listing.images:
-        raise DataError(f"{root} holds no image that could be read as {name}; see the published layout")
+        raise DataError(f"{root} has no image in the layout of {name}; compare it with the published layout")
     return listing
 
 
 @contextlib.contextmanager
 def published_form(name: str, root: Path) -> Iterator[None]:
-    """Tables of another form than published surface where a value is looked for; --debug shows where."""
+    """Turns errors while reading tables into a sentence: they differ from the published form (--debug shows where)."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(
-            f"{root} holds tables that are not in the published form of {name} ({type(error).__name__}); "
-            "compare them with the published files"
+            f"{root} has tables that differ from the published form of {name} ({type(error).__name__}); compare them "
+            "with the published files"
         ) from error

@@ -1,8 +1,8 @@
 """Image-text pairs from the web: CC3M and CC12M as WebDataset archives or as tables, and questions about them.
 
-- WebDataset, as `pixparse/cc3m-wds` and `cc12m-wds`: `cc3m-train-0000.tar` with `{key}.jpg`, `{key}.txt` and
-  `{key}.json` one after the other, in any folders; the file or its folder names the split. An image is known by its
-  archive and key. Only headers and texts are read here; images are read where they lie.
+- WebDataset, like `pixparse/cc3m-wds` and `cc12m-wds`: `cc3m-train-0000.tar` with consecutive `{key}.jpg`, `{key}.txt`
+  and `{key}.json`, in any folders; the name of the file or folder gives the split. An image's id is archive and key.
+  Only headers and texts are read here.
 - CSV (or TSV, JSON lines, Parquet): `train.csv`, `val.csv` with the columns path,caption (or path,question,answer),
   paths relative to the table.
 """
@@ -40,7 +40,7 @@ from fuselip_core.images import SUFFIXES
 IMAGE_SUFFIXES = frozenset(SUFFIXES)
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 TEXT_SUFFIXES = frozenset({".txt", ".json"})
-MOST_TEXT_BYTES = 1 << 20  # a caption or its metadata; what is longer is no caption
+MOST_TEXT_BYTES = 1 << 20  # of a caption or its metadata
 
 
 def list_web_captions(root: Path) -> Listing:
@@ -61,7 +61,7 @@ def list_web_captions(root: Path) -> Listing:
 
 
 def list_web_questions(root: Path) -> Listing:
-    """CC3M-VQA or CC12M-VQA: tables of path,question,answer beside the images; raises DataError without one."""
+    """CC3M-VQA or CC12M-VQA: tables of path,question,answer beside the images; raises DataError if there is none."""
     require_folder(root, "tables of questions")
     listing = Listing()
     for table, split in tables_of(root, ("path", "question", "answer")):
@@ -74,7 +74,7 @@ def list_web_questions(root: Path) -> Listing:
 
 @dataclass
 class _Sample:
-    """The members of an archive that share a key; `refused` are (reason, detail) of those that are not used."""
+    """The members of an archive with the same key. refused: (reason, detail) of unused members."""
 
     image: Place | None = None
     texts: dict[str, bytes] = field(default_factory=dict)
@@ -99,25 +99,25 @@ def _list_archive(root: Path, path: Path, listing: Listing) -> None:
                 seen.add(key)
                 _list_sample(sample_id, split, sample, f"in {name}", listing)
     except (tarfile.TarError, OSError, EOFError) as error:
-        # What came before the damage is good; images beyond it cannot be found.
+        # Samples before the damage are used; those after it cannot be found.
         listing.set_aside.append(SetAside(prefix, split, "damaged_archive", f"{name}: {error}"))
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
-        listing.notes.append(f"{name} has members that are neither images nor texts and were not read: {kinds}")
+        listing.notes.append(f"{name} has members that are neither images nor texts and were ignored: {kinds}")
 
 
 def samples_of(path: Path, others: Counter[str]) -> Iterator[tuple[str, _Sample]]:
-    """Yields key and members of each sample of a tar archive, in its order; `others` counts members by suffix.
+    """Yields key and members of each sample of a tar archive, in order; `others` counts other members by suffix.
 
-    A key is a name without its last suffix. Names that agree up to the first dot, which is WebDataset's own key, may
-    come in any order as long as no other comes between.
+    A key is a name without its last suffix. Members whose names agree up to the first dot (WebDataset's definition of a
+    key) may come in any order, but must be consecutive.
     """
     size = path.stat().st_size
     group: dict[str, _Sample] = {}
     current = ""
     with tarfile.open(path, "r:") as archive:
         while (member := archive.next()) is not None:
-            vars(archive)["members"].clear()  # the library keeps them all, 1 KB each
+            vars(archive)["members"].clear()  # tarfile keeps all of them, 1 KB each
             name = PurePosixPath(member.name)
             suffix = name.suffix.lower()
             if member.isdir():
@@ -137,7 +137,7 @@ def samples_of(path: Path, others: Counter[str]) -> Iterator[tuple[str, _Sample]
 
 
 def _take(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, path: Path, sample: _Sample) -> None:
-    """Adds an image or a text to its sample, or the reason why it is not used."""
+    """Adds an image or a text to its sample, or the reason to refuse it."""
     if not member.isreg() or leaves_folder(member.name):
         sample.refused.append(("unsafe_member", f"{member.name} is a link or device, or leaves the folder"))
     elif (suffix in IMAGE_SUFFIXES and sample.image is not None) or suffix in sample.texts:
@@ -164,7 +164,7 @@ def _list_sample(name: str, split: str, sample: _Sample, place: str, listing: Li
 
 
 def _metadata(data: bytes) -> dict[str, Any]:
-    """The object in a sample's JSON member; nothing if it is damaged, since only the address is taken from it."""
+    """The object in a sample's JSON member; empty if damaged, since only the URL is needed from it."""
     try:
         content = json.loads(data or b"{}")
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
@@ -176,16 +176,16 @@ def _metadata(data: bytes) -> dict[str, Any]:
 
 
 def tables_of(root: Path, columns: tuple[str, ...]) -> list[tuple[Path, str]]:
-    """Tables directly in `root` that have `columns`, with the split that their name tells; raises DataError."""
+    """Tables directly in `root` with `columns`, and their splits by name; raises DataError if there are none."""
     tables = (path for path in sorted(root.iterdir()) if path.suffix in TABLES)
     found = [(path, split_of_path(Path(path.name))) for path in tables if set(columns_of(path)) >= set(columns)]
     if not found:
-        raise DataError(f"{root} has no CSV table with the columns {','.join(columns)}; put it there")
+        raise DataError(f"{root} has no table with the columns {','.join(columns)}; put one there")
     return found
 
 
 def entry_of(table: Path, split: str, path: str) -> ImageEntry | None:
-    """The image at a table's relative path; None if the path would leave the table's folder."""
+    """The image at a path relative to a table; None if the path is empty or leaves the table's folder."""
     if not path or leaves_folder(path):
         return None
     return ImageEntry(path, split, case=path, place=Place(table.parent / path))
@@ -196,7 +196,7 @@ def _fault_of_path(path: str) -> str:
 
 
 def _first_time(path: str, seen: set[int]) -> bool:
-    """True unless the path came before; remembers a hash, since tables have millions of long paths."""
+    """True for a new path; stores only hashes, since tables may have millions of long paths."""
     before = len(seen)
     seen.add(hash(path))
     return len(seen) > before

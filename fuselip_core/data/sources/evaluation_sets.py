@@ -1,6 +1,6 @@
 """Evaluation sets with published lists: crops of Open Images, SugarCrepe, ImageNet, and transformations of CC3M.
 
-Each lists its pictures once and its questions as Candidates; all of it is the split "test".
+Each lists its pictures once and its questions as Candidates, all in the split "test".
 
 - `open-images`: `oi-crop.json`, `oi-crop-positional-v3.json` beside the test pictures (in any folder below)
 - `sugarcrepe`: its seven JSON lists (here or in `sugarcrepe/`) beside COCO's `val2017/`
@@ -35,7 +35,7 @@ SYNSETS = "LOC_synset_mapping.txt"
 
 
 class _Pictures:
-    """Lists each picture when it is first needed."""
+    """Adds each picture to the listing when it is first needed."""
 
     def __init__(self, listing: Listing) -> None:
         self._listing, self._known = listing, set[str]()
@@ -56,11 +56,11 @@ def _pictures_below(root: Path) -> dict[str, Path]:
 
 
 def list_open_images(root: Path) -> Listing:
-    """(picture, label) → which of the crops? Raises DataError without one of the lists."""
+    """(picture, label) → the right one of several crops. Raises DataError if there is no list."""
     require_folder(root, "Open Images")
     lists = {task: root / name for task, name in OI_LISTS.items() if (root / name).exists()}
     if not lists:
-        raise DataError(f"{root} has neither of {', '.join(OI_LISTS.values())}; copy FuseLIP's published lists there")
+        raise DataError(f"{root} has none of {', '.join(OI_LISTS.values())}; copy FuseLIP's published lists there")
     listing = Listing()
     files, pictures = _pictures_below(root), _Pictures(listing)
     for task, path in lists.items():
@@ -96,7 +96,7 @@ def _list_crops(
 
 
 def list_sugarcrepe(root: Path) -> Listing:
-    """picture → which caption, the true one or the one that was tampered with? Raises DataError without a list."""
+    """picture → the true caption instead of the manipulated one. Raises DataError if there is no list."""
     require_folder(root, "SugarCrepe")
     lists = sorted(path for folder in (root, root / "sugarcrepe") for path in folder.glob("*_*.json"))
     if not lists:
@@ -120,11 +120,11 @@ def list_sugarcrepe(root: Path) -> Listing:
 
 
 def list_imagenet(root: Path) -> Listing:
-    """picture → which of the class names (the first of a synset)? Raises DataError without the names."""
+    """picture → its class name (the first of a synset). Raises DataError if the names are missing."""
     require_folder(root, "ImageNet")
     mapping = root / SYNSETS
     if not mapping.exists():
-        raise DataError(f"{root} lacks {SYNSETS}, which names the classes; it comes with ImageNet's archive")
+        raise DataError(f"{root} lacks {SYNSETS} with the class names; copy it there from ImageNet's archive")
     lines = (line.split(" ", 1) for line in mapping.read_text(encoding="utf-8").splitlines() if line.strip())
     names = {synset: text.split(",")[0].strip() for synset, text in lines}
     order = list(names)
@@ -139,7 +139,9 @@ def list_imagenet(root: Path) -> Listing:
             listing.candidates.append(Candidates(name, "test", "imagenet", Side(path.stem), options, answer))
     if len(set(names.values())) < len(names):
         repeated = len(names) - len(set(names.values()))
-        listing.notes.append(f"{repeated} of {len(names)} classes have the name of another and count as one option")
+        listing.notes.append(
+            f"{repeated} of {len(names)} classes have the same name as another and count as one option"
+        )
     return listing
 
 
@@ -147,10 +149,10 @@ def list_imagenet(root: Path) -> Listing:
 
 
 def list_tgit(root: Path) -> Listing:
-    """(picture, instruction) → which of the transformed pictures? One question a picture and family of instructions.
+    """(picture, instruction) → the transformed picture. One question for each picture and family of instructions.
 
-    Row numbers count CC3M's validation rows in their order: of `val.csv`, or of the archives. Instructions are drawn
-    from a seed of their own for each picture, so they do not depend on which others are there.
+    Row numbers refer to CC3M's validation rows in the order of `val.csv` or of the archives. Each picture's
+    instructions have their own seed, so they do not depend on the other pictures.
     """
     listing = Listing()
     path = root / TGIT_INDICES
@@ -182,7 +184,7 @@ def _list_edits(row: int, image: ImageEntry, pictures: _Pictures, listing: Listi
 
 
 def _edited(image: ImageEntry, edit: Edit | None, pictures: _Pictures) -> str:
-    """The id of what `edit` makes of an image; without one, the image's own."""
+    """The id of the edited image, or of the image itself if `edit` is None."""
     if edit is None:
         return image.image_id
     assert isinstance(image.place, Place)

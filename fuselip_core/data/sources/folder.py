@@ -1,11 +1,11 @@
 """Your own pictures in any folders, with their descriptions:
 
 - `metadata.csv`, `.tsv`, `.jsonl` or `.parquet` in any folder (Hugging Face's imagefolder): file_name, relative to the
-  table; text (or caption); question and answer; split and case, both optional. Rows may share a picture;
-- else folders named by class: their names are the captions, and the candidates of pictures that are held out;
-- else pictures alone, which can be embedded and searched.
+  table; text (or caption); question and answer; split and case, both optional. Several rows may have the same picture;
+- or folders named by class, whose names become captions, and candidates for held-out pictures;
+- or pictures alone, which can be embedded and searched.
 
-A split is the column's, else a word such as train, val or test in the path, else train.
+The split is taken from the column, or from a word such as train, val or test in the path; the default is train.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def list_folder(root: Path) -> Listing:
     listing = Listing()
     pictures = {path.relative_to(root).as_posix(): path for path in files_below(root, SUFFIXES, listing.notes)}
     if not pictures:
-        raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)}); name the folder that does")
+        raise DataError(f"{root} holds no pictures ({', '.join(SUFFIXES)}); name another folder")
     tables = [path for path in files_below(root, TABLES) if path.stem == "metadata"]
     if tables:
         _list_tables(root, tables, pictures, listing)
@@ -55,7 +55,7 @@ def list_folder(root: Path) -> Listing:
         _list_classes(pictures, classes, listing)
     else:
         listing.images.extend(_entry(name, path) for name, path in pictures.items())
-        listing.notes.append("no metadata and no class folders: these pictures have no texts")
+        listing.notes.append("there is no metadata and no class folder, so these pictures have no texts")
     return listing
 
 
@@ -103,7 +103,7 @@ def _fault_of_row(name: str, split: str) -> str | None:
 
 
 def _list_row(row: Row, image: ImageEntry, place: str, counts: Counter[tuple[str, str]], listing: Listing) -> None:
-    """The pairs of a row: one for its text, one for its question."""
+    """Adds the pairs of a row: one for its text, one for its question."""
     text = next((one_line(str(row[name])) for name in TEXTS if row[name]), "")
     question, answer = one_line(str(row["question"] or "")), answer_text(row["answer"])
     if text:
@@ -126,7 +126,7 @@ def _list_row(row: Row, image: ImageEntry, place: str, counts: Counter[tuple[str
 
 
 def _classes_of(pictures: dict[str, Path]) -> dict[str, str]:
-    """Picture → class, where each lies in exactly one folder beside that of a split, and classes have several."""
+    """Picture → class, if every picture is in one folder, not counting a split's, and every class has several."""
     found = {}
     for name in pictures:
         folders = [part for part in PurePosixPath(name).parts[:-1] if part.lower() not in SPLIT_OF]
@@ -151,4 +151,4 @@ def _list_classes(pictures: dict[str, Path], classes: dict[str, str], listing: L
                 Candidates(f"classes/{name}", image.split, "classes", Side(name), options, answer)
             )
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    listing.notes.append(f"{len(names)} folders are taken for classes ({shown}); a metadata.csv says otherwise")
+    listing.notes.append(f"{len(names)} folders are used as classes ({shown}); a metadata.csv would override them")

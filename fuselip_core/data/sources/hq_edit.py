@@ -1,10 +1,10 @@
 """HQ-Edit (`UCSC-VLAA/HQ-Edit`): pictures edited by instruction, as Parquet files with both images in a row.
 
-Columns: input_image, output_image ({bytes, path}), edit, inverse_edit, input, output (what the pictures show). A row is
-three pairs of the kind "edit", as in the published training (FuseLIP, arXiv 2506.03096):
+Columns: input_image, output_image ({bytes, path}), edit, inverse_edit, input, output (descriptions of the pictures). A
+row gives three pairs of the kind "edit", as in the published training (FuseLIP, arXiv 2506.03096):
 
     (input, edit) → output · (output, inverse edit) → input      one group, hard negatives of each other
-    (input, edit) → output with its description                  a group of its own
+    (input, edit) → output with its description                  its own group
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IMAGES = ("input_image", "output_image")
 
 
 def list_hq_edit(root: Path) -> Listing:
-    """Every row of the Parquet files below `root`; raises DataError if there are none or they lack a column."""
+    """All rows of the Parquet files below `root`; raises DataError if there are none or they lack a column."""
     require_folder(root, "HQ-Edit")
     files = files_below(root, (".parquet",))
     if not files:

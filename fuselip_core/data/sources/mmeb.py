@@ -1,8 +1,8 @@
-"""MMEB-eval (`TIGER-Lab/MMEB-eval`): every subset's questions with up to 1,000 candidates each, and `images.zip`.
+"""MMEB-eval (`TIGER-Lab/MMEB-eval`): the questions of all subsets with up to 1,000 candidates each, and `images.zip`.
 
 Parquet files `<subset>/test-*.parquet`: qry_text, qry_img_path, and the lists tgt_text and tgt_img_path, whose first
-entries are the right ones. The marker "<|image_1|>" in a text only says where a model of another family puts the
-picture, and is taken away. Pictures are in `images.zip`, or unpacked in any of FOLDERS.
+entry is the right one. The placeholder "<|image_1|>" for other model families is removed from texts. Pictures are in
+`images.zip`, or unpacked in one of FOLDERS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FOLDERS = ("", "images", "eval_images")
 
 
 def list_mmeb(root: Path) -> Listing:
-    """All subsets below `root`; raises DataError if there are none or no pictures."""
+    """All subsets below `root`; raises DataError if there are none."""
     require_folder(root, "MMEB-eval")
     files = sorted(root.glob("*/*.parquet"))
     if not files:
@@ -39,7 +39,7 @@ def list_mmeb(root: Path) -> Listing:
 
 
 class _Places:
-    """Where a picture's published path is: in the archive, or below the folder; lists it when first asked for."""
+    """Finds pictures by their published path, in the archive or below the folder, and lists them when first needed."""
 
     def __init__(self, root: Path, listing: Listing) -> None:
         self._root, self._listing = root, listing
@@ -53,7 +53,7 @@ class _Places:
             listing.set_aside.extend(SetAside(name, "test", "unsafe_member", why) for name, why in members.refused)
 
     def add(self, path: str) -> bool:
-        """True if the picture is there."""
+        """Whether the picture exists."""
         if path in self._known:
             return True
         place = self._find(path)
@@ -78,7 +78,7 @@ class _Places:
 def _list_row(name: str, task: str, values: Mapping[str, Any], places: _Places, listing: Listing) -> None:
     query = _side(values["qry_text"], values["qry_img_path"])
     texts, paths = _as_list(values["tgt_text"]), _as_list(values["tgt_img_path"])
-    # A list may be left empty where only the other says something.
+    # One of the lists may be empty.
     count = max(len(texts), len(paths))
     texts, paths = texts or [""] * count, paths or [""] * count
     if len(texts) != len(paths) or count < 2:

@@ -1,7 +1,7 @@
 """ROCO version 1 (Pelka et al. 2018): `{train,validation,test}/radiology/` with tables that join ids to pictures.
 
-`captions.txt`, `dlinks.txt` (last column: the picture's file name), `licences.txt` (article) and `cuis.txt` hold
-`ROCO_00001<TAB>...` without a header. Pictures lie in `images/` under the name of `dlinks.txt`, or as `<id>.jpg`.
+`captions.txt`, `dlinks.txt` (last column: the picture's file name), `licences.txt` (article) and `cuis.txt` contain
+`ROCO_00001<TAB>...` without a header. Pictures are in `images/`, named as in `dlinks.txt` or `<id>.jpg`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from fuselip_core.images import SUFFIXES
 
 
 def roco_tables(root: Path) -> list[Path]:
-    """The `captions.txt` of every split below `root`, radiology only."""
+    """The `captions.txt` of all splits below `root`, radiology only."""
     return [path for path in files_below(root, (".txt",)) if path.parts[-2:] == ("radiology", "captions.txt")]
 
 
 def list_roco(root: Path, tables: list[Path]) -> Listing:
-    """The images of `tables`, each with its caption; raises DataError where a table is no UTF-8."""
+    """The images of `tables` with their captions; raises DataError for a table that is not UTF-8."""
     listing = Listing()
-    listing.notes.append("this is ROCO version 1, with other images and splits than ROCOv2; of it radiology is read")
+    listing.notes.append("this is ROCO version 1, with other images and splits than ROCOv2; only radiology is used")
     for table in tables:
         _list_split(table, split_of_path(table.relative_to(root)), listing)
     return listing
@@ -32,7 +32,7 @@ def list_roco(root: Path, tables: list[Path]) -> Listing:
 def _list_split(table: Path, split: str, listing: Listing) -> None:
     folder = table.parent
     if not (folder / "images").is_dir():
-        raise DataError(f"{folder} has the tables of ROCO version 1 but no folder images; download its pictures there")
+        raise DataError(f"{folder} has tables of ROCO version 1 but no folder images; download its pictures there")
     pictures = {path.name: path for path in files_below(folder / "images", SUFFIXES, listing.notes)}
     files = {name: fields[-1].strip() for name, fields in _rows(folder / "dlinks.txt", split, listing)}
     licences = dict(_rows(folder / "licences.txt", split, listing))
@@ -59,7 +59,7 @@ def _list_split(table: Path, split: str, listing: Listing) -> None:
 
 
 def _rows(path: Path, split: str, listing: Listing) -> Iterator[tuple[str, list[str]]]:
-    """Id and further columns of each line; nothing if the file is missing."""
+    """Id and further columns of each line; none if the file is missing."""
     if not path.exists():
         return
     try:

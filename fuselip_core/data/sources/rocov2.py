@@ -1,12 +1,12 @@
-"""Images with captions: ROCOv2 in each of the layouts in which it is found.
+"""ROCOv2 in all its layouts: images with captions.
 
 - Zenodo's: `{train,valid,test}_captions.csv`, `_concepts.csv`, `_concepts_manual.csv`, `license_information.csv`, and
   images in `<split>_images.zip` or in folders `<split>/` or `<split>_images/`;
-- ROCO version 1: `data/{train,validation,test}/radiology/`, whose tables name the pictures (roco.py);
+- ROCO version 1: `data/{train,validation,test}/radiology/` with tables (roco.py);
 - older tools': `{train,validation,test}/ID.jpg` with the caption in `ID.jpg.txt`;
 - Hugging Face's: Parquet files `train-*.parquet` with image {bytes, path}, image_id, caption, cui.
 
-Questions about the images lie beside them, in any folder: `{train,valid,test}_questions.csv` with ID, Question, Answer.
+Questions about the images may be in any folder: `{train,valid,test}_questions.csv` with ID, Question, Answer.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from fuselip_core.images import SUFFIXES
 PUBLISHED_SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}
 # Rückert et al. 2024, doi:10.1038/s41597-024-03496-6. The Hub's train split has four more.
 PUBLISHED_COUNTS = {"train": 59_958, "valid": 9_904, "test": 9_927}
-MOST_DIFFERENCE = 0.1  # what differs more is a part of ROCOv2, or another data set in its layout
+MOST_DIFFERENCE = 0.1  # beyond that it is a part of ROCOv2, or another data set in its layout
 LICENCES = "license_information.csv"
 HUB_COLUMNS = ("image", "image_id", "caption")
 
 
 def list_rocov2(root: Path) -> Listing:
-    """ROCOv2 in whichever layout `root` has; raises DataError if it has none of them."""
+    """ROCOv2 in any of its layouts; raises DataError if `root` has none of them."""
     require_folder(root, "ROCOv2")
     listing = _list_layout(root)
     _compare_counts(listing)
@@ -73,18 +73,18 @@ def _list_layout(root: Path) -> Listing:
 
 
 def _compare_counts(listing: Listing) -> None:
-    """Notes how many images each split has beside the published number, if this is about as many."""
+    """Notes the number of images of each split compared with the published one, if they are similar."""
     counts = Counter(image.split for image in listing.images)
     counts.update(item.split for item in listing.set_aside if item.reason == "repeated_id")
     for split, published in PUBLISHED_COUNTS.items():
         if abs(counts[split] - published) <= published * MOST_DIFFERENCE:
             difference = counts[split] - published
-            said = "as published" if not difference else f"{difference:+,} against the {published:,} that are published"
-            listing.notes.append(f"{split} lists {counts[split]:,} images, {said}")
+            said = "as published" if not difference else f"{difference:+,} compared with the published {published:,}"
+            listing.notes.append(f"{split} has {counts[split]:,} images, {said}")
 
 
 def list_zenodo(root: Path) -> Listing:
-    """The published layout; images may be zipped or extracted, and any split may be missing."""
+    """The published layout, with images zipped or extracted; any split may be missing."""
     listing = Listing()
     licences = _read_licences(root / LICENCES, listing)
     for name, split in PUBLISHED_SPLITS.items():
@@ -131,7 +131,7 @@ def _list_zenodo_split(
 
 
 def _places(root: Path, name: str, notes: list[str]) -> tuple[dict[str, Place], list[tuple[str, str, str]]]:
-    """Image id → place (an extracted folder is preferred to its archive); and (name, reason, detail) of the refused."""
+    """Image id → place, from the extracted folder or else the archive; and (name, reason, detail) of refused files."""
     refused: list[tuple[str, str, str]] = []
     for folder in (root / name, root / f"{name}_images"):
         if folder.is_dir():
@@ -143,7 +143,7 @@ def _places(root: Path, name: str, notes: list[str]) -> tuple[dict[str, Place], 
         )
     with open_archive(archive) as opened:
         members = safe_members(opened)
-    # Members are read by name and never extracted, so that no path of an archive touches the disk.
+    # Members are read by name and never extracted to disk.
     paths = [PurePosixPath(info.filename) for info in members.safe]
     pictures = [path for path in paths if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
     refused += [(member, "unsafe_member", reason) for member, reason in members.refused]
@@ -151,18 +151,18 @@ def _places(root: Path, name: str, notes: list[str]) -> tuple[dict[str, Place], 
 
 
 def _by_id(places: Sequence[tuple[PurePath, Place]], refused: list[tuple[str, str, str]]) -> dict[str, Place]:
-    """The first picture of each id; `refused` takes the others."""
+    """The first picture of each id; others are added to `refused`."""
     first: dict[str, Place] = {}
     for path, place in places:
         if path.stem in first:
-            refused.append((path.stem, "repeated_id", f"{path.name} is named like another picture"))
+            refused.append((path.stem, "repeated_id", f"{path.name} has the same name as another picture"))
         else:
             first[path.stem] = place
     return first
 
 
 def _read_concepts(path: Path, split: str, listing: Listing) -> dict[str, tuple[str, ...]]:
-    """Image id → concept codes; nothing if the file is missing."""
+    """Image id → concept codes; empty if the file is missing."""
     if not path.exists():
         return {}
     return {
@@ -172,7 +172,7 @@ def _read_concepts(path: Path, split: str, listing: Listing) -> dict[str, tuple[
 
 
 def _read_licences(path: Path, listing: Listing) -> dict[str, dict[str, str]]:
-    """Image id → its row; nothing if the file is missing (then every image is a case of its own)."""
+    """Image id → row; empty if the file is missing, in which case every image is its own case."""
     if not path.exists():
         return {}
     rows = read_table(path, ("ID", "PMCID", "Attribution", "Link"), bad_rows=listing.bad_rows(path))
@@ -180,7 +180,7 @@ def _read_licences(path: Path, listing: Listing) -> dict[str, dict[str, str]]:
 
 
 def add_questions(root: Path, listing: Listing) -> None:
-    """Adds the pairs of the tables `<split>_questions.csv`, in any folder, to a listing of their images."""
+    """Adds pairs from the tables `<split>_questions.csv` in any folder."""
     tables = [path for path in files_below(root, (".csv",)) if path.name.endswith("_questions.csv")]
     if not tables:
         return
@@ -211,7 +211,7 @@ def _modalities() -> dict[str, str]:
 
 
 def _list_sidecars(root: Path) -> Listing:
-    """Folders of images with the caption of `ID.jpg` in `ID.jpg.txt`; they name no case."""
+    """Folders of images with the caption of `ID.jpg` in `ID.jpg.txt`; there are no cases."""
     listing = Listing()
     for name, split in PUBLISHED_SPLITS.items():
         seen: set[str] = set()
@@ -226,22 +226,22 @@ def _list_sidecars(root: Path) -> Listing:
 def _list_sidecar(path: Path, split: str, seen: set[str], listing: Listing) -> None:
     text = path.with_name(f"{path.name}.txt")
     fault = None if text.exists() else ("missing_caption", f"no {text.name}")
-    # The same name may come in two splits; whether that is the same picture shows later.
+    # Within a split; copies in two splits are found later.
     if path.stem in seen:
-        fault = "repeated_id", f"{path.name} is named like another picture"
+        fault = "repeated_id", f"{path.name} has the same name as another picture"
     if fault:
         listing.set_aside.append(SetAside(path.stem, split, *fault))
         return
     seen.add(path.stem)
     image = ImageEntry(path.stem, split, case=path.stem, place=Place(path))
     listing.images.append(image)
-    # One bad byte in one text of 80,000 is no reason to stop.
+    # Tolerates a bad byte in one of 80,000 texts.
     caption = text.read_bytes().decode("utf-8", errors="replace")
     listing.pairs.append(caption_pair(image, one_line(caption)))
 
 
 def _parquet_files(root: Path) -> dict[str, list[Path]]:
-    """Published split name → its Parquet files, wherever below `root` they are."""
+    """Published split name → its Parquet files, anywhere below `root`."""
     files: dict[str, list[Path]] = {}
     for path in files_below(root, (".parquet",)):
         name = path.name.split("-")[0].split(".")[0]
@@ -251,13 +251,13 @@ def _parquet_files(root: Path) -> dict[str, list[Path]]:
 
 
 def _list_parquet(root: Path, files: Mapping[str, Sequence[Path]]) -> Listing:
-    """The Hub's files. They name no article; LICENCES beside them adds it."""
+    """The Hub's files. They have no articles, which LICENCES beside them can add."""
     listing = Listing()
     licences = _read_licences(root / LICENCES, listing)
     if not licences:
         listing.notes.append(
-            f"these files name no article; with {LICENCES} of the Zenodo record beside them, images of one article "
-            "count as one case"
+            f"these files have no articles; put {LICENCES} from the Zenodo record beside them, so that images of an "
+            "article count as one case"
         )
     for name, paths in files.items():
         seen: set[str] = set()

@@ -1,8 +1,8 @@
 """SLAKE: English questions on radiographs (Liu et al. 2021, arXiv 2102.09542).
 
 `{train,validate,test}.json` list questions (qid, img_name, question, answer, q_lang, modality, answer_type, ...);
-`imgs/<img_name>` are the pictures, one folder a study, which is a case. On the Hub (`BoKelvin/SLAKE`) the list of the
-validation split is `validation.json`, and the pictures are in `imgs.zip`, which is read as it is.
+`imgs/<img_name>` are the pictures, one folder for each study, which is a case. On the Hub (`BoKelvin/SLAKE`), the
+validation split is `validation.json`, and the pictures are in `imgs.zip`, which need not be unpacked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODALITIES = {"CT": "CT", "MRI": "MR", "X-Ray": "X-ray"}
 
 
 def list_slake(root: Path) -> Listing:
-    """The English questions of every split that is there; raises DataError if none is."""
+    """The English questions of all existing splits; raises DataError if there are none."""
     require_folder(root, "SLAKE")
     listing = Listing()
     files = {split: root / f"{name}.json" for name, split in SPLITS.items() if (root / f"{name}.json").exists()}
@@ -54,13 +54,13 @@ def list_slake(root: Path) -> Listing:
                 others[str(row["q_lang"])] += 1
     if others:
         listing.notes.append(
-            f"{others.total()} questions in other languages ({', '.join(sorted(others))}) were not read"
+            f"{others.total()} questions in other languages ({', '.join(sorted(others))}) were ignored"
         )
     return listing
 
 
 def _members(root: Path, listing: Listing) -> Collection[str]:
-    """The pictures of the archive that may be read; none where it is unpacked."""
+    """The safe members of the archive; none if it is unpacked."""
     if (root / "imgs").is_dir() or not (root / ARCHIVE).exists():
         return ()
     with open_archive(root / ARCHIVE) as archive:
@@ -70,7 +70,7 @@ def _members(root: Path, listing: Listing) -> Collection[str]:
 
 
 def _place(root: Path, members: Collection[str], name: str) -> Place | None:
-    """Where a picture is, in the folder or in the archive; None if it is in neither."""
+    """A picture's place in the folder or in the archive; None if it is in neither."""
     if leaves_folder(name):
         return None
     if (path := root / "imgs" / name).is_file():

@@ -1,13 +1,13 @@
-"""Visual Genome: regions of pictures with phrases, and questions, in groups of four of one picture.
+"""Visual Genome: regions with phrases, and questions, in groups of four from the same picture.
 
 Files: `region_descriptions.json`, or the lists `region_descriptions_train.json` and `_test.json` that FuseLIP's authors
 publish; `question_answers.json`; the pictures as `<image id>.jpg` in any folder (`images`, `VG_100K`, `VG_100K_2`).
 
-    kind "region"   (picture, phrase) → the part of the picture that the phrase describes, an image of its own
-    kind "vqa"      (picture, question) → answer, whose full stop is taken away as published
+    kind "region"   (picture, phrase) → the crop that the phrase describes
+    kind "vqa"      (picture, question) → answer, without its full stop, as published
 
-Pictures of the test list are test for both kinds. Without the lists all is train, and of each picture the first
-MOST_REGIONS regions that are large enough are taken: all 5.4 million crops would be 200 GB.
+Pictures of the test list are in the split test for both kinds. Without the lists, everything is train, and only the
+first MOST_REGIONS large enough regions of a picture are used, since all 5.4 million crops would take 200 GB.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from fuselip_core.data.table_reader import json_array
 from fuselip_core.data.walk import files_below
 
 GROUP = 4
-LEAST_PIXELS = 32  # a smaller side shows nothing; published as an option
+LEAST_PIXELS = 32  # of the shorter side of a region; published as an option
 MOST_REGIONS = 16
 LISTS = (("test", "region_descriptions_test.json"), ("train", "region_descriptions_train.json"))
 ALL_REGIONS, QUESTIONS = "region_descriptions.json", "question_answers.json"
 
 
 def list_visual_genome(root: Path) -> Listing:
-    """Regions and questions, whichever is there; raises DataError if neither is."""
+    """Regions and questions, whichever exist; raises DataError if there are neither."""
     require_folder(root, "Visual Genome")
     listing = Listing()
     places = {path.stem: path for path in files_below(root, (".jpg",), listing.notes)}
@@ -51,7 +51,7 @@ def list_visual_genome(root: Path) -> Listing:
     ]
     if not found and (root / ALL_REGIONS).exists():
         found = [("train", root / ALL_REGIONS, MOST_REGIONS)]
-        listing.notes.append(f"no published train and test lists: all of {ALL_REGIONS} is train")
+        listing.notes.append(f"there are no published train and test lists, so all of {ALL_REGIONS} is train")
     left_out: Counter[str] = Counter()
     for split, path, most in found:
         for entry in json_array(path):
@@ -67,12 +67,12 @@ def list_visual_genome(root: Path) -> Listing:
 
 
 def _groups(items: list[Any]) -> list[list[Any]]:
-    """Groups of four in their order; the last may be smaller."""
+    """Consecutive groups of four; the last may be smaller."""
     return [items[start : start + GROUP] for start in range(0, len(items), GROUP)]
 
 
 def _picture(name: str, split: str, places: dict[str, Path], splits: dict[str, str], listing: Listing) -> str | None:
-    """The split of a picture, which is listed when first asked for; None if it is missing."""
+    """The split of a picture, which is listed when first needed; None if it is missing."""
     if name not in places:
         return None
     if name not in splits:
@@ -98,7 +98,7 @@ def _list_regions(
         return
     usable = [region for region in regions if min(region["width"], region["height"]) > LEAST_PIXELS]
     usable = [region for region in usable if one_line(region["phrase"])]
-    left_out[f"without phrase, or at most {LEAST_PIXELS} pixels wide or high"] += len(regions) - len(usable)
+    left_out[f"no phrase, or at most {LEAST_PIXELS} pixels wide or high"] += len(regions) - len(usable)
     if most is not None and len(usable) > most:
         left_out[f"more than {most} of one picture"] += len(usable) - most
         usable = usable[:most]

@@ -21,7 +21,7 @@ from fuselip_core.data.table_reader import Row, read_table
 from fuselip_core.data.walk import files_below
 
 VQA_RAD_FIELDS = ("qid", "phrase_type", "image_name", "image_case_url", "question", "answer", "answer_type")
-# What `image_organ` says, as UMLS concepts with their names.
+# Values of `image_organ` as UMLS concepts, and the names of those.
 ORGANS = {"HEAD": "C0018670", "CHEST": "C0817096", "ABD": "C0000726"}
 ORGAN_NAMES = {"C0018670": "head", "C0817096": "chest", "C0000726": "abdomen"}
 
@@ -29,8 +29,8 @@ ORGAN_NAMES = {"C0018670": "head", "C0817096": "chest", "C0000726": "abdomen"}
 def list_vqa_rad(root: Path) -> Listing:
     """VQA-RAD (Lau et al. 2018, doi:10.1038/sdata.2018.251): one JSON file and a folder of radiographs.
 
-    Questions whose phrase_type begins with "test" are the published test split, all others train; an image has one
-    entry in each split that asks about it. A case is a MedPix case, or several where an image is given under several.
+    Questions whose phrase_type begins with "test" are the published test split, all others train. An image has an entry
+    in each split with questions about it. A case is a MedPix case, or several if they share an image.
     """
     require_folder(root, "VQA-RAD")
     listing = Listing(concept_names=dict(ORGAN_NAMES))
@@ -65,7 +65,7 @@ def list_vqa_rad(root: Path) -> Listing:
     listing.images.extend(sorted(images.values(), key=lambda image: (image.split, image.image_id)))
     unused = len(set(places) - {str(row["image_name"]) for row in rows})
     if unused:
-        listing.notes.append(f"{unused} of {len(places)} image files are not asked about and were not read")
+        listing.notes.append(f"{unused} of {len(places)} image files have no question and were ignored")
     return listing
 
 
@@ -73,12 +73,14 @@ def _read_rows(root: Path, listing: Listing) -> list[Row]:
     files = sorted(root.glob("*.json"))
     if len(files) != 1:
         found = ", ".join(path.name for path in files) or "none"
-        raise DataError(f"{root} needs exactly one JSON file with VQA-RAD's questions (found: {found}); put it there")
+        raise DataError(
+            f"{root} must contain exactly one JSON file, VQA-RAD's questions (found: {found}); put it there"
+        )
     return list(read_table(files[0], VQA_RAD_FIELDS, ("image_organ",), listing.bad_rows(files[0])))
 
 
 def _cases(rows: Sequence[Row]) -> dict[str, str]:
-    """Image name → case. Cases that share an image are one case."""
+    """Image name → case; cases that share an image are merged."""
     parent: dict[str, str] = {}
 
     def root_of(name: str) -> str:

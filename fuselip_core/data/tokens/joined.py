@@ -1,7 +1,7 @@
-"""Several token stores read as one, so that a mixture draws from all: data sets of a pretraining, or pairs to replay.
+"""Several token stores read as one, for a mixture over several data sets, or for replaying general pairs.
 
-Kinds of the first store keep their names; those of a further store are called name:kind. Rows of pairs, texts, images
-and groups are counted through the stores in order. Legend: B pairs of a batch.
+Kinds of the first store keep their names; those of other stores become name:kind. Rows of pairs, texts, images and
+groups are numbered across the stores in order. Legend: B pairs of a batch.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ OWN = ""  # name of the run's own store
 
 @dataclass(frozen=True)
 class JoinedColumn:
-    """A column of row numbers over all stores: `parts` in order, each moved by the rows of those before it."""
+    """A column of row numbers over all stores: `parts` in order, each offset by the rows of earlier stores."""
 
     parts: tuple[Array, ...]
     starts: Array
     moves: tuple[int, ...]
 
     def __getitem__(self, rows: Array) -> Array:
-        """Values (B) int64 of pair rows (B); what is absent (-1) stays so."""
+        """Values (B) int64 for pair rows (B); ABSENT (-1) is kept."""
         rows = np.asarray(rows, np.int64)
         values = np.empty(len(rows), np.int64)
         part_of = np.searchsorted(self.starts, rows, side="right") - 1
@@ -40,7 +40,7 @@ class JoinedColumn:
 
 @dataclass(frozen=True)
 class JoinedPairs:
-    """The columns that training reads of pairs; see token_store.PairColumns."""
+    """The columns of store.PairColumns that training reads."""
 
     query_image: JoinedColumn
     query_text: JoinedColumn
@@ -51,9 +51,9 @@ class JoinedPairs:
 
 
 class JoinedStore:
-    """The training pairs of several stores, with the calls of TokenStore that training uses.
+    """The training pairs of several stores, with the part of TokenStore's interface that training uses.
 
-    Raises FuselipError where the stores were made with different codebooks.
+    Raises FuselipError if the stores were made with different codebooks.
     """
 
     def __init__(self, own: TokenStore, further: Mapping[str, TokenStore]) -> None:
@@ -102,7 +102,7 @@ class JoinedStore:
         return list(self.stores.values())[number], row - int(self._starts[number])
 
     def gather(self, rows: Array, side: SideName, view_rng: np.random.Generator | None = None) -> SideTokens:
-        """One side of the pairs `rows` (B); see token_store.gather."""
+        """One side of the pairs `rows` (B); see store.gather."""
         part_of = np.searchsorted(self._starts, rows, side="right") - 1
         parts, places = [], []
         for number, store in enumerate(self.stores.values()):
@@ -118,7 +118,7 @@ class JoinedStore:
 
 
 def _in_order(parts: list[SideTokens], order: Array) -> SideTokens:
-    """Sides behind one another, their texts padded to the longest, then sorted by `order`."""
+    """Concatenates sides, pads their texts to the longest, and sorts by `order`."""
     longest = max(part.text_ids.shape[1] for part in parts)
     padded = [np.pad(part.text_ids, ((0, 0), (0, longest - part.text_ids.shape[1]))) for part in parts]
     return SideTokens(

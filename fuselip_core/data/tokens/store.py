@@ -1,9 +1,9 @@
-"""Images as raw codes and texts as ids, made once and read by memory map: (N, views, K) uint16, 256 bytes a view.
+"""Images as codes and texts as token ids, made once and memory-mapped: (N, views, K) uint16, 256 bytes a view.
 
 Legend: B pairs of a batch, N images, V views, K codes an image, T unique texts, P pairs, L longest text of the batch.
 
-Codes are the image tokenizer's own indices, never joint ids: turning the mask token on moves every joint id by one.
-A store is a folder with ``manifest.json`` and one folder a split, written by ``writer.py``.
+Codes are the image tokenizer's own indices, never joint ids, which all shift by one if the mask token is enabled. A
+store is a folder with ``manifest.json`` and one folder for each split, written by ``writer.py``.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fuselip_core.errors import FuselipError, one_line
+from fuselip_core.files import find_json
 
-ABSENT = -1  # row index of a side that has no image, or no text
+ABSENT = -1  # row index of a side without image, or without text
 ANSWER_TYPES = ("", "closed", "open")  # index = code in the answer_type column
-# Mapped pages are handed back after this many rows, or a long run would count the whole store as its own memory.
+# Mapped pages are released after this many rows, or the whole store would count towards the memory of a long run.
 ROWS_BETWEEN_RELEASES = 1 << 16
 MANIFEST = "manifest.json"
 
@@ -34,9 +35,9 @@ SideName = Literal["query", "target"]
 
 @dataclass(frozen=True)
 class SideTokens:
-    """One side of B pairs. Codes of a side without image are 0; texts are padded with 0 to the batch's longest.
+    """One side of B pairs. Codes of a side without image are 0; texts are padded with 0 to the longest.
 
-    codes (B, K) uint16, has_image (B) bool, text_ids (B, L) uint16 without begin and end, text_lengths (B) int32.
+    codes (B, K) uint16, has_image (B) bool, text_ids (B, L) uint16 without start and end, text_lengths (B) int32.
     """
 
     codes: Array
@@ -48,23 +49,23 @@ class SideTokens:
         return len(self.has_image)
 
     def part(self, rows: slice | Array) -> SideTokens:
-        """The chosen rows, with the padding cut back to their own longest text."""
+        """The chosen rows, padded to their own longest text."""
         lengths = self.text_lengths[rows]
         longest = int(lengths.max(initial=0))
         return SideTokens(self.codes[rows], self.has_image[rows], self.text_ids[rows, :longest], lengths)
 
     def with_codes(self, codes: Array) -> SideTokens:
-        """Other codes, (B, K) or (K) uint16 for all rows, in place of the image's own."""
+        """A copy with other codes, (B, K) or (K) uint16 for all rows."""
         return replace(self, codes=np.broadcast_to(codes, self.codes.shape))
 
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Row indices of P pairs; ABSENT where a side lacks the part.
+    """Row indices of P pairs; ABSENT if a side lacks the part.
 
     query_image, query_text, target_image, target_text, group: (P) int32; kind, answer_type: (P) uint8.
-    alike (P) int32: pairs image → text of one number are right for each other, since they are of the same image or of
-    images with the same concepts; ABSENT for all other pairs, and throughout in stores that were made without it.
+    alike (P) int32: image → text pairs with the same number are right for each other, because they have the same image
+    or images with the same concepts; ABSENT for all other pairs, and for all pairs in stores without this column.
     """
 
     query_image: Array
@@ -87,11 +88,11 @@ DTYPES = {column.name: np.dtype(np.int32) for column in fields(PairColumns)} | {
 
 
 class TokenStore:
-    """One finished split, read-only: opening reads headers only, whatever the size.
+    """A finished split, read-only. Opening reads only headers.
 
     codes (N, V, K) uint16, texts (sum of lengths) uint16, text_offsets (T + 1) int64, blank (K) uint16 (codes of a
-    black image), the columns of PairColumns, kinds: names of the kind codes, manifest: the store's manifest.
-    Raises FuselipError where the store is missing, unfinished, or of another run than its manifest.
+    black image), pairs: the columns, kinds: names of the kind codes, manifest: the store's manifest.
+    Raises FuselipError if the store is missing or incomplete, or if split and manifest are of different runs.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -122,16 +123,16 @@ class TokenStore:
 
     @property
     def views(self) -> int:
-        """Views of an image; view 0 is the one for evaluation."""
+        """Number of views of an image; view 0 is for evaluation."""
         return int(self.codes.shape[1])
 
     @property
     def codes_per_image(self) -> int:
-        """Codes of one view."""
+        """Number of codes of a view."""
         return int(self.codes.shape[2])
 
     def rows_of(self, kind: str) -> Array:
-        """Pair rows (P of the kind) uint32, ascending; raises FuselipError naming the kinds there are."""
+        """Pair rows of a kind, uint32 ascending; raises FuselipError, which lists the known kinds, for no pair."""
         rows = np.zeros(0, np.uint32)
         if kind in self.kinds:
             rows = np.flatnonzero(self.pairs.kind == self.kinds.index(kind)).astype(np.uint32)
@@ -157,24 +158,24 @@ class TokenStore:
         return [text or "" for text in self._strings.take(wanted).to_pylist()]
 
     def with_codes(self, codes: Array, blank: Array) -> TokenStore:
-        """The same pairs and texts with other codes (N, V, K) of any integer type, and those (K) of a black image."""
+        """A copy with other codes (N, V, K) of any integer type, and those (K) of a black image."""
         other = copy.copy(self)
         other.codes, other.blank = codes, blank
         return other
 
     def with_texts(self, texts: Array, offsets: Array) -> TokenStore:
-        """The same pairs and codes with other ids of the T texts: flat, of any integer type, and offsets (T + 1)."""
+        """A copy with other ids of the T texts: flat, of any integer type, and offsets (T + 1)."""
         other = copy.copy(self)
         other.texts, other.text_offsets = texts, offsets
         return other
 
     def release(self) -> None:
-        """Hands mapped pages back to the system, which keeps them cached as long as it has room."""
+        """Releases mapped pages to the system, which keeps them in its page cache while there is room."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
     def count_rows(self, rows: int) -> None:
-        """Called by every gather, so that mapped pages are released now and then."""
+        """Counts rows read, and releases mapped pages from time to time."""
         self._rows_read += rows
         if self._rows_read >= ROWS_BETWEEN_RELEASES:
             self._rows_read = 0
@@ -199,9 +200,9 @@ class TokenStore:
 def gather(
     store: TokenStore, pair_rows: Array, side: SideName, view_rng: np.random.Generator | None = None
 ) -> SideTokens:
-    """One side of the pairs `pair_rows` (B), any integer dtype, without Python work for single pairs.
+    """One side of the pairs `pair_rows` (B, any integer dtype), vectorised.
 
-    Images come in view 0, or with `view_rng` each in a view drawn uniformly from all.
+    Images in view 0, or with `view_rng` each in a random view.
     """
     columns = store.pairs
     images = (columns.query_image if side == "query" else columns.target_image)[pair_rows]
@@ -214,7 +215,7 @@ def gather(
 
 
 def gather_codes(store: TokenStore, images: Array, views: Array | int = 0) -> tuple[Array, Array]:
-    """Image rows (B), ABSENT allowed → codes (B, K) uint16 (0 where absent), has_image (B) bool."""
+    """Image rows (B), ABSENT allowed → codes (B, K) uint16 (0 if absent), has_image (B) bool."""
     has_image = images >= 0
     if not has_image.any():
         return np.zeros((len(images), store.codes_per_image), np.uint16), has_image
@@ -240,30 +241,29 @@ def gather_texts(store: TokenStore, rows: Array) -> tuple[Array, Array]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a store; raises FuselipError where there is none."""
-    manifest = read_json_or_none(Path(folder) / MANIFEST)
-    if not isinstance(manifest, dict) or "kinds" not in manifest:
+    """The manifest of a store; raises FuselipError if there is none."""
+    manifest = find_json(Path(folder) / MANIFEST)
+    if "kinds" not in manifest:
         raise FuselipError(f"{folder} holds no finished token store; run the tokenize stage first")
     return manifest
 
 
 def plain_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` as it reads after a round trip through JSON: tuples as lists, paths as strings."""
+    """`content` after a round trip through JSON: tuples become lists, and paths strings."""
     plain: dict[str, Any] = json.loads(json.dumps(content, default=str))
     return plain
 
 
 def _check_split(place: Path, manifest: Mapping[str, Any]) -> None:
-    """A split that was tokenized again while the manifest is still the old one must not pass for finished."""
-    described = read_json_or_none(place / "split.json")
-    identity = described.get("identity") if isinstance(described, dict) else None
+    """Raises FuselipError for a split that was tokenized again but whose manifest is still the old one."""
+    identity = find_json(place / "split.json").get("identity")
     if not isinstance(identity, dict):
         raise FuselipError(f"{place / 'split.json'} is damaged; delete {place.parent} and tokenize again")
     other = [name for name, value in identity.items() if manifest.get(name) != value]
     if other:
         raise FuselipError(
             f"{place} and {place.parent / MANIFEST} differ in {', '.join(other)}: "
-            "tokenizing was cut off; run the tokenize stage again"
+            "tokenizing was interrupted; run the tokenize stage again"
         )
 
 
@@ -273,10 +273,3 @@ def read_npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     if fortran_order:
         raise ValueError("columns must be stored row by row")
     return shape, dtype, stream.tell()
-
-
-def read_json_or_none(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no JSON, or no UTF-8
-        return None

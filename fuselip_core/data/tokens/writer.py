@@ -1,8 +1,7 @@
-"""Writes a token store: shard by shard, safe against a kill at any point, and complete or absent.
+"""Writes a token store shard by shard, so that an interrupted run can resume and a split is complete or absent.
 
-A split grows in ``<split>.partial``, where every finished shard of codes has a marker that is written after the shard
-itself is on disk. A killed process therefore loses at most the shards it was working on. The split appears under its
-name, by one rename, when the pairs and texts stand beside the codes.
+A split is written to ``<split>.partial``, where every shard of codes gets a marker once it is on disk. A killed process
+therefore loses at most the shards it was working on. The folder is renamed once it also contains pairs and texts.
 
 Legend: N images, V views, K codes an image, T unique texts, P pairs.
 """
@@ -27,19 +26,17 @@ from fuselip_core.data.tokens.store import (
     Array,
     PairColumns,
     plain_json,
-    read_json_or_none,
     read_npy_header,
 )
 from fuselip_core.errors import FuselipError
-from fuselip_core.files import replace_folder, write_json
+from fuselip_core.files import find_json, replace_folder, write_json
 
 
 class TokenStoreWriter:
-    """Writes one split of a store; opened again after a kill it keeps every finished shard.
+    """Writes one split of a store, and keeps the finished shards of an interrupted run.
 
-    `identity` says what the codes were made with (tokenizer, data version, preprocessing, views, ...; JSON values).
-    Work left by a run of another identity or shape is thrown away. Once one process has opened the split, others may
-    open it too and write other shards of it.
+    identity: what the codes depend on (tokenizer, data version, preprocessing, views, ...; JSON values). Shards with
+    another identity or shape are deleted. Once one process has opened the split, others may write other shards of it.
     """
 
     def __init__(
@@ -62,8 +59,8 @@ class TokenStoreWriter:
 
     @property
     def finished(self) -> bool:
-        """Whether the split stands complete and of this very identity: nothing is left to do."""
-        return read_json_or_none(self.final / "split.json") == self._description
+        """Whether the split is complete and of the same identity, so that nothing is left to do."""
+        return find_json(self.final / "split.json") == self._description
 
     @property
     def done_rows(self) -> Array:
@@ -76,14 +73,14 @@ class TokenStoreWriter:
         return done
 
     def pending(self, rows_per_shard: int) -> list[tuple[int, int]]:
-        """Row ranges (start, stop) of at most `rows_per_shard` images that still hold an image without codes."""
+        """Row ranges (start, stop) of at most `rows_per_shard` images that contain an image without codes."""
         done = self.done_rows
         starts = range(0, self.shape[0], rows_per_shard)
         ranges = [(start, min(start + rows_per_shard, self.shape[0])) for start in starts]
         return [(start, stop) for start, stop in ranges if not done[start:stop].all()]
 
     def write_codes(self, start_row: int, codes: Array) -> None:
-        """One shard: codes (n, V, K) of any integer dtype for the images from `start_row` on; on disk on return.
+        """Writes codes (n, V, K) of any integer dtype for the images from `start_row` on, and flushes them to disk.
 
         Raises FuselipError for a shape or value that does not fit.
         """
@@ -91,13 +88,15 @@ class TokenStoreWriter:
         if codes.shape[1:] != self.shape[1:] or start_row < 0 or stop > self.shape[0]:
             raise FuselipError(
                 f"codes {codes.shape} from row {start_row} do not fit split '{self.split}' {self.shape} of the token "
-                "store; delete its .partial folder if the data changed"
+                "store; delete its .partial folder if the data have changed"
             )
         if codes.size and (codes.min() < 0 or codes.max() > np.iinfo(np.uint16).max):
-            raise FuselipError(f"codes of split '{self.split}' leave 0..65535, the range that the token store holds")
+            raise FuselipError(
+                f"codes of split '{self.split}' are outside 0..65535, the range of a store; use a smaller codebook"
+            )
         data = np.ascontiguousarray(codes, np.uint16).tobytes()
         row_bytes = self.shape[1] * self.shape[2] * 2
-        # Plain writes, not a memory map: a full disk is then an error here instead of a killed process.
+        # Not by memory map, so that a full disk raises an error instead of killing the process.
         with (self.partial / "codes.npy").open("r+b") as stream:
             offset = read_npy_header(stream)[2]
             stream.seek(offset + start_row * row_bytes)
@@ -109,11 +108,11 @@ class TokenStoreWriter:
     def finish(
         self, pairs: PairColumns, text_ids: Array, text_offsets: Array, strings: Sequence[str] | pa.Array, blank: Array
     ) -> None:
-        """Adds pairs and texts and lets the split appear under its name, by one rename.
+        """Adds pairs and texts, and renames the folder to its final name.
 
-        text_ids: flat ids of the T unique texts, without begin, end and padding; text_offsets (T + 1);
-        strings: the T texts themselves; blank (K): codes of a black image.
-        Raises FuselipError while images lack codes or where a pair points outside the split.
+        text_ids: flat ids of the T unique texts, without start, end and padding; text_offsets (T + 1);
+        strings: the T texts; blank (K): codes of a black image.
+        Raises FuselipError if an image lacks codes, or a pair refers to a row outside the split.
         """
         missing = int((~self.done_rows).sum())
         if missing:
@@ -132,7 +131,7 @@ class TokenStoreWriter:
         shutil.rmtree(self.final / "done", ignore_errors=True)
 
     def _open_partial(self) -> None:
-        if read_json_or_none(self.partial / "split.json") == self._description:
+        if find_json(self.partial / "split.json") == self._description:
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         self._markers.mkdir(parents=True)
@@ -140,7 +139,7 @@ class TokenStoreWriter:
             header = {"descr": "<u2", "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(stream, header)
             stream.truncate(stream.tell() + int(np.prod(self.shape)) * 2)
-        # Last, since its presence says that the folder is ready for shards.
+        # Last, because it marks the folder as ready for shards.
         write_json(self.partial / "split.json", self._description)
 
 
@@ -149,8 +148,8 @@ def index_pairs(
 ) -> tuple[PairColumns, pa.Array]:
     """Pairs with ids and strings → row indices, and the unique texts (T) in order of first use.
 
-    `pairs` as PreparedData.pairs gives them; `image_ids` (N) and `concepts` (N), lists of codes, in the images' order.
-    Raises FuselipError for a pair that names an image or kind that is not there.
+    pairs: as of PreparedData.pairs. image_ids (N), concepts (N, lists of codes): in the order of the images. Raises
+    FuselipError for a pair with an unknown image or kind.
     """
     known = _as_array(image_ids)
     strings = pa.chunked_array(
@@ -172,7 +171,7 @@ def index_pairs(
 
 
 def _alike(columns: Mapping[str, Array], concepts: pa.Array) -> Array:
-    """The column `alike` (see PairColumns): row of the first image with the same concepts, or of an image without."""
+    """The column `alike` (see PairColumns): row of the first image with the same concepts, or of the image itself."""
     of_image = np.arange(len(concepts), dtype=np.int32)
     first: dict[tuple[str, ...], int] = {}
     for row in np.flatnonzero(pc.fill_null(pc.list_value_length(concepts), 0)):
@@ -184,11 +183,11 @@ def _alike(columns: Mapping[str, Array], concepts: pa.Array) -> Array:
 
 
 def write_manifest(folder: Path, identity: Mapping[str, Any], kinds: Sequence[str], **more: Any) -> None:
-    """Writes the manifest, the last step of tokenizing: identity, kinds and counts of the finished splits."""
+    """Writes the manifest as the last step of tokenizing: identity, kinds and counts of the finished splits."""
     splits = {}
     for place in sorted(Path(folder).iterdir()):
         if (place / "split.json").is_file() and not place.name.endswith(".partial") and place.name[0] != ".":
-            images, views, codes_per_image = read_json_or_none(place / "split.json")["shape"]
+            images, views, codes_per_image = find_json(place / "split.json")["shape"]
             pairs = np.load(place / "kind.npy", mmap_mode="r" if (place / "kind.npy").stat().st_size > 128 else None)
             counts = np.bincount(pairs, minlength=len(kinds))
             by_kind = {kind: int(count) for kind, count in zip(kinds, counts, strict=True) if count}
@@ -209,11 +208,11 @@ def _check_pairs(pairs: PairColumns, images: int, texts: int, split: str) -> Non
     for name, limit in limits.items():
         column = np.asarray(getattr(pairs, name))
         if column.size and (column.min() < ABSENT or column.max() >= limit):
-            raise FuselipError(f"{name} of split '{split}' points outside 0..{limit - 1}; prepare and tokenize again")
+            raise FuselipError(f"{name} of split '{split}' is outside 0..{limit - 1}; prepare and tokenize again")
 
 
 def _rows_in(values: pa.ChunkedArray, known: pa.Array, what: str) -> Array:
-    """Index of each value among `known`, ABSENT for null; raises FuselipError naming the first unknown value."""
+    """Index of each value in `known`, ABSENT for null; raises FuselipError for an unknown value."""
     indices = pc.index_in(values.cast(pa.string()), value_set=known, skip_nulls=True)
     lost = pc.and_(pc.is_null(indices), pc.is_valid(values))
     if pc.any(lost).as_py():
@@ -236,7 +235,7 @@ def _write_array(path: Path, array: Array) -> None:
 
 
 def _write_strings(path: Path, strings: Sequence[str] | pa.Array) -> None:
-    """Arrow's file format without compression, so that single strings are read through the memory map."""
+    """Arrow's file format without compression, so that single strings can be read from a memory map."""
     column = strings if isinstance(strings, pa.ChunkedArray) else pa.chunked_array([_as_array(strings)], pa.string())
     table = pa.table({"text": column})
     with path.open("wb") as stream:
