@@ -1,7 +1,7 @@
 """Settings of a run: the sections of ``params.yaml``, and at the same time the parameters of the Prefect flows.
 
-A run is described by a recipe (``fuselip_core/recipes/<name>.yaml``), corrected by a settings file (``params.yaml``)
-and, last, by single overrides from the command line. Every value is checked here, before anything runs.
+A run starts from a recipe (``fuselip_core/recipes/<name>.yaml``). A settings file (``params.yaml``) overrides the
+recipe, and the command line overrides both. All values are checked here before a run starts.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
     "recipe_title",
 ]
 
-# The pipeline, in order. Each name is a function in stages.py, a stage in dvc.yaml, a verb and a section of settings.
+# The pipeline, in order. Each name is a function in stages.py, a stage in dvc.yaml, a command and a settings section.
 STAGES = ("prepare", "codebook", "tokenize", "train", "evaluate", "register")
 SECTIONS = ("prepare", "model", *STAGES[1:])
 
@@ -75,7 +75,7 @@ SourceName = Literal[
     "tgit",
     "dicom",
 ]
-# Strict: `true` is no number of steps, and "yes" is no switch.
+# Strict, so that `true` is not accepted as a number, nor "yes" as a switch.
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Switch = Annotated[bool, Strict()]
@@ -83,60 +83,59 @@ Share = Annotated[float, Strict(), Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown names are errors, values are fixed after the check."""
+    """Base of all sections: unknown fields are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DicomSettings(Section):
-    """How a DICOM folder becomes pictures and text."""
+    """Conversion of DICOM files to pictures and text."""
 
-    text: Path | None = Field(None, description="CSV with a text column and a column that names images.")
+    text: Path | None = Field(None, description="CSV with a text column and a column that identifies images.")
     window: str = Field("file", description="CT window: the file's own, or a preset such as lung or bone.")
-    frames: Int = Field(1, ge=1, description="Frames of a multi-frame file: the middle one, or so many.")
-    keep_burned_in: Switch = Field(False, description="Take files that say they carry burned-in text.")
-    keep_derived: Switch = Field(False, description="Take segmentations, dose maps and the like.")
-    ocr: Switch = Field(False, description="Look for burned-in text in the pictures (needs the extra `ocr`).")
-    key_file: Path | None = Field(None, description="Key of the pseudonyms; the user's own if empty.")
-    valid_share: Number = Field(0.1, ge=0, lt=0.5, description="Share of the patients kept for validation.")
-    test_share: Number = Field(0.1, ge=0, lt=0.5, description="Share of the patients kept for the test.")
+    frames: Int = Field(1, ge=1, description="Frames of a multi-frame file: 1 for the middle one, or this many.")
+    keep_burned_in: Switch = Field(False, description="Keep files whose header declares burned-in text.")
+    keep_derived: Switch = Field(False, description="Keep segmentations, dose maps and other derived objects.")
+    ocr: Switch = Field(False, description="Search pictures for burned-in text (needs the extra `ocr`).")
+    key_file: Path | None = Field(None, description="Key of the pseudonyms; default: the user's own.")
+    valid_share: Number = Field(0.1, ge=0, lt=0.5, description="Share of the patients for validation.")
+    test_share: Number = Field(0.1, ge=0, lt=0.5, description="Share of the patients for the test.")
 
 
 class PrepareSettings(Section):
     """Raw data set → Parquet shards and a manifest."""
 
-    source: SourceName = Field("phantom", description="Kind of data set found under `root`.")
+    source: SourceName = Field("phantom", description="Kind of data set in `root`.")
     root: Path = Field(Path("data"), description="Folder of the raw data set, relative to the repository.")
     rows_per_shard: Int = Field(2048, ge=1, description="Images in one Parquet shard.")
     workers: Int = Field(2, ge=1, le=256, description="Processes that check images.")
     min_caption_words: Int = Field(1, ge=0, description="Captions with fewer words are set aside.")
     extra_pairs: tuple[ExtraPairs, ...] = Field(
         (),
-        description="Kinds of pairs made of an image beside the published ones: one sentence of its caption, the names "
-        "of its concepts, questions that rules ask about them, its questions with their answers as texts that describe "
-        "it, and for training all pairs of the mirrored image with left and right exchanged in their texts, or edits: "
-        "such as keep left and right, or the published ones with flips and colours.",
+        description="Additional kinds of pairs: sentences (one of each caption), concepts (their names), questions (by "
+        "rules), statements (questions joined with answers), and for training mirrored (all pairs mirrored, with left "
+        "and right exchanged), edits (without flips) or general-edits (as published, with flips and colours).",
     )
-    edited_share: Share = Field(1.0, description="Share of the training images that edits are made of.")
-    limit: Int | None = Field(None, ge=1, description="At most this many images a split; all if empty.")
+    edited_share: Share = Field(1.0, description="Share of the training images that are edited.")
+    limit: Int | None = Field(None, ge=1, description="Most images of a split; all if empty.")
     most_set_aside: Share = Field(
-        0.05, description="Share of samples that may be lost to damage or missing files; above it, prepare stops."
+        0.05, description="Largest share of damaged or missing samples; prepare fails above it."
     )
     dev_share: Number = Field(
-        0.0, ge=0.0, lt=1.0, description="Share of the training images held out by whole cases as the split `dev`."
+        0.0, ge=0.0, lt=1.0, description="Share of the training images held out as the split `dev`, by whole cases."
     )
     shared_images: Literal["drop", "drop-copies", "keep"] = Field(
         "drop",
-        description="Training images of which a held-out split has the image, a copy or the case: left out, left out "
-        "but for the same case (as published splits have it), or kept and counted.",
+        description="Training images that share the image, a copy or the case with a held-out split: drop all, drop "
+        "the image and copies but not the case (as in published splits), or keep and count them.",
     )
     near_duplicates: Literal["drop", "keep"] = Field(
-        "drop", description="Training images that look like a held-out one: left out like copies, or not looked for."
+        "drop", description="Training images that look like a held-out one: drop them like copies, or do not search."
     )
     dicom: DicomSettings | None = Field(
-        None, description="For the source `dicom`; where empty, a dicom.yaml in its folder counts, else the defaults."
+        None, description="For the source `dicom`; default: dicom.yaml in its folder, if there is one."
     )
-    seed: Int = Field(0, ge=0, description="Seed of every random choice made while splitting.")
+    seed: Int = Field(0, ge=0, description="Seed of splits and edits.")
 
     @model_validator(mode="after")
     def _images_are_made_one_way(self) -> PrepareSettings:
@@ -147,43 +146,47 @@ class PrepareSettings(Section):
 
 
 class ModelSettings(Section):
-    """Which encoder is trained; dimensions come from the size's preset unless given here."""
+    """The encoder; its dimensions are those of the size's preset."""
 
     family: Family = Field("fuselip", description="Early fusion, or one of the late-fusion baselines.")
     size: Size = Field("tiny", description="Preset of widths and depths.")
-    context_length: Int | None = Field(None, ge=8, le=1024, description="Tokens a sequence; the preset's if empty.")
+    context_length: Int | None = Field(None, ge=8, le=1024, description="Tokens of a sequence; the preset's if empty.")
     width: Int | None = Field(
         None, ge=8, description="Width of early fusion's tokens, all heads together; the preset's if empty."
     )
-    mask_token: Switch = Field(True, description="Reserve a mask token (moves every joint image id by one).")
+    mask_token: Switch = Field(True, description="Reserve a mask token (shifts all joint image ids by one).")
 
 
 class CodebookSettings(Section):
-    """The image tokenizer: trained from scratch, fine-tuned from a published one, or taken as it is."""
+    """The image tokenizer: trained from scratch, fine-tuned from a published one, or used unchanged."""
 
     init: str | None = Field(None, description="Folder or hub id of a tokenizer to start from; from scratch if empty.")
-    image_size: Int | None = Field(None, ge=16, le=1024, description="Pixels a side it reads; the preset's if empty.")
-    patch_size: Int | None = Field(None, ge=2, le=64, description="Pixels a side of a patch; the preset's if empty.")
+    image_size: Int | None = Field(
+        None, ge=16, le=1024, description="Side of its input in pixels; the preset's if empty."
+    )
+    patch_size: Int | None = Field(None, ge=2, le=64, description="Side of a patch in pixels; the preset's if empty.")
     codes: Int | None = Field(None, ge=2, le=65536, description="Size of the codebook; the preset's if empty.")
-    steps: Int = Field(600, ge=0, description="Optimiser steps; 0 takes the tokenizer of `init` as it is.")
-    batch_size: Int = Field(64, ge=1, description="Images a step.")
+    steps: Int = Field(600, ge=0, description="Optimiser steps; 0 uses the tokenizer of `init` unchanged.")
+    batch_size: Int = Field(64, ge=1, description="Images per step.")
     learning_rate: Number = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: Number = Field(1e-4, ge=0, description="On matrices only.")
     warmup_share: Share = Field(0.05, description="Share of the steps over which the learning rate rises.")
     commitment_weight: Number = Field(0.25, ge=0, description="Pulls latents towards their code.")
     codebook_weight: Number = Field(1.0, ge=0, description="Pulls codes towards their latents.")
-    gradient_weight: Number = Field(0.5, ge=0, description="L1 on image gradients, keeps edges sharp; 0 turns it off.")
+    gradient_weight: Number = Field(
+        0.5, ge=0, description="Weight of L1 on image gradients, for sharp edges; 0 turns it off."
+    )
     perceptual_weight: Number = Field(0.0, ge=0, description="Weight of the perceptual term; 0 turns it off.")
     perceptual_model: str | None = Field(
         None, description="Folder or hub id of a SigLIP baseline whose image features the perceptual term compares."
     )
-    revive_every: Int = Field(50, ge=0, description="Steps between replacements of unused codes; 0 never.")
+    revive_every: Int = Field(50, ge=0, description="Steps between replacements of unused codes; 0: never.")
     seed: Int = Field(0, ge=0, description="Seed of weights, order and crops.")
 
     @model_validator(mode="after")
     def _dimensions_are_free(self) -> CodebookSettings:
         if self.init is not None and (self.image_size, self.patch_size, self.codes) != (None, None, None):
-            raise ValueError("image_size, patch_size and codes are those of `init`; leave them empty, or init")
+            raise ValueError("image_size, patch_size and codes are those of `init`; leave them or `init` empty")
         return self
 
     @model_validator(mode="after")
@@ -194,17 +197,17 @@ class CodebookSettings(Section):
 
 
 class TokenizeSettings(Section):
-    """Images → codes, once."""
+    """Images → codes."""
 
-    views: Int = Field(1, ge=1, le=64, description="Views an image: the evaluation view, then random crops.")
+    views: Int = Field(1, ge=1, le=64, description="Views of an image: the evaluation view, then random crops.")
     crop_scale: tuple[float, float] = Field((0.8, 1.0), description="Area of a random crop, share of the image.")
-    rotation: Number = Field(0.0, ge=0, le=180, description="Degrees a random crop is turned at most, either way.")
+    rotation: Number = Field(0.0, ge=0, le=180, description="Largest rotation of a random crop in degrees, either way.")
     contrast: Number = Field(
-        0.0, ge=0, le=1, description="By how much brightness and gamma of a random crop vary (0.2: 20 % either way)."
+        0.0, ge=0, le=1, description="How much brightness and gamma of a random crop vary (0.2: 20 % either way)."
     )
-    batch_size: Int = Field(64, ge=1, description="Images a forward pass.")
+    batch_size: Int = Field(64, ge=1, description="Images per forward pass.")
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        "float32", description="Of the image tokenizer, for random crops; the evaluation view is always in float32."
+        "float32", description="Precision for random crops; the evaluation view is always tokenized in float32."
     )
     crops: Literal["auto", "pillow", "device"] = Field(
         "auto", description="Who cuts and resizes random crops: Pillow, or the tokenizer's device; auto: a GPU does."
@@ -224,37 +227,37 @@ class TrainSettings(Section):
 
     init: str | None = Field(None, description="Folder or hub id of a checkpoint to start from; random if empty.")
     codes_from_codebook: Switch = Field(
-        False, description="Begin the embeddings of image codes as a projection of the codebook, not as noise."
+        False, description="Initialise the embeddings of image codes by a projection of the codebook, not randomly."
     )
     places_from_grid: Switch = Field(
-        False, description="Begin the positions of image codes as features of their places in the image, not as noise."
+        False, description="Initialise the positions of image codes by their places in the image, not randomly."
     )
-    initial_embedding_std: Number = Field(0.02, gt=0, description="Spread of token embeddings at the start.")
-    initial_scale: Number = Field(10.0, ge=1.0, le=100.0, description="Factor of similarities at the start.")
-    initial_bias: Number = Field(-10.0, le=0.0, description="What is added to scaled similarities at the start.")
+    initial_embedding_std: Number = Field(0.02, gt=0, description="Initial standard deviation of token embeddings.")
+    initial_scale: Number = Field(10.0, ge=1.0, le=100.0, description="Initial factor of similarities.")
+    initial_bias: Number = Field(-10.0, le=0.0, description="Initial bias of scaled similarities.")
     steps: Int | None = Field(500, ge=1, description="Optimiser steps; or give epochs.")
-    epochs: Number | None = Field(None, gt=0, description="Length in passes over the mixture's pairs; or give steps.")
-    batch_size: Int = Field(128, ge=2, description="Pairs a step, of all processes together.")
+    epochs: Number | None = Field(None, gt=0, description="Passes over the mixture's pairs; or give steps.")
+    batch_size: Int = Field(128, ge=2, description="Pairs per step, over all processes.")
     processes: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Processes that torchrun starts on this machine; auto: one for each GPU."
     )
     accumulation: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Parts a process computes its pairs in, each against all of the batch: less memory. auto: as few "
-        "as fit into the free memory.",
+        description="Parts of a batch that a process computes one after the other, each against the whole batch, to "
+        "save memory. auto: as few as fit into the free memory.",
     )
     contrast_rows: Int | None = Field(
-        None, ge=1, description="Queries compared with all targets at a time, for large batches; all if empty."
+        None, ge=1, description="Queries that are compared with all targets at a time; all if empty."
     )
     gradient_checkpointing: Switch = Field(
-        False, description="Compute each block again in the backward pass: far less memory, a third more work."
+        False, description="Recompute blocks in the backward pass: far less memory, a third more computation."
     )
     compile: Switch = Field(
         False, description="Compile forward pass, losses and backward pass with torch.compile (needs a C++ compiler)."
     )
     cuda_graphs: Switch = Field(
         False,
-        description="On CUDA: copy batches ahead on a stream of their own and, with compile, replay CUDA graphs. "
+        description="On CUDA: copy batches ahead on a separate stream and, with compile, replay CUDA graphs. "
         "Not measured yet.",
     )
     optimizer: Literal["adamw", "muon"] = Field(
@@ -271,10 +274,10 @@ class TrainSettings(Section):
         None, ge=0, description="Steps over which the learning rate rises; or give warmup_share."
     )
     clip_norm: Number = Field(1.0, gt=0, description="Largest gradient norm.")
-    mask_probability: Share = Field(0.1, description="Share of tokens hidden for masked multimodal modelling.")
+    mask_probability: Share = Field(0.1, description="Share of tokens masked for masked multimodal modelling.")
     mask_weight: Number = Field(0.25, ge=0, description="Weight of the masked-token loss; 0 turns it off.")
     all_combinations: Switch = Field(
-        False, description="Queries are also each other's negatives, and so are targets (a published option)."
+        False, description="Use queries as negatives of queries, and targets of targets (a published option)."
     )
     targets_apart: Switch = Field(
         False,
@@ -282,24 +285,24 @@ class TrainSettings(Section):
         "right, from becoming one vector.",
     )
     alike_pairs: Literal["negatives", "ignored"] = Field(
-        "negatives", description="Pairs of the same image, or of images with the same concepts, as negatives or not."
+        "negatives", description="Whether pairs of the same image, or with the same concepts, are negatives."
     )
     equal_targets: Literal["each", "once"] = Field(
         "each",
-        description="A target that several pairs of a batch share, such as the answer yes, is a negative of the others "
-        "each time, or once, so that frequent answers are not pushed down.",
+        description="Whether a target shared by several pairs of a batch, such as the answer yes, is a negative each "
+        "time or once; once keeps frequent answers from being suppressed.",
     )
     mixture: dict[str, float] = Field(
         {"caption": 1.0},
         description="Weight of each kind of pair (caption, vqa, ...; name:kind for a store named in `tokens`).",
     )
     mixture_by: Literal["share", "passes"] = Field(
-        "share", description="Weights are shares of a batch, or how often an epoch passes over the kind (0.5: half)."
+        "share", description="Weights are shares of a batch, or passes over the kind in an epoch (0.5: half of it)."
     )
     tokens: dict[str, Path] = Field(
-        {}, description="Further token stores by name, made with the same codebook: general pairs to replay, say."
+        {}, description="Further token stores by name, with the same codebook, such as general pairs to replay."
     )
-    grouped: Switch = Field(False, description="Keep variants of one image together in a batch, as hard negatives.")
+    grouped: Switch = Field(False, description="Keep the pairs of a group together in a batch, as hard negatives.")
     ema: Number = Field(
         0.0,
         ge=0,
@@ -307,23 +310,23 @@ class TrainSettings(Section):
         description="EMA decay per step. The averaged weights are measured and saved; 0 turns averaging off.",
     )
     interpolate: Share = Field(
-        1.0, description="Share of the trained weights in the saved model; the rest are those it started from."
+        1.0, description="Interpolation between initial (0) and trained (1) weights in the saved model."
     )
     preflight: Switch = Field(True, description="Check schedule, first loss and gradients before the first step.")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA.")
-    validate_every: Int = Field(100, ge=1, description="Steps between looks at the validation split.")
+    validate_every: Int = Field(100, ge=1, description="Steps between validations.")
     checkpoint_every: Int = Field(100, ge=1, description="Steps between checkpoints.")
-    checkpoint_minutes: Number = Field(10.0, gt=0, description="Minutes between checkpoints, whichever is first.")
+    checkpoint_minutes: Number = Field(10.0, gt=0, description="Minutes between checkpoints, whichever comes first.")
     keep_checkpoints: Int = Field(2, ge=1, description="Checkpoints kept on disk.")
     seed: Int = Field(0, ge=0, description="Seed of weights, order and masks.")
 
     @model_validator(mode="after")
     def _mixture_has_weight(self) -> TrainSettings:
         if not self.mixture or min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0:
-            raise ValueError("mixture needs at least one kind with a positive weight and none below zero")
+            raise ValueError("mixture needs at least one positive weight and no negative one")
         named = {kind.split(":")[0] for kind in self.mixture if ":" in kind}
         if unknown := sorted(named - set(self.tokens)):
-            raise ValueError(f"mixture names {', '.join(unknown)}, which `tokens` has no folder for; add it")
+            raise ValueError(f"mixture names {', '.join(unknown)}, which `tokens` does not contain; add it")
         return self
 
     @model_validator(mode="after")
@@ -333,49 +336,49 @@ class TrainSettings(Section):
                 raise ValueError(f"give either {names[0]} or {names[1]}, and null for the other")
         if self.warmup_steps is not None and self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(
-                f"warmup_steps {self.warmup_steps} does not end within the run's {self.steps} steps; "
-                "give a warmup_share, or more steps"
+                f"warmup_steps {self.warmup_steps} is not below the run's {self.steps} steps; give a warmup_share, or "
+                "more steps"
             )
         return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> TrainSettings:
         if self.accumulation != "auto" and self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
         if self.interpolate < 1 and self.init is None:
-            raise ValueError("interpolate below 1 mixes in the weights of `init`, which is empty; name a checkpoint")
+            raise ValueError("interpolate below 1 needs the weights of `init`, which is empty; name a checkpoint")
         return self
 
 
 class EvaluateSettings(Section):
-    """Measures on a held-out split."""
+    """Evaluation on a held-out split."""
 
-    split: Literal["dev", "valid", "test"] = Field("test", description="Split that is measured; dev for choices.")
-    batch_size: Int = Field(128, ge=1, description="Sequences a forward pass.")
-    examples: Int = Field(12, ge=0, description="Examples shown in the report.")
+    split: Literal["dev", "valid", "test"] = Field("test", description="Split to evaluate; dev for choosing settings.")
+    batch_size: Int = Field(128, ge=1, description="Sequences per forward pass.")
+    examples: Int = Field(12, ge=0, description="Examples in the report.")
     seed: Int = Field(0, ge=0, description="Seed of shuffled controls.")
     candidates: tuple[Path, ...] = Field(
-        (), description="Folders of prepared evaluation sets (SugarCrepe, MMEB, ...) whose questions are asked as well."
+        (), description="Folders of prepared evaluation sets (SugarCrepe, MMEB, ...) to evaluate as well."
     )
     transformations: tuple[Literal["crop", "rotate", "light", "colour", "flip", "colorize"], ...] = Field(
-        (), description="Families of image transformations whose variants of a held-out image are to be told apart."
+        (), description="Families of image transformations for transformation retrieval on held-out images."
     )
     classes: dict[str, str] = Field(
-        {}, description="Concept → caption of a class: images that have one of the concepts are to find its caption."
+        {}, description="Concept → caption of a class, for zero-shot classification of images with the concept."
     )
     retention: Path | None = Field(
-        None, description="Artifacts of a run on general data: what the adaptation keeps of train.init's ability there."
+        None, description="Artifacts of a run on general data, to measure what fine-tuning has forgotten of train.init."
     )
 
 
 class Gate(Section):
-    """A condition on one metric that must hold before the alias moves."""
+    """A condition on a metric that must hold for the alias to move."""
 
     metric: str = Field(description="Name in metrics.json.")
     at_least: Number = Field(description="Smallest value that passes.")
 
     def value(self, metrics: Mapping[str, float]) -> float | None:
-        """The metric, or the lower bound of its interval over cases where it has one; None where it is missing."""
+        """The lower bound of the metric's interval, or the metric if it has none; None if it is missing."""
         return metrics.get(f"{self.metric}/low", metrics.get(self.metric))
 
 
@@ -383,38 +386,44 @@ class RegisterSettings(Section):
     """MLflow's model registry."""
 
     name: str = Field(
-        "fuselip-sample", pattern=r"^[A-Za-z0-9._-]+$", description="Registered model, without the size, which follows."
+        "fuselip-sample",
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="Name of the registered model, without the size, which is appended.",
     )
-    alias: str = Field("champion", pattern=r"^[a-z][a-z0-9_-]*$", description="Alias moved when every gate passes.")
-    gates: tuple[Gate, ...] = Field((), description="All must pass, or the version is registered without the alias.")
+    alias: str = Field("champion", pattern=r"^[a-z][a-z0-9_-]*$", description="Alias that moves if all gates pass.")
+    gates: tuple[Gate, ...] = Field(
+        (), description="Conditions for the alias; a version that fails one is registered without it."
+    )
     against_champion: bool = Field(
         True,
-        description="No gate's metric may be below that of the version with the alias by more than their intervals "
-        "allow, on the same data version.",
+        description="Also require that no gate's metric is significantly below that of the version with the alias, on "
+        "the same data version.",
     )
 
 
 class MonitorSettings(Section):
-    """When what a model sees differs too much from its training data. No stage reads this."""
+    """Alarms for differences between a model's inputs and its training data. No stage reads this."""
 
-    rows: Int = Field(1000, ge=50, description="Images of the training data, and of what was seen, that are compared.")
-    domain_auc: Share = Field(0.7, description="AUC of a classifier that tells seen from training rows.")
+    rows: Int = Field(1000, ge=50, description="Number of training images, and of seen ones, to compare.")
+    domain_auc: Share = Field(0.7, description="AUC of a classifier that separates seen from training rows.")
     unfamiliar_share: Share = Field(
-        0.25, description="Share of seen rows whose best hit is worse than that of 95 % of the training rows."
+        0.25, description="Share of seen rows whose best hit scores below that of 95 % of the training rows."
     )
-    modality_distance: Share = Field(0.2, description="Distance between the mixes of modalities (total variation).")
-    length_distance: Share = Field(0.3, description="Distance between the lengths of texts (Kolmogorov-Smirnov).")
-    brightness_distance: Share = Field(0.3, description="The same of the brightness of pictures.")
-    unreadable_share: Share = Field(0.05, description="Share of seen rows that could not be used.")
+    modality_distance: Share = Field(0.2, description="Total variation distance between the shares of modalities.")
+    length_distance: Share = Field(0.3, description="Kolmogorov-Smirnov distance between the lengths of texts.")
+    brightness_distance: Share = Field(
+        0.3, description="Kolmogorov-Smirnov distance between the brightness of pictures."
+    )
+    unreadable_share: Share = Field(0.05, description="Share of unreadable seen rows.")
 
 
 class Settings(BaseModel):
-    """One run, whole."""
+    """All settings of a run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    recipe: str = Field("sample", description="Recipe that this run starts from.")
-    artifacts: Path = Field(Path("artifacts"), description="Folder of every stage's output.")
+    recipe: str = Field("sample", description="Recipe of the run.")
+    artifacts: Path = Field(Path("artifacts"), description="Folder of all stages' outputs.")
     prepare: PrepareSettings = PrepareSettings()
     model: ModelSettings = ModelSettings()
     codebook: CodebookSettings = CodebookSettings()
@@ -425,13 +434,13 @@ class Settings(BaseModel):
     monitor: MonitorSettings = MonitorSettings()
 
 
-# What a run may be called: it becomes a folder's name.
+# Names of runs, which become folders.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _SECTION_FIELDS = {"register_" if name == "register" else name for name in SECTIONS} | {"monitor"}
 
 
 def check_run_name(name: str) -> None:
-    """Raises SettingsError for a name that is not one folder's."""
+    """Raises SettingsError for a name that is not valid as a folder."""
     if not re.fullmatch(NAME_PATTERN, name):
         raise SettingsError(f"'{name}' can't name a run; use the letters a-z, digits, dots, dashes and underscores")
 
@@ -443,10 +452,10 @@ def load_settings(
     artifacts: Path | None = None,
     size: str | None = None,
 ) -> Settings:
-    """Recipe, corrected by the settings file at `path`, corrected by `overrides` such as ``train.steps=100``.
+    """The recipe, overridden by the settings file at `path`, overridden by `overrides` such as ``train.steps=100``.
 
-    `recipe`, `artifacts` and `size` replace the file's. Raises SettingsError naming the file, the field and what is
-    allowed.
+    `recipe`, `artifacts` and `size` override the file. Raises SettingsError with the file, the field and the allowed
+    values.
     """
     values = _merged(layers_of(path, overrides, recipe, size))
     if artifacts:
@@ -458,7 +467,7 @@ def load_settings(
 def layers_of(
     path: Path | None = None, overrides: Sequence[str] = (), recipe: str | None = None, size: str | None = None
 ) -> list[Layer]:
-    """All sources of a run's settings, the weakest first; see load_settings."""
+    """All sources of a run's settings, in order of increasing priority; see load_settings."""
     given = [
         Layer(str(path), read_corrections(path) if path else {}),
         Layer("--recipe", {"recipe": recipe} if recipe else {}),
@@ -469,12 +478,12 @@ def layers_of(
 
 
 def corrected_recipe(corrections: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe that `corrections` name, at the size they name, with all of them made: every field, not checked."""
+    """All fields of the recipe and size in `corrections`, with the corrections applied, not validated."""
     return _merged([*_recipe_layers(corrections), Layer("", corrections)])
 
 
 def _recipe_layers(corrections: Mapping[str, Any]) -> list[Layer]:
-    """Defaults, base and recipe, of the recipe and size that `corrections` name."""
+    """Defaults, base and recipe for the recipe and size in `corrections`."""
     model = corrections.get("model")
     size = model.get("size") if isinstance(model, Mapping) else None
     defaults = Settings().model_dump(mode="json", by_alias=True)
@@ -489,7 +498,7 @@ def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
-    """Settings from a nested mapping; raises SettingsError that lists every wrong field."""
+    """Settings from a nested mapping; raises SettingsError with all invalid fields."""
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
@@ -498,7 +507,7 @@ def check_settings(values: Mapping[str, Any], origin: str) -> Settings:
 
 
 def describe_settings(settings: Settings, layers: Sequence[Layer] = ()) -> str:
-    """Every field with its value and, as a comment, its meaning and where the value comes from: valid YAML."""
+    """All fields as YAML, with their description and, given `layers`, the source of their value as comments."""
     lines = [f"recipe: {settings.recipe}", f"artifacts: {settings.artifacts}"]
     for section, values in settings.model_dump(mode="json", by_alias=True, include=_SECTION_FIELDS).items():
         fields = _section_class(section).model_fields
@@ -510,7 +519,7 @@ def describe_settings(settings: Settings, layers: Sequence[Layer] = ()) -> str:
 
 
 def _origin(layers: Sequence[Layer], section: str, name: str) -> str:
-    """The last source that states the field, or that changes it by stating its alternative (steps for epochs)."""
+    """The last source that sets the field, directly or by setting its alternative (steps for epochs)."""
     origin, before = "", None
     values: dict[str, Any] = {}
     for layer in layers:
@@ -522,7 +531,7 @@ def _origin(layers: Sequence[Layer], section: str, name: str) -> str:
 
 
 def differences(first: Settings, second: Settings) -> dict[str, tuple[str, str]]:
-    """Fields, named section.field, in which two runs differ, with both values as YAML; their recipes' names aside."""
+    """Fields (section.field) in which two runs differ, with both values as YAML, except the recipes' names."""
     pages = [settings.model_dump(mode="json", by_alias=True, include=_SECTION_FIELDS) for settings in (first, second)]
     return {
         f"{section}.{name}": (as_yaml(value), as_yaml(pages[1][section][name]))
@@ -539,7 +548,7 @@ def as_yaml(value: Any) -> str:
 
 def _complaint(item: ErrorDetails) -> str:
     place = ".".join(map(str, item["loc"]))
-    if item["type"] == "value_error":  # said by a section about several of its fields
+    if item["type"] == "value_error":  # from a validator of a section
         return f"{place}: {item['msg'].removeprefix('Value error, ')}"
     if item["type"] != "extra_forbidden":
         return f"{place}: {item['msg']}, not {item['input']!r}"

@@ -164,7 +164,7 @@ def test_recipe_and_artifacts_replace_the_files(tmp_path: Path) -> None:
         ("train.steps=0", ["train.steps", "greater than or equal to 1", "not 0"]),
         ("train.steps=many", ["train.steps", "'many'"]),
         ("model.size=huge", ["model.size", "'tiny', 'small', 'base' or 'large'"]),
-        ("train.mixture={vqa: 0}", ["mixture needs at least one kind"]),
+        ("train.mixture={vqa: 0}", ["mixture needs at least one positive weight"]),
         ("train.mixture={caption: 1, web:caption: 1}", ["mixture names web", "no folder"]),
         ("train={steps: 5, epochs: 2}", ["either steps or epochs"]),
         ("train={steps: 50, warmup_steps: 50}", ["warmup_steps 50", "within the run's 50 steps"]),

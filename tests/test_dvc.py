@@ -52,7 +52,7 @@ def test_a_changed_base_runs_the_stages_that_read_it(checkout: Path) -> None:
 
 
 def test_what_changes_no_value_runs_nothing(checkout: Path) -> None:
-    edit(checkout / "fuselip_core" / "config.py", 'description="Examples shown in', 'description="Examples seen in')
+    edit(checkout / "fuselip_core" / "config.py", 'description="Examples in the', 'description="Examples of the')
     edit(checkout / "fuselip_core" / "recipes" / "vqa-rad.yaml", "views: 12", "views: 11")
     with (checkout / "params.yaml").open("a", encoding="utf-8") as stream:
         stream.write("\n# A remark.\n")

@@ -200,7 +200,7 @@ def test_a_model_sees_the_caption_and_pads_on_the_left(tiny_model: Path) -> None
 
 def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
     job = Job(write_table(tmp_path), tmp_path / "out", str(tmp_path / "nowhere"))
-    with pytest.raises(FuselipError, match=r"cannot be loaded .* give a folder that holds one"):
+    with pytest.raises(FuselipError, match=r"cannot be loaded .* give a folder with a model"):
         run_part(job, 0, 1)
 
 
@@ -291,7 +291,7 @@ def test_rules_on_prepared_data_through_the_command_line(tmp_path: Path) -> None
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 1 and re.search(r"error: .*--names", refused.stderr)
     lost = subprocess.run([*command, "--names", str(tmp_path / "absent.csv")], capture_output=True, text=True)
-    assert lost.returncode == 1 and "no table of concept names at" in lost.stderr and "Traceback" not in lost.stderr
+    assert lost.returncode == 1 and "absent.csv does not exist; give" in lost.stderr and "Traceback" not in lost.stderr
     names = str(tmp_path / "raw" / "cui_mapping.csv")
     done = subprocess.run([*command, "--names", names], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The verbs of `fuselip data`: fetch a data set, bring it into the one schema, look at it, compare two versions."""
+"""The commands of `fuselip data`: download, prepare, inspect and compare data sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _show(content: Any) -> None:
 
 
 def _show_counts(found: dict[str, Any]) -> None:
-    """A row a split, as a person reads it, and what was set aside."""
+    """Prints a row for each split, and what was set aside."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -46,13 +46,13 @@ def _show_counts(found: dict[str, Any]) -> None:
 
 @app.command()
 def download(
-    source: Annotated[str, typer.Argument(help="Name of a data set, hub:OWNER/NAME, zenodo:RECORD, or an address.")],
-    out: Annotated[Path | None, typer.Option(help="Folder; ./<name of the source> if empty.")] = None,
+    source: Annotated[str, typer.Argument(help="Name of a data set, hub:OWNER/NAME, zenodo:RECORD, or a URL.")],
+    out: Annotated[Path | None, typer.Option(help="Folder; default: ./<name of the source>.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, branch or tag of a Hub data set.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Glob of files to fetch; may be repeated.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; may be repeated.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Glob of files to fetch; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of files to leave out; repeatable.")] = None,
     connections: Annotated[int, typer.Option(min=1, max=32, help="Files fetched at once.")] = 4,
-    verify: Annotated[bool, typer.Option("--verify", help="Check the checksums of files that are there.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Verify the checksums of existing files.")] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Ask the host for a newer version.")] = False,
 ) -> None:
     """Download a data set; resumes after an interruption."""
@@ -81,13 +81,13 @@ def prepare(
     text: Annotated[Path | None, typer.Option(help="Table of texts, for DICOM folders.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the section `prepare`; may be repeated."),
+        typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the section `prepare`; repeatable."),
     ] = None,
 ) -> None:
-    """Raw data set to checked Parquet shards and a manifest."""
+    """Turn a raw data set into checked Parquet shards and a manifest."""
     from fuselip_core.data.prepare.prepare import prepare_data
 
-    # Everywhere else a field has its section in front, so that is taken here as well.
+    # Fields are also accepted with their section, as everywhere else.
     fields = config.parse_overrides([f"prepare.{override.removeprefix('prepare.')}" for override in overrides or ()])
     given: dict[str, Any] = {"source": source, "root": root}
     if text is not None:
@@ -106,7 +106,7 @@ def prepare(
 
 @app.command()
 def sources() -> None:
-    """Kinds of data sets that can be prepared, and names that can be downloaded."""
+    """List the kinds of data sets that can be prepared, and the names that can be downloaded."""
     from fuselip_core.data.download.hosts import origins
     from fuselip_core.data.sources.catalogue import source_names
 
@@ -117,17 +117,17 @@ def sources() -> None:
 def find_files(
     root: Annotated[Path, typer.Argument(help="Folder of DICOM files.")],
     ids: Annotated[list[str], typer.Argument(help="Names such as file-0a1b2c..., from quarantine.jsonl.")],
-    key_file: Annotated[Path | None, typer.Option(help="Key of the pseudonyms; the user's own if empty.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="Key of the pseudonyms; default: the user's own.")] = None,
 ) -> None:
-    """Tell which DICOM files were set aside; needs the key that made their pseudonyms."""
+    """Find DICOM files that were set aside by their pseudonyms; needs the key of these."""
     from fuselip_core.data.dicom import listing
 
     dicom = config.DicomSettings() if key_file is None else config.DicomSettings(key_file=key_file)
     found = listing.find_files(root, set(ids), listing.settings_for(root, config.PrepareSettings(dicom=dicom)))
     if missing := sorted(set(ids) - set(found)):
         raise FuselipError(
-            f"no file below {root} has the pseudonym {missing[0]} with this key; name the folder that was prepared, "
-            "and the key with --key-file"
+            f"no file below {root} has the pseudonym {missing[0]} with this key; give the prepared folder, and its "
+            "key with --key-file"
         )
     _show(found)
 
@@ -135,11 +135,11 @@ def find_files(
 @app.command()
 def inspect(
     folder: Folder,
-    out: Annotated[Path | None, typer.Option(help="Folder of the page; <folder>-inspection if empty.")] = None,
-    samples: Annotated[int, typer.Option(min=1, max=200, help="Pairs of each kind and split that are shown.")] = 12,
-    seed: Annotated[int, typer.Option(min=0, help="Which pairs are shown.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; default: <folder>-inspection.")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=200, help="Pairs to show of each kind and split.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of pairs.")] = 0,
 ) -> None:
-    """Counts, lengths, modalities and a contact sheet: index.html and contact-sheet.png."""
+    """Write a page with counts, lengths, modalities and samples (index.html), and contact-sheet.png."""
     from fuselip_core.data.inspect.page import inspect_data
 
     found = inspect_data(folder, out or folder.with_name(f"{folder.name}-inspection"), samples, seed)
@@ -162,9 +162,9 @@ def card(folder: Folder) -> None:
 def diff(
     old: Folder,
     new: Folder,
-    every: Annotated[bool, typer.Option("--all", help=f"Name every row, not only the first {NAMES_SHOWN}.")] = False,
+    every: Annotated[bool, typer.Option("--all", help=f"List all rows, not only the first {NAMES_SHOWN}.")] = False,
 ) -> None:
-    """Rows that were added, removed or changed; exits with 1 if there are any."""
+    """List rows that were added, removed or changed; exits with 1 if there are any."""
     from fuselip_core.data.inspect.diff import differences
 
     found = differences(old, new)

@@ -1,4 +1,4 @@
-"""The verbs of `fuselip index`: build, add, remove, info, search, verify."""
+"""The commands of `fuselip index`: build, add, update, remove, info, verify, search."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from fuselip_core.search import DEFAULT_INDEX, DEFAULT_MODEL
 if TYPE_CHECKING:
     from fuselip_core.search.index import Hit
 
-app = typer.Typer(help="Search your own archive: build an index, change it, search it.", no_args_is_help=True)
+app = typer.Typer(help="Search your own archive: build, change and search an index.", no_args_is_help=True)
 
 ARCHIVE_HELP = "Folder of pictures or DICOM files, prepared data, or a table."
 Archive = Annotated[Path, typer.Argument(help=ARCHIVE_HELP)]
 ArchiveOrNone = Annotated[Path | None, typer.Argument(help=ARCHIVE_HELP)]
 DicomwebOption = Annotated[
-    str | None, typer.Option("--dicomweb", help="Address of a DICOMweb server, whose studies take the archive's place.")
+    str | None, typer.Option("--dicomweb", help="URL of a DICOMweb server, instead of an archive.")
 ]
 IndexOption = Annotated[str, typer.Option("--index", help="Folder of the index, or an s3:// address.")]
 ModelOption = Annotated[str, typer.Option("--model", help="models:/NAME@ALIAS, a folder, or a hub id.")]
-SameModelOption = Annotated[str, typer.Option("--model", help="Model; the one that the index was built with if empty.")]
+SameModelOption = Annotated[str, typer.Option("--model", help="Model; default: the one that built the index.")]
 KindOption = Annotated[
     str | None,
-    typer.Option("--kind", help="Kind of data set, as `fuselip data sources` lists them; found out if empty."),
+    typer.Option("--kind", help="Kind of data set, see `fuselip data sources`; detected by default."),
 ]
-NameOption = Annotated[str | None, typer.Option("--name", help="Name of the archive; the folder's if empty.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the archive; default: the folder's.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Several = list[str] | None
 CAPTION_SHOWN = 90
 
 
 def load(model: str) -> Any:
-    """The embedder of a model."""
+    """Loads the embedder of a model."""
     from fuselip_core import Embedder
 
     return Embedder.from_pretrained(model)
@@ -46,7 +46,7 @@ def load(model: str) -> Any:
 
 def _source(archive: Path | None, dicomweb: str | None) -> Path | str:
     if (archive is None) == (dicomweb is None):
-        raise FuselipError("name what to index: either an archive, or a DICOMweb server with --dicomweb")
+        raise FuselipError("the source is not clear; give either an archive, or a DICOMweb server with --dicomweb")
     return archive or str(dicomweb)
 
 
@@ -59,7 +59,7 @@ def build(
     name: NameOption = None,
     dicomweb: DicomwebOption = None,
 ) -> None:
-    """Build the index of an archive; an index that is there is replaced when the new one is whole."""
+    """Build the index of an archive; replaces an existing index once the new one is complete."""
     from fuselip_core.search import build as builder
 
     source = _source(archive, dicomweb)
@@ -75,7 +75,7 @@ def add(
     name: NameOption = None,
     dicomweb: DicomwebOption = None,
 ) -> None:
-    """Add an archive to an index; of one that is there already, what is new or has changed."""
+    """Add an archive to an index, or the rows of it that are new or have changed."""
     from fuselip_core.search import build as builder
     from fuselip_core.search.index import Index
 
@@ -92,7 +92,7 @@ def update(
     kind: KindOption = None,
     dicomweb: DicomwebOption = None,
 ) -> None:
-    """Bring an index up to date: build it again where the model has changed, else add what is new or has changed."""
+    """Update an index: rebuild it if the model has changed, else add rows that are new or have changed."""
     from fuselip_core.search import build as builder
 
     source = _source(archive, dicomweb)
@@ -102,20 +102,20 @@ def update(
 @app.command()
 def remove(
     index: IndexOption = DEFAULT_INDEX,
-    case: Annotated[str | None, typer.Option(help="Case whose pictures are removed.")] = None,
-    ids: Annotated[Several, typer.Option("--id", help="Picture that is removed; may be repeated.")] = None,
+    case: Annotated[str | None, typer.Option(help="Case to remove.")] = None,
+    ids: Annotated[Several, typer.Option("--id", help="Id of a picture to remove; repeatable.")] = None,
 ) -> None:
     """Remove a case, or single pictures, for good."""
     from fuselip_core.search import build as builder
 
     if (case is None) == (not ids):
-        raise FuselipError("name what to remove: either --case, or --id once or more")
+        raise FuselipError("the selection is not clear; give either --case, or --id at least once")
     typer.echo(f"{index}: {builder.remove(index, case, ids or ()):,} pictures removed")
 
 
 @app.command()
 def info(index: IndexOption = DEFAULT_INDEX, as_json: JsonOption = False) -> None:
-    """Show what an index holds, and the model that it belongs to."""
+    """Show the content of an index and its model."""
     from fuselip_core.search.index import Index
 
     opened = Index.open(index)
@@ -132,32 +132,32 @@ def info(index: IndexOption = DEFAULT_INDEX, as_json: JsonOption = False) -> Non
 
 @app.command()
 def verify(index: IndexOption = DEFAULT_INDEX) -> None:
-    """Read the whole index and check it; delete what killed processes left."""
+    """Read and check the whole index, and delete leftovers of killed processes."""
     from fuselip_core.search import build as builder
 
-    typer.echo(f"{index}: {builder.verify(index):,} pictures, each with one id and a sound vector")
+    typer.echo(f"{index}: {builder.verify(index):,} pictures, all with unique ids and valid vectors")
 
 
 @app.command()
 def search(
-    text: Annotated[str | None, typer.Option(help="Words that the pictures should match.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture that they should be like; DICOM too.")] = None,
+    text: Annotated[str | None, typer.Option(help="Words to search for.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture or DICOM file to search for.")] = None,
     index: IndexOption = DEFAULT_INDEX,
     model: SameModelOption = "",
     limit: Annotated[int, typer.Option(min=1, help="Number of results.")] = 10,
     offset: Annotated[int, typer.Option(min=0, help="Results to skip.")] = 0,
-    threshold: Annotated[float | None, typer.Option(help="Least cosine similarity.")] = None,
-    modality: Annotated[Several, typer.Option(help="Only of this modality; may be repeated.")] = None,
-    concept: Annotated[Several, typer.Option(help="Only with this concept; may be repeated.")] = None,
-    split: Annotated[Several, typer.Option(help="Only of this split; may be repeated.")] = None,
-    source: Annotated[Several, typer.Option(help="Only of this archive; may be repeated.")] = None,
-    after: Annotated[datetime | None, typer.Option(help="Only indexed at this time or later.")] = None,
-    before: Annotated[datetime | None, typer.Option(help="Only indexed before this time.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Minimum cosine similarity.")] = None,
+    modality: Annotated[Several, typer.Option(help="Only this modality; repeatable.")] = None,
+    concept: Annotated[Several, typer.Option(help="Only with this concept; repeatable.")] = None,
+    split: Annotated[Several, typer.Option(help="Only this split; repeatable.")] = None,
+    source: Annotated[Several, typer.Option(help="Only this archive; repeatable.")] = None,
+    after: Annotated[datetime | None, typer.Option(help="Only pictures indexed at this time or later.")] = None,
+    before: Annotated[datetime | None, typer.Option(help="Only pictures indexed before this time.")] = None,
     hybrid: Annotated[bool, typer.Option(help="Also search captions for the words, and fuse both rankings.")] = True,
-    exact: Annotated[bool, typer.Option("--exact", help="Compare with every picture, in a large index too.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Search exactly even in a large index.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search by words, by a picture, or by both at once: then the two are one query."""
+    """Search by words, by a picture, or by both as one query."""
     from fuselip_core.search import query
     from fuselip_core.search.index import Filters, Index
 
@@ -185,7 +185,7 @@ def _show_hits(hits: list[Hit], offset: int) -> None:
     from rich.table import Table
 
     if not hits:
-        typer.echo("nothing found; lower --threshold or take filters away")
+        typer.echo("nothing found; lower --threshold or remove filters")
         return
     table = Table("", "score", "id", "modality", "caption", box=box.SIMPLE)
     for rank, hit in enumerate(hits, offset + 1):

@@ -1,4 +1,4 @@
-"""The command line: a verb for each stage and a few beside them. No logic here: each verb calls one function."""
+"""The command line: a command for each stage, and a few more. Each calls one function."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-recipes = typer.Typer(help="The recipes that come with the package.", no_args_is_help=True)
+recipes = typer.Typer(help="The recipes of this package.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
 app.add_typer(data_cli.app, name="data")
 app.add_typer(vqa_cli.app, name="vqa")
@@ -38,17 +38,17 @@ app.command("app")(serve_cli.app)
 
 SettingsOption = Annotated[
     Path | None,
-    typer.Option("--settings", help="Settings file; params.yaml of this folder unless --recipe is given."),
+    typer.Option("--settings", help="Settings file; default: params.yaml in this folder, unless --recipe is given."),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override of one field; may be repeated."),
+    typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Override one field; repeatable."),
 ]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe to start from; see `fuselip recipes list`.")]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="Recipe; see `fuselip recipes list`.")]
 SizeOption = Annotated[
-    str | None, typer.Option("--size", help="tiny, small, base or large; the recipe's if empty.", metavar="SIZE")
+    str | None, typer.Option("--size", help="tiny, small, base or large; default: the recipe's.", metavar="SIZE")
 ]
-ArtifactsOption = Annotated[Path | None, typer.Option("--artifacts", help="Folder of every stage's output.")]
+ArtifactsOption = Annotated[Path | None, typer.Option("--artifacts", help="Folder of all stages' outputs.")]
 
 
 def _show_version(asked: bool) -> None:
@@ -64,7 +64,9 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; stands anywhere.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; allowed in any position.")
+    ] = False,
 ) -> None:
     """FuseLIP adapted to radiology: one encoder for images, texts, and images with text."""
 
@@ -103,7 +105,7 @@ for _name in config.STAGES:
         _add_stage(_name)
 
 
-@app.command(help=f"{stages.evaluate.__doc__} With --model: any models side by side.")
+@app.command(help=f"{stages.evaluate.__doc__} With --model: compares any models.")
 def evaluate(
     settings: SettingsOption = None,
     overrides: SetOption = None,
@@ -114,19 +116,19 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--model",
-            help="Measure this model instead of the run's; may be repeated. A folder, a hub id, models:/NAME@ALIAS, "
+            help="Evaluate this model instead of the run's; repeatable. A folder, a hub id, models:/NAME@ALIAS, "
             "open_clip:NAME or transformers:NAME.",
         ),
     ] = None,
     compare: Annotated[
-        Beside | None, typer.Option("--compare", help="With --model: published numbers in a column of their own.")
+        Beside | None, typer.Option("--compare", help="With --model: add a column of published results.")
     ] = None,
 ) -> None:
     values = _load(settings, overrides, recipe, size, artifacts)
     if models:
         typer.echo(stages.compare(values, models, compare is not None))
     elif compare:
-        raise FuselipError("--compare needs --model; name the model whose numbers are to stand beside published ones")
+        raise FuselipError("--compare needs --model; name the model to compare with published results")
     else:
         _run_stage("evaluate", values)
 
@@ -137,7 +139,7 @@ def show_settings(
     overrides: SetOption = None,
     recipe: RecipeOption = None,
     size: SizeOption = None,
-    out: Annotated[Path | None, typer.Option(help="File to write instead; DVC compares its values.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to this file instead; DVC compares its values.")] = None,
 ) -> None:
     """Print every field of a run with its value, its source and its meaning."""
     path = _settings_file(settings, recipe)
@@ -155,9 +157,9 @@ def embed(
     out: Annotated[Path, typer.Option("--out", "-o", help="Parquet file.")] = Path("embeddings.parquet"),
     model: index_cli.ModelOption = DEFAULT_MODEL,
     kind: index_cli.KindOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 64,
 ) -> None:
-    """Embed all pictures and texts of an archive; resumes after an interruption."""
+    """Write embeddings of all pictures and texts of an archive; resumes after an interruption."""
     from fuselip_core.search.embed import embed_archive
 
     typer.echo(f"{out}: {embed_archive(archive, out, index_cli.load(model), batch_size, kind).sentence()}")
@@ -171,7 +173,7 @@ def card(
     size: SizeOption = None,
     artifacts: ArtifactsOption = None,
 ) -> None:
-    """Write the cards of a measured run, one of its model and one of its data, into its folder cards/."""
+    """Write the model card and the data card of an evaluated run into its folder cards/."""
     from fuselip_core.cards.model_card import write_cards
 
     values = _load(settings, overrides, recipe, size, artifacts)
@@ -182,7 +184,7 @@ def card(
 @app.command()
 def push(
     model: Annotated[str, typer.Argument(help="Folder, models:/NAME@ALIAS, or a hub id.")],
-    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if it is not there.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; created if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
     """Upload a model with its processor and cards to the Hugging Face Hub."""
@@ -193,14 +195,14 @@ def push(
 
 @app.command()
 def monitor(
-    seen: Annotated[Path, typer.Argument(help="Archive, or what `fuselip serve` writes with --observe.")],
+    seen: Annotated[Path, typer.Argument(help="Archive, or folder of `fuselip serve --observe`.")],
     settings: SettingsOption = None,
     overrides: SetOption = None,
     artifacts: ArtifactsOption = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model; that of the run if empty.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model; default: the run's.")] = None,
     kind: index_cli.KindOption = None,
 ) -> None:
-    """Compare what an archive or a server has seen with the training data; writes artifacts/monitoring/index.html."""
+    """Compare an archive, or a server's inputs, with the training data; writes artifacts/monitoring/index.html."""
     from fuselip_core.monitoring.monitor import monitor as compare
 
     findings = compare(_load(settings, overrides, None, None, artifacts), seen, model, kind)
@@ -212,7 +214,7 @@ def monitor(
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Option(help="Folder to make; must not exist.")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Folder to create; must not exist.")] = Path("data"),
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same bytes.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw.")] = 2,
 ) -> None:
@@ -228,19 +230,19 @@ def sample(
 
 @app.command()
 def sync(artifacts: ArtifactsOption = None) -> None:
-    """Send what MLflow and wandb missed while they could not be reached."""
+    """Send events that MLflow and wandb missed while they could not be reached."""
     from fuselip_core.tracking.run import sync as send
 
     if unsent := send(artifacts or Path("artifacts")):
-        raise FuselipError(f"{unsent} runs are still not sent; check MLFLOW_TRACKING_URI and try again")
+        raise FuselipError(f"the events of {unsent} runs are not all sent; check MLFLOW_TRACKING_URI and try again")
 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    help="Train a registered model again from its recorded state, and compare: reproduce models:/NAME@champion.",
+    help="Train a registered model again from its recorded state and compare: reproduce models:/NAME@champion.",
 )
 def reproduce(context: typer.Context) -> None:
-    """Hands over to the flows, which know DVC; a process of its own, since the core knows nothing of them."""
+    """Runs the flows, which use DVC, in a new process, since the core must not import them."""
     os.execv(sys.executable, [sys.executable, "-m", "flows.reproduce.compare", *context.args])  # noqa: S606
 
 
@@ -249,13 +251,13 @@ def reproduce(context: typer.Context) -> None:
     help='Search for better settings: sweep --recipe sample --search "train.learning_rate=1e-4..1e-2 log".',
 )
 def sweep(context: typer.Context) -> None:
-    """Hands over to the flows, as `reproduce` does."""
+    """Runs the flows, like `reproduce`."""
     os.execv(sys.executable, [sys.executable, "-m", "flows.sweep", *context.args])  # noqa: S606
 
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """Names of the recipes and what they are for."""
+    """List the recipes with their purpose."""
     names = config.recipe_names()
     for name in names:
         typer.echo(f"{name:{max(map(len, names))}}  {config.recipe_title(name)}")
@@ -273,11 +275,13 @@ def show_recipe(
 @recipes.command("diff")
 def diff_recipes(
     left: Annotated[str, typer.Argument(help="Recipe to compare.")],
-    right: Annotated[str, typer.Argument(help="Recipe to compare it with; the same one at another --to-size will do.")],
+    right: Annotated[str, typer.Argument(help="Recipe to compare with; may be the same one at another --to-size.")],
     size: SizeOption = None,
-    to_size: Annotated[str | None, typer.Option("--to-size", help="Size of the second; --size if empty.")] = None,
+    to_size: Annotated[
+        str | None, typer.Option("--to-size", help="Size of the second recipe; default: --size.")
+    ] = None,
 ) -> None:
-    """Fields in which two recipes differ: name, value in the first, value in the second."""
+    """List the fields in which two recipes differ, with both values."""
     first = config.load_settings(recipe=left, size=size)
     second = config.load_settings(recipe=right, size=to_size or size)
     for name, values in config.differences(first, second).items():
@@ -285,7 +289,7 @@ def diff_recipes(
 
 
 def main() -> None:
-    """Entry point: an error a user can mend is one sentence on stderr and its exit code (1, 2 for settings)."""
+    """Entry point. Errors are one sentence on stderr, with exit code 1, or 2 for settings."""
     telemetry.turn_off()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]

@@ -1,4 +1,4 @@
-"""The verbs `serve` and `app`: a model and an index over HTTP, and a page on top."""
+"""The commands `serve` and `app`: a model and an index over HTTP, without and with a page."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from fuselip_core.search import DEFAULT_INDEX
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="Folder, hub id or models:/NAME@ALIAS; the index's own if left out."),
+    typer.Option("--model", help="Folder, hub id or models:/NAME@ALIAS; default: the index's."),
 ]
 INDEX_HELP = "Index made by `fuselip index build`, a folder or an s3:// address."
 HostOption = Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")]
 PortOption = Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")]
 KeyOption = Annotated[
-    Path | None, typer.Option("--api-key-file", help="File with the key that every request must bring.")
+    Path | None, typer.Option("--api-key-file", help="File with the API key that requests must send.")
 ]
-UrlsOption = Annotated[
-    bool, typer.Option("--allow-urls", help="Fetch images from public URLs that requests name; off by default.")
-]
+UrlsOption = Annotated[bool, typer.Option("--allow-urls", help="Fetch images from public URLs in requests.")]
 
 ObserveOption = Annotated[
     Path | None,
-    typer.Option("--observe", help="Folder for vectors and lengths of all requests, which `fuselip monitor` reads."),
+    typer.Option("--observe", help="Folder for vectors and lengths of all requests, for `fuselip monitor`."),
 ]
 
 
@@ -39,7 +37,7 @@ def serve(
     allow_urls: UrlsOption = False,
     observe: ObserveOption = None,
 ) -> None:
-    """Serve embeddings, search and ranked answers over HTTP; /docs lists the requests."""
+    """Serve embeddings, search and ranked answers over HTTP; see /docs."""
     from fuselip_core.serving.run import serve as run
 
     run(model, index, host, port, api_key_file, allow_urls, observe=observe)
@@ -53,21 +51,21 @@ def app(
     api_key_file: KeyOption = None,
     allow_urls: UrlsOption = False,
     local_names: Annotated[
-        bool, typer.Option("--local-names", help="Answer to 127.0.0.1 and localhost alone, whatever --host is.")
+        bool, typer.Option("--local-names", help="Answer only to 127.0.0.1 and localhost, whatever --host is.")
     ] = False,
     compare_index: Annotated[
-        str | None, typer.Option("--compare-index", help="Index of another model, whose hits are shown beside.")
+        str | None, typer.Option("--compare-index", help="Index of a second model, whose hits are shown side by side.")
     ] = None,
     compare_model: Annotated[
-        str | None, typer.Option("--compare-model", help="That model; the one of --compare-index if left out.")
+        str | None, typer.Option("--compare-model", help="The second model; default: that of --compare-index.")
     ] = None,
     observe: ObserveOption = None,
 ) -> None:
-    """Serve the same with a page to search on: http://127.0.0.1:8000."""
+    """Serve the same with a search page at http://127.0.0.1:8000."""
     from fuselip_core.serving.run import serve as run
 
     if compare_model and not compare_index:
-        raise FuselipError("--compare-model needs the index that this model has built; name it with --compare-index")
+        raise FuselipError("--compare-model needs the index that it built; name it with --compare-index")
     compared = (compare_model, compare_index) if compare_index else None
     run(
         model,

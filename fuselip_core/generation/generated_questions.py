@@ -1,13 +1,13 @@
-"""Checks questions and answers that a generator wrote from captions, stores them in parts, and joins the parts.
+"""Checks questions and answers that a generator wrote from captions, stores them in parts, and merges the parts.
 
-A generator takes captions and returns one text each, which should be a JSON list of objects with question and answer.
-`judged` keeps the good pairs and sets everything else aside with its reason. Parts are written atomically
-(`parts/000012.jsonl`), so a killed run resumes with the first missing part, and several processes can share the work:
+A generator takes captions and returns a text for each, which should be a JSON list of objects with question and answer.
+`judged` keeps valid pairs and sets everything else aside with a reason. Parts are written atomically
+(`parts/000012.jsonl`), so an interrupted run resumes with the first missing part. Several processes can share the work:
 process r of w takes parts r, r + w, and so on.
 
     <split>.csv                       path,question,answer, as the sources cc3m-vqa and cc12m-vqa read them
     pairs-<split>-00000-of-00001.parquet   the same as prepared pairs (schemas.PAIR_SCHEMA)
-    quarantine.jsonl, manifest.json   what was set aside, and counts
+    quarantine.jsonl, manifest.json   rows set aside, and counts
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DETAIL_LENGTH = 200
 
 @dataclass(frozen=True, slots=True)
 class CaptionRow:
-    """One captioned image; concepts are names, and only there where a generator asks for them."""
+    """A captioned image. concepts: names, only if the generator needs them."""
 
     image_id: str
     split: str
@@ -60,7 +60,7 @@ class CaptionRow:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What became of the text written for a row: pairs (question, answer), and (reason, detail) of the rest."""
+    """The result for a row: valid pairs (question, answer), and (reason, detail) of the others."""
 
     row: CaptionRow
     pairs: tuple[tuple[str, str], ...]
@@ -72,7 +72,7 @@ Write = Callable[[Sequence[CaptionRow]], Sequence[str]]
 
 @dataclass(frozen=True)
 class Work:
-    """How the work is cut: parts of `part_rows` captions, `batch_size` of them at once; this is process `rank`."""
+    """The division of work: parts of `part_rows` captions, batches of `batch_size`; this is process `rank`."""
 
     part_rows: int = 256
     batch_size: int = 16
@@ -82,9 +82,9 @@ class Work:
 
 
 def caption_rows(source: Path, names: Mapping[str, str] | None = None) -> Iterator[CaptionRow]:
-    """Captions of a prepared folder, or of a table with the columns path,caption, in their order.
+    """Captions of a prepared folder, or of a table with the columns path,caption, in order.
 
-    With `names` (concept code → name) the rows of a prepared folder carry modality and concepts. Raises DataError.
+    names: concept code → name; if given, rows of a prepared folder have modality and concepts. Raises DataError.
     """
     if source.is_file():
         split = split_of_path(Path(source.name))
@@ -102,7 +102,7 @@ def caption_rows(source: Path, names: Mapping[str, str] | None = None) -> Iterat
 
 
 def version_of(source: Path) -> str:
-    """What changes when the captions change: the version of prepared data, or the hash of a table."""
+    """The version of prepared data, or the hash of a table."""
     return sha256_of(source) if source.is_file() else PreparedData(source).data_version
 
 
@@ -120,7 +120,7 @@ def _concepts(
 
 
 def judged(row: CaptionRow, text: str) -> Judged:
-    """Checks what was written for one caption."""
+    """Checks the text written for one caption."""
     found = _parsed(text)
     if isinstance(found, str):
         return Judged(row, (), ((found, _shown(text)),))
@@ -139,12 +139,12 @@ def judged(row: CaptionRow, text: str) -> Judged:
 
 
 def _parsed(text: str) -> list[dict[str, Any]] | str:
-    """The objects of the first JSON list in a text, which models like to wrap in words; else the reason."""
+    """The objects of the JSON list in a text, which models often wrap in other words; or the reason why not."""
     start, end = text.find("["), text.rfind("]")
     if start < 0:
         return "empty_output" if not text.strip() else "no_list"
     if end < start:
-        return "cut_off"  # the list was begun and never closed
+        return "cut_off"  # the list is not closed
     try:
         found = json.loads(text[start : end + 1])
     except (json.JSONDecodeError, RecursionError):
@@ -167,8 +167,8 @@ def _fault(question: str, answer: str, row: CaptionRow, before: Mapping[str, str
 
 
 def _is_supported(answer: str, row: CaptionRow) -> bool:
-    """Whether a word of the answer is a word of what is known of the image: a check against pure invention."""
-    values = known_values(row.caption, row.concepts, row.modality).values()  # "ct" where it is spelt out
+    """Whether a word of the answer occurs in what is known about the image: a check against hallucination."""
+    values = known_values(row.caption, row.concepts, row.modality).values()  # adds "ct" for "computed tomography"
     known = " ".join((row.caption, row.modality or "", *row.concepts, *values)).lower()
     words = set(re.findall(r"\w+", known))
     return any(word in words or (len(word) > 3 and word in known) for word in re.findall(r"\w+", answer))
@@ -182,14 +182,14 @@ def _shown(text: str) -> str:
 
 
 def generate(source: Callable[[], Iterator[CaptionRow]], write: Write, out: Path, work: Work) -> bool:
-    """Writes this process's parts below `out` and, if none is missing then, the result; True if it stands.
+    """Writes this process's parts below `out` and, if none is missing, the result; True if the result is complete.
 
-    Raises FuselipError if `out` holds parts of another job.
+    Raises FuselipError if `out` has parts of another job.
     """
     _begin(out, work)
     total = sum(1 for _ in source())
     if not total:
-        raise DataError("there is no caption to write questions from; give prepared data or a table with captions")
+        raise DataError("the source has no captions; give prepared data or a table with captions")
     count = -(-total // work.part_rows)
     parts = enumerate(_chunks(source(), work.part_rows))
     for number, rows in track(parts, f"writing questions, parts of {work.part_rows} captions", total=count):
@@ -203,7 +203,7 @@ def generate(source: Callable[[], Iterator[CaptionRow]], write: Write, out: Path
 
 
 def _begin(out: Path, work: Work) -> None:
-    """Parts of another model, prompt or table must not be mixed with these."""
+    """Raises FuselipError if `out` has parts of another model, prompt or table."""
     path = out / JOB
     described = json.loads(json.dumps({**work.identity, "part_rows": work.part_rows}, default=str))
     if not path.exists():
@@ -216,7 +216,7 @@ def _begin(out: Path, work: Work) -> None:
         if before.get(key) != value
     ]
     if wrong:
-        raise FuselipError(f"{out} holds questions of another job ({'; '.join(wrong)}); name another folder with --out")
+        raise FuselipError(f"{out} has questions of another job ({'; '.join(wrong)}); name another folder with --out")
 
 
 def _part(out: Path, number: int) -> Path:
@@ -242,7 +242,7 @@ def _chunks(rows: Iterator[CaptionRow], size: int) -> Iterator[list[CaptionRow]]
 
 
 def _put_together(out: Path, count: int, work: Work) -> None:
-    """One table and one shard of pairs a split, in the order of the captions."""
+    """Writes a table and a shard of pairs for each split, in the order of the captions."""
     counts: dict[str, Counter[str]] = {}
     reasons: Counter[str] = Counter()
     with ExitStack() as files:

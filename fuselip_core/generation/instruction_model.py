@@ -1,4 +1,4 @@
-"""An instruction model that writes questions and answers from captions, through transformers."""
+"""An instruction model (transformers) that writes questions and answers from captions."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fuselip_core.files import read_json
 from fuselip_core.generation.generated_questions import CaptionRow
 
 PROMPT = "question_prompt.json"
-MOST_CAPTION_LETTERS = 4000  # longer captions would crowd out the instruction
+MOST_CAPTION_LETTERS = 4000  # longer captions would leave too little context for the instruction
 
 
 class InstructionModel:
-    """Captions → texts, greedily, so that the same batch gives the same texts. `name` is a hub id or a folder."""
+    """Captions → texts, by greedy decoding, so that equal batches give equal texts. `name`: a hub id or a folder."""
 
     def __init__(self, name: str, device: torch.device, max_new_tokens: int = 256, questions: int = 3) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
-            # Written from the left, so that every prompt of a batch ends where its answer begins.
+            # Left padding, as needed for generating from batches.
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:
             reason = one_line(error)[:200]
             raise FuselipError(
-                f"the instruction model '{name}' cannot be loaded ({reason}); give a folder that holds one, or accept "
+                f"the instruction model '{name}' cannot be loaded ({reason}); give a folder with a model, or accept "
                 "its licence on the Hub and log in"
             ) from error
         self.model = model.to(device).eval()
@@ -42,7 +42,7 @@ class InstructionModel:
 
     @torch.inference_mode()
     def __call__(self, rows: Sequence[CaptionRow]) -> list[str]:
-        """One text a caption, as the model wrote it."""
+        """The model's text for each caption."""
         prompts = [self._prompt(row.caption[:MOST_CAPTION_LETTERS]) for row in rows]
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not self._has_template)
         batch = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
@@ -56,7 +56,9 @@ class InstructionModel:
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         except torch.OutOfMemoryError as error:
-            raise FuselipError(f"no memory for {len(rows)} captions at once; lower --batch-size and go on") from error
+            raise FuselipError(
+                f"out of memory with {len(rows)} captions in a batch; lower --batch-size and resume"
+            ) from error
         return list(self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True))
 
     @property
@@ -73,7 +75,7 @@ class InstructionModel:
 
 
 def prompt_digest() -> str:
-    """SHA-256 of the prompt: questions of another prompt are another job."""
+    """SHA-256 of the prompt, which is part of a job's identity."""
     return hashlib.sha256(json.dumps(_prompt_words(), sort_keys=True).encode()).hexdigest()
 
 

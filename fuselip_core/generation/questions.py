@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -17,9 +18,9 @@ from fuselip_core.generation.generated_questions import CaptionRow, Work, Write,
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked for. captions: prepared data, or a table path,caption. model None: from concepts, without one.
+    """Parameters. captions: prepared data, or a table path,caption. model: None for rules over concepts.
 
-    names: a table CUI,Canonical name for the concepts of prepared data.
+    names: table CUI,Canonical name for the concepts of prepared data.
     """
 
     captions: Path
@@ -34,7 +35,7 @@ class Job:
 
 
 def run(job: Job) -> bool:
-    """The whole job: as the one process that torchrun started here, else one for each GPU; True if it is complete."""
+    """Runs the job, as one of torchrun's processes or with a process for each GPU; True if it is complete."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     gpus = _gpus() if job.model is not None else 0
     if world > 1 or gpus < 2:
@@ -45,16 +46,16 @@ def run(job: Job) -> bool:
     try:
         multiprocessing.spawn(_one_of, args=(job, gpus, sentences), nprocs=gpus)
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-        reason = "its process died, most likely for lack of memory; free some" if sentences.empty() else sentences.get()
+        reason = "its process died, probably for lack of memory" if sentences.empty() else sentences.get()
         raise FuselipError(
-            f"writing questions failed on GPU {error.error_index}: {reason}; the same command resumes from the "
+            f"writing questions failed on GPU {error.error_index} ({reason}); the same command resumes from the "
             f"finished parts in {job.out}"
         ) from error
     return run_part(job, 0, 1, write=_nothing_left)
 
 
 def run_part(job: Job, rank: int, world: int, write: Write | None = None) -> bool:
-    """The share of process `rank`; True if with it all is done. `write` takes the place of the job's own generator."""
+    """Runs the share of process `rank`; True if the job is complete. write: replaces the job's generator."""
     names = None
     if job.model is None:
         names = names_of_concepts(job.names) if job.names else {}
@@ -71,21 +72,15 @@ def _one_of(rank: int, job: Job, world: int, sentences: Any) -> None:
 
 
 def _nothing_left(rows: Sequence[CaptionRow]) -> list[str]:
-    raise FuselipError(f"{len(rows)} captions are still without questions; start the same command again")
+    raise FuselipError(f"{len(rows)} captions still have no questions; run the same command again")
 
 
 def _writer(job: Job, rank: int) -> Write:
-    """The generator, loaded when the first caption is due: a finished job needs none."""
+    """The generator. A model is loaded with the first caption, since a finished job needs none."""
     if job.model is None:
         return lambda rows: [_from_concepts(row, job.seed) for row in rows]
-    loaded: list[Write] = []
-
-    def write(rows: Sequence[CaptionRow]) -> Sequence[str]:
-        if not loaded:
-            loaded.append(_model(job, rank))
-        return loaded[0](rows)
-
-    return write
+    model = functools.cache(lambda: _model(job, rank))
+    return lambda rows: model()(rows)
 
 
 def _model(job: Job, rank: int) -> Write:
@@ -100,13 +95,13 @@ def _model(job: Job, rank: int) -> Write:
 
 
 def _from_concepts(row: CaptionRow, seed: int) -> str:
-    """Questions without a language model, in the form in which a model writes them: both are checked alike."""
+    """Questions by rules, in the output format of a model, so that both are checked in the same way."""
     pairs = questions_of(row.image_id, row.caption, row.concepts, row.modality, seed)
     return json.dumps([{"question": question, "answer": answer} for question, answer in pairs])
 
 
 def _identity(job: Job) -> dict[str, Any]:
-    """What the questions depend on."""
+    """The parameters that the questions depend on."""
     identity: dict[str, Any] = {"captions": version_of(job.captions), "model": job.model}
     if job.model is None:
         return identity | {"names": version_of(job.names) if job.names else None, "seed": job.seed}
