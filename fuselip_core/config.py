@@ -326,7 +326,7 @@ class TrainSettings(Section):
             raise ValueError("mixture needs at least one positive weight and no negative one")
         named = {kind.split(":")[0] for kind in self.mixture if ":" in kind}
         if unknown := sorted(named - set(self.tokens)):
-            raise ValueError(f"mixture names {', '.join(unknown)}, which `tokens` does not contain; add it")
+            raise ValueError(f"mixture names {', '.join(unknown)}, but `tokens` gives no folder for it; add one")
         return self
 
     @model_validator(mode="after")

@@ -43,7 +43,7 @@ def test_a_run_that_has_all_it_needs_starts(tmp_path: Path) -> None:
     [
         (["codebook.steps=0"], "codebook.steps is 0 and codebook.init is empty"),
         (["train.init=nowhere"], "train.init: there is no folder 'nowhere'"),
-        (["train.init=tests", "codebook.init=tests"], "codebook.init and train.init: .*tests holds no config.json"),
+        (["train.init=tests", "codebook.init=tests"], "codebook.init and train.init: .*tests has no config.json"),
         (["train.tokens={more: nowhere}"], "train.tokens.more: .*nowhere holds no finished token store"),
         (["evaluate.candidates=[nowhere]"], "evaluate.candidates: .*nowhere holds no prepared data"),
         (["evaluate.retention=nowhere"], "train.init, which is empty.*evaluate.retention: .*nowhere/tokens holds no"),
