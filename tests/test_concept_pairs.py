@@ -49,7 +49,7 @@ def test_each_image_leads_to_the_names_of_its_concepts(tmp_path: Path) -> None:
 def test_concepts_without_their_names_are_one_sentence(tmp_path: Path) -> None:
     write_raw(tmp_path / "raw", train=6, held_out=2)
     (tmp_path / "raw" / "cui_mapping.csv").unlink()
-    with pytest.raises(DataError, match=r"has no cui_mapping\.csv with the names of concepts"):
+    with pytest.raises(DataError, match=r"has no cui_mapping\.csv with concept names"):
         prepared(tmp_path / "raw", tmp_path)
 
 

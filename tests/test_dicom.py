@@ -721,7 +721,7 @@ def test_text_from_the_header(tmp_path: Path) -> None:
         "MR of the cervical spine.",
     ]
     assert [image.modality for image in listing.images] == ["X-ray", "CT", "MR"]
-    assert not listing.set_aside and "1 of 3 DICOM pictures have no text, in table or header" in listing.notes
+    assert not listing.set_aside and "1 of 3 DICOM pictures have no text in the table or header" in listing.notes
 
 
 def test_text_from_a_table_by_what_is_closest(tmp_path: Path) -> None:
@@ -752,7 +752,7 @@ def test_text_from_a_table_by_what_is_closest(tmp_path: Path) -> None:
         "Image of the head.",
     ]
     assert by_file["f2.dcm"][1] == "test" and by_file["f4.dcm"][1] == "valid"
-    assert "4 of 5 rows of the table of texts name a file that is used" in listing.notes
+    assert "4 of 5 rows of the table of texts belong to a used file" in listing.notes
 
 
 def test_rows_that_cannot_be_trusted_are_set_aside_by_their_number(tmp_path: Path) -> None:
@@ -787,7 +787,7 @@ def test_rows_that_cannot_be_trusted_are_set_aside_by_their_number(tmp_path: Pat
         ("text table, row 8", "unknown_split"),
         ("text table, row 9", "no_image_named"),
     ]
-    assert "3 of 9 rows of the table of texts name a file that is used" in listing.notes
+    assert "3 of 9 rows of the table of texts belong to a used file" in listing.notes
 
 
 def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
@@ -811,16 +811,16 @@ def test_settings_in_the_folder(tmp_path: Path) -> None:
     assert isinstance(place, DicomPlace) and place.window == "bone"
     assert pickle.loads(pickle.dumps(place)) == place
     for content, message in (
-        ("window: ear", "no window 'ear'"),
+        ("window: ear", "unknown window 'ear'"),
         ("wndow: lung", "Extra inputs"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "not valid YAML"),
     ):
         (tmp_path / "dicom.yaml").write_text(content)
         with pytest.raises(DataError, match=message):
             list_dicom(tmp_path)
     (tmp_path / "dicom.yaml").unlink()
     asked = check_settings({"prepare": {"source": "dicom", "dicom": {"window": "ear"}}}, origin="test").prepare
-    with pytest.raises(DataError, match=r"prepare\.dicom: window: .*no window 'ear'"):
+    with pytest.raises(DataError, match=r"prepare\.dicom: window: .*unknown window 'ear'"):
         settings_for(tmp_path, asked)
 
 

@@ -138,7 +138,7 @@ def test_other_files_are_another_request(hub: FakeHub, target: Path) -> None:
     download("rocov2", target, quick(include=("README.md",)))
     manifest = download(f"hub:{ROCO}", target, quick(exclude=("data/train*", ".git*")))
     assert {file.path for file in manifest.files} == set(FILES) - {TRAIN, ".gitattributes"}
-    with pytest.raises(DownloadError, match=r"lists 5 files, of which none fits \*\.csv"):
+    with pytest.raises(DownloadError, match=r"has 5 files, but none that matches \*\.csv"):
         download("rocov2", target, quick(include=("*.csv",)))
 
 
@@ -546,7 +546,7 @@ def test_an_address_with_its_checksum(hub: FakeHub, target: Path, kind: str) -> 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("rocov3", "no data set 'rocov3' to download; name one of rocov2"),
+        ("rocov3", "unknown data set 'rocov3'; name one of rocov2"),
         ("hub:rocov2", "is not the name of a data set on the Hub; write hub:OWNER/NAME"),
         ("zenodo:latest", "is not a Zenodo record; write zenodo:NUMBER"),
         ("https://127.0.0.1/", "names no file"),

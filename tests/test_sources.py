@@ -145,7 +145,7 @@ def test_every_member_of_an_archive_is_accounted_for(tmp_path: Path) -> None:
         ("t/c", "long_text"),
         ("t/c", "missing_caption"),
     ]
-    assert listing.notes == ["t.tar has members that are neither images nor texts and were not read: 1 .cls"]
+    assert listing.notes == ["t.tar has members that are neither images nor texts and were ignored: 1 .cls"]
 
 
 def test_a_pointer_of_git_lfs_in_place_of_an_archive_is_named(tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_the_hub_counts_are_compared_with_the_published_ones(tmp_path: Path, mon
         columns = {"image": empty, "image_id": ids, "caption": ["a scan"] * count, "cui": [["C0040405"]] * count}
         pq.write_table(pa.table(columns), tmp_path / f"{split}-00000-of-00001.parquet")
     assert list_rocov2(tmp_path).notes[1:] == [
-        "train lists 1,584 images, +4 against the 1,580 that are published",
-        "valid lists 90 images, as published",
+        "train has 1,584 images, +4 compared with the published 1,580",
+        "valid has 90 images, as published",
     ]
     assert PUBLISHED_COUNTS["train"] == 59_958, "Rückert et al. 2024"

@@ -103,7 +103,7 @@ def test_unusable_questions_are_set_aside(tmp_path: Path) -> None:
         "empty_answer",
         "missing_image",
     ]
-    assert listing.notes == ["2 of 3 image files are not asked about and were not read"]
+    assert listing.notes == ["2 of 3 image files have no question and were ignored"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_links_are_followed_once_each(tmp_path: Path) -> None:
     assert names_below(tmp_path / "link", ".jpg") == expected
     notes: list[str] = []
     files_below(root, notes=notes)
-    assert notes == [f"2 links below {root} lead nowhere, such as a/itself"]
+    assert notes == [f"2 links below {root} are broken, such as a/itself"]
 
 
 def test_what_is_no_data_is_left_out(tmp_path: Path) -> None:

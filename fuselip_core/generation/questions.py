@@ -48,7 +48,7 @@ def run(job: Job) -> bool:
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
         reason = "its process died, probably for lack of memory" if sentences.empty() else sentences.get()
         raise FuselipError(
-            f"writing questions failed on GPU {error.error_index} ({reason}); the same command resumes from the "
+            f"writing questions failed on GPU {error.error_index}: {reason}; the same command resumes from the "
             f"finished parts in {job.out}"
         ) from error
     return run_part(job, 0, 1, write=_nothing_left)
