@@ -286,7 +286,7 @@ def test_filters_and_threshold_hold(client: TestClient) -> None:
         ({"id": NAME, "image": "eA=="}, 422, "both an image and an id"),
         ({"text": "a", "limit": 0}, 422, "limit: "),
         ({"text": "a", "limit": "many"}, 422, "limit: "),
-        ({"text": "a", "filters": {NAME: 1}}, 422, "not known"),
+        ({"text": "a", "filters": {NAME: 1}}, 422, "unknown field"),
         ({"text": "a", "filters": {"indexed_after": "soon"}}, 422, "filters.indexed_after"),
         ({"image": 5}, 422, "image: "),
     ],
