@@ -6,7 +6,8 @@
 #
 # --dry runs every part on the CPU at size tiny, so that no second on a GPU is lost to a typo. A part that fails or
 # exceeds its time is named in the result, and the others run. PYTHON: the interpreter, python3 if empty.
-# For a machine without this project's environment: ../shared/tools/offline-bundle.sh, then `source .gpu/enter` there.
+# For a machine without this project's environment: in a clone (not a git worktree), with ../shared beside it,
+# `EXTRA_PACKAGES=psutil ../shared/tools/offline-bundle.sh`, then `source .gpu/enter` there.
 set -uo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 python=${PYTHON:-python3}
