@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ def fetch_run(run: Run, on_line: OnLine) -> None:
     """Brings what an earlier machine kept of the run; what is here already stays as it is."""
     if not (store := os.environ.get("FUSELIP_STORE")):
         return
-    files, folder = _folder(store, run)
-    for place in files.find(folder):
-        here = run.folder / str(Path(place).relative_to(folder))
-        if not here.exists():
-            here.parent.mkdir(parents=True, exist_ok=True)
-            files.get_file(place, str(here))
+    with _named(store):
+        files, folder = _folder(store, run)
+        for place in files.find(folder):
+            here = run.folder / str(Path(place).relative_to(folder))
+            if not here.exists():
+                here.parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(place, str(here))
     if (run.folder / "dvc.lock").exists():
         _with_dvc(run, on_line, "pull", allow_missing=True)
 
@@ -44,11 +46,16 @@ class KeptRunner:
         self.runner, self.store = runner, store
 
     def run(self, stage: str, run: Run, on_line: OnLine, force: bool = False) -> Outcome:
-        with self._mirrored(run, on_line):
-            outcome = self.runner.run(stage, run, on_line, force)
-            if outcome.status == "done":
-                _with_dvc(run, on_line, "push")
-        return outcome
+        start = time.monotonic()
+        try:
+            with self._mirrored(run, on_line):
+                outcome = self.runner.run(stage, run, on_line, force)
+                if outcome.status == "done":
+                    _with_dvc(run, on_line, "push")
+            return outcome
+        except FuselipError as error:
+            # What is here alone would go with the machine, so that the stage does not count as done.
+            return Outcome(stage, "failed", time.monotonic() - start, str(error))
 
     @contextlib.contextmanager
     def _mirrored(self, run: Run, on_line: OnLine) -> Iterator[None]:
@@ -58,8 +65,8 @@ class KeptRunner:
             while not over.wait(EVERY_SECONDS):
                 try:
                     sent.send()
-                except Exception as error:  # a store that does not answer must not end a training; the next look may
-                    on_line(f"warning: {self.store}: {sentence_of(error)}")
+                except FuselipError as error:  # the next look may meet a store that answers
+                    on_line(f"warning: {error}")
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
@@ -75,8 +82,9 @@ class _Sent:
     """The run's files that DVC does not keep, and those of them that the store has."""
 
     def __init__(self, store: str, run: Run) -> None:
-        self.run = run
-        self.files, self.folder = _folder(store, run)
+        self.run, self.store = run, store
+        with _named(store):
+            self.files, self.folder = _folder(store, run)
         with dvc_repo(run.repository) as repo:
             stages = repo.stage.load_all(str(run.folder / "dvc.yaml"))
             self.outputs = [Path(out.fs_path) for stage in stages for out in stage.outs if out.use_cache]
@@ -84,38 +92,48 @@ class _Sent:
 
     def send(self) -> None:
         """Sends what is new or has changed, and removes what is no longer here, such as an old checkpoint."""
-        found = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in self._mine()}
-        for path in sorted(path for path, seen in found.items() if self.known.get(path) != seen):
-            # A checkpoint may just be replaced by the next; its digest tells a part from the whole.
-            with contextlib.suppress(FileNotFoundError):
-                self.files.put_file(str(path), self._place(path))
-        left = set(self.files.find(self.folder)) - {self._place(path) for path in found}
-        if left:
-            self.files.rm(sorted(left))
+        found = dict(self._mine())
+        with _named(self.store):
+            for path in sorted(path for path, seen in found.items() if self.known.get(path) != seen):
+                # A checkpoint may just be replaced by the next; its digest tells a part from the whole.
+                with contextlib.suppress(FileNotFoundError):
+                    self.files.put_file(str(path), self._place(path))
+            left = set(self.files.find(self.folder)) - {self._place(path) for path in found}
+            if left:
+                self.files.rm(sorted(left))
         self.known = found
 
-    def _mine(self) -> Iterator[Path]:
+    def _mine(self) -> Iterator[tuple[Path, tuple[int, int]]]:
+        """Each file with its size and time; an old checkpoint may vanish meanwhile."""
         for path in self.run.folder.rglob("*"):
-            if path.is_file() and not any(path.is_relative_to(output) for output in self.outputs):
-                yield path
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and not any(path.is_relative_to(output) for output in self.outputs):
+                    yield path, (path.stat().st_size, path.stat().st_mtime_ns)
 
     def _place(self, path: Path) -> str:
         return f"{self.folder}/{path.relative_to(self.run.folder)}"
 
 
 def _folder(store: str, run: Run) -> tuple[Any, str]:
-    """The store's file system, and the run's folder there; raises FuselipError for what cannot be read or kept."""
+    """The store's file system, and the run's folder there."""
     from fsspec.core import url_to_fs
 
     if run.folder == run.repository:
         raise FuselipError("a run that FUSELIP_STORE keeps needs a name: give it one (name)")
-    try:
-        # Without its memory of what it has listed, which other machines change.
-        files, folder = url_to_fs(f"{store.rstrip('/')}/runs/{run.folder.name}", use_listings_cache=False)
-        files.find(folder)
-    except Exception as error:  # each kind of store has its own
-        raise FuselipError(f"FUSELIP_STORE={store} cannot be read: {sentence_of(error)}") from error
+    # Without its memory of what it has listed, which other machines change.
+    files, folder = url_to_fs(f"{store.rstrip('/')}/runs/{run.folder.name}", use_listings_cache=False)
     return files, str(folder)
+
+
+@contextlib.contextmanager
+def _named(store: str) -> Iterator[None]:
+    """Turns what a store raises, each kind its own, into a FuselipError that names it."""
+    try:
+        yield
+    except FuselipError:
+        raise
+    except Exception as error:
+        raise FuselipError(f"FUSELIP_STORE={store}: {sentence_of(error)}") from error
 
 
 def _with_dvc(run: Run, on_line: OnLine, verb: str, **options: Any) -> None:
