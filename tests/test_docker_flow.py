@@ -160,6 +160,6 @@ def test_the_worker_image_looks_after_lost_runs_without_a_checkout() -> None:
     image = image_of(f"docker/{container['image'].removeprefix('bacor_fuselip_')}")
     around = ("-e", "PREFECT_HOME=/tmp/prefect", "-e", "PREFECT_API_URL=http://127.0.0.1:9/api")
     done = run(image, *container["args"], options=(*CLOSED, *around))
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+    assert done.returncode == 1 and "error: no Prefect server answers at http://127.0.0.1:9/api" in done.stderr
     done = run(image, "sh", "-c", "git --version && python -c 'import s3fs, dvc_s3'", options=CLOSED)
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import psutil
 import typer
 from filelock import FileLock
@@ -29,13 +30,14 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymen
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
+from prefect.settings import PREFECT_API_URL
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.types._datetime import now
 
 from flows.environment import DEFAULTS
 from flows.run.child import OnLine
 from flows.run.processes import HEARTBEAT, LABEL, Process, processes_of
-from fuselip_core.errors import run_to_exit, sentence_of
+from fuselip_core.errors import FuselipError, run_to_exit, sentence_of
 
 RECOVERIES = "fuselip.recoveries"
 POOL = "process"
@@ -178,6 +180,13 @@ def main(
     while True:
         try:
             recover(_say)
+        except httpx.TransportError as error:
+            silent = FuselipError(
+                f"no Prefect server answers at {PREFECT_API_URL.value()}; start it, or set PREFECT_API_URL"
+            )
+            if not every:
+                raise silent from error
+            _say(f"error: {silent}")
         except Exception as error:
             # A server that restarts or cannot be reached must not end the watch.
             if not every:
