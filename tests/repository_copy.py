@@ -154,7 +154,7 @@ def add_data(folder: Path) -> None:
 def run_flow(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``python -m flows.pipeline`` as a user of the copy starts it."""
     command = [sys.executable, "-m", "flows.pipeline", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), timeout=500)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(), timeout=1100)
 
 
 def terminate_flow(folder: Path, *arguments: str) -> tuple[int, str]:
