@@ -68,7 +68,7 @@ class MuonAdamW:
     """Muon for the matrices of the transformer's blocks, AdamW for all else (embeddings, norms, biases, heads).
 
     Muon (arXiv 2502.16982) makes the update of a matrix orthogonal, so that rare directions are learned as fast as
-    frequent ones: on few images it needs about half of AdamW's steps. Its updates have the size of AdamW's, and both
+    frequent ones, and a small model needs fewer steps. Its updates have the size of AdamW's, and both
     take one learning rate. `grad_scale` and `found_inf` mean what they mean to fused AdamW, but are waited for: the
     first, a scalar, divides the gradients, and where the second is not 0 a step changes nothing.
     """
