@@ -14,12 +14,14 @@ import sys
 sys.path.append(sys.path.pop(0))  # behind Python's own modules, one of which is called tokenize
 
 import argparse
+import functools
 import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -58,7 +60,7 @@ def measured(name: str, search: Search, queries: NDArray[np.float32], truth: lis
         start = time.perf_counter()
         found.append(search(query))
         seconds.append(time.perf_counter() - start)
-    recall = np.mean([len(set(one) & set(other)) / TOP for one, other in zip(found, truth, strict=True)])
+    recall = float(np.mean([len(set(one) & set(other)) / TOP for one, other in zip(found, truth, strict=True)]))
     say(name, median_ms=1000 * np.median(seconds), fastest_ms=1000 * min(seconds), recall_at_10=recall)
 
 
@@ -125,7 +127,12 @@ def of_faiss(folder: Path, vectors: NDArray[np.float32], queries: NDArray[np.flo
             with timed(f"build {name}"):
                 index.add(vectors)
             faiss.write_index(index, str(file))
-        measured(name, lambda query, index=index: index.search(query[None], TOP)[1][0].tolist(), queries, truth)
+        measured(name, functools.partial(nearest_of, index), queries, truth)
+
+
+def nearest_of(index: Any, query: NDArray[np.float32]) -> list[int]:
+    found: list[int] = index.search(query[None], TOP)[1][0].tolist()
+    return found
 
 
 @contextmanager
