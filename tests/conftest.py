@@ -26,14 +26,6 @@ from fuselip_core.data.phantom.data_set import draw_data_set
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the tests of a module, and all tests that look at `make demo`, in one worker of pytest-xdist."""
-    for item in items:
-        shares_demo = "demo" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("demo" if shares_demo else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

@@ -59,7 +59,7 @@ def test_the_model_card_says_what_was_measured_and_how_it_was_made(run: Settings
         f"[{low:.1f} to {high:.1f} %]",
         "| shuffled pairs |",
         "| chance |",
-        "no medical device",
+        "not a medical device",
         manifest["data_version"],
         f"`{run.recipe}`",
         f"| Steps | {numbers['train/steps']:,.0f} |",
