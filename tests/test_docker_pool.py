@@ -120,7 +120,7 @@ def test_a_flow_in_a_container_runs_its_stages_beside_it(pool: Pool) -> None:
     assert json.loads((made / "artifacts" / "registered.json").read_text())["version"] == 1
     assert {path.stat().st_uid for path in made.rglob("*")} == {os.getuid()}
     assert "up to date" in dvc(pool.repository, "status", "runs/pool/dvc.yaml")
-    assert not pool.stages() and not pool.flow(run_id)
+    wait_until(lambda: not pool.stages() and not pool.flow(run_id), "the end of the containers", seconds=60)
 
 
 @pytest.mark.parametrize("deployment", ["train/train", DEPLOYMENT])
