@@ -174,6 +174,8 @@ def test_a_killed_container_goes_on_and_keeps_others_out(mounted: Mounted) -> No
     """On the folders of the test before: only the training is made again."""
     words = ("tiny", *SHORT, "train.steps=40", "train.checkpoint_every=4", "train.seed=1")
     lock = mounted.models / ".work" / "fuselip-rocov2-tiny" / ".lock"
+    lock.touch()
+    os.chown(lock, USER, USER)  # as the container's user makes it; this test's may be root
     with sole_process(lock, FuselipError("held already")):
         other = mounted.run(*words)
     assert other.returncode == 1 and "another container is using" in other.stderr.splitlines()[-1], other.stderr
