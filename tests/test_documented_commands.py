@@ -229,6 +229,8 @@ def checkout(
     add_environment(folder)
     for name in ("ROCOv2_data", "path/to/ROCOv2"):
         write_raw(folder / name)
+        for table in (folder / name).glob("*_captions.csv"):  # real captions have sentences, which recipes pair
+            table.write_text(table.read_text().replace("is bright, seen", "is bright. The other is dark, seen"))
     rng = np.random.default_rng(0)
     for number in range(36):
         shape = SHAPES[number % 4]
