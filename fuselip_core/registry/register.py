@@ -184,7 +184,9 @@ def _against(
         return []
     with tempfile.TemporaryDirectory() as folder, _without_advice():
         place = client.download_artifacts(str(champion.run_id), f"{champion.tags['state']}/metrics.json", folder)
-        best = read_json(Path(place), f"run `python -m flows.promote` to give the alias to another version than {of}")
+        best = read_json(
+            Path(place), f"run `.venv/bin/python -m flows.promote` to give the alias to another version than {of}"
+        )
     results = []
     for metric in dict.fromkeys(gate.metric for gate in gates if gate.metric in best):
         # Two measurements may differ by this much by chance alone, according to both intervals.
