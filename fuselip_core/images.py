@@ -133,7 +133,7 @@ def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 
     The published evaluation preprocessing (FuseLIP, arXiv 2506.03096): changes the aspect ratio, crops nothing.
     """
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def random_crop(
@@ -145,7 +145,7 @@ def random_crop(
     (log-uniform), as in the published training; if no attempt fits, the largest central crop.
     """
     left, top, width, height = draw_part(picture.width, picture.height, scale, rng)
-    part = picture.convert("RGB").crop((left, top, left + width, top + height))
+    part = _rgb(picture).crop((left, top, left + width, top + height))
     return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -155,7 +155,7 @@ def random_variation(picture: Image.Image, degrees: float, contrast: float, rng:
     Corners that turning leaves empty are black. Values v in 0..1 become f v^g with f and g between exp(-contrast) and
     exp(contrast), drawn evenly on a logarithmic scale.
     """
-    picture = picture.convert("RGB")
+    picture = _rgb(picture)
     if degrees:
         picture = picture.rotate(rng.uniform(-degrees, degrees), Image.Resampling.BILINEAR)
     if contrast:
@@ -163,6 +163,11 @@ def random_variation(picture: Image.Image, degrees: float, contrast: float, rng:
         values = np.clip(255 * factor * (np.arange(256) / 255) ** power, 0, 255).round().astype(int)
         picture = picture.point(values.tolist() * 3)
     return picture
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """The picture in RGB; itself if it is already, which Pillow's `convert` would copy for every view."""
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def draw_part(
