@@ -133,7 +133,7 @@ def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 
     The published evaluation preprocessing (FuseLIP, arXiv 2506.03096): changes the aspect ratio, crops nothing.
     """
-    return np.asarray(_rgb(picture).resize((size, size), Image.Resampling.BICUBIC))
+    return _squashed(_grey_or_rgb(picture), size)
 
 
 def random_crop(
@@ -145,29 +145,34 @@ def random_crop(
     (log-uniform), as in the published training; if no attempt fits, the largest central crop.
     """
     left, top, width, height = draw_part(picture.width, picture.height, scale, rng)
-    part = _rgb(picture).crop((left, top, left + width, top + height))
-    return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+    return _squashed(_grey_or_rgb(picture).crop((left, top, left + width, top + height)), size)
 
 
 def random_variation(picture: Image.Image, degrees: float, contrast: float, rng: np.random.Generator) -> Image.Image:
-    """The picture in RGB, turned by up to `degrees` either way, its grey values changed by up to a factor.
+    """The picture in grey or RGB, turned by up to `degrees` either way, its values changed by up to a factor.
 
     Corners that turning leaves empty are black. Values v in 0..1 become f v^g with f and g between exp(-contrast) and
     exp(contrast), drawn evenly on a logarithmic scale.
     """
-    picture = _rgb(picture)
+    picture = _grey_or_rgb(picture)
     if degrees:
         picture = picture.rotate(rng.uniform(-degrees, degrees), Image.Resampling.BILINEAR)
     if contrast:
         factor, power = np.exp(rng.uniform(-contrast, contrast, 2))
         values = np.clip(255 * factor * (np.arange(256) / 255) ** power, 0, 255).round().astype(int)
-        picture = picture.point(values.tolist() * 3)
+        picture = picture.point(values.tolist() * len(picture.getbands()))
     return picture
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    """The picture in RGB; itself if it is already, which Pillow's `convert` would copy for every view."""
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def _squashed(picture: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Pixels (size, size, 3) uint8; grey ones are resized once, and not as three equal colours."""
+    small = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(small if small.mode == "RGB" else small.convert("RGB"))
+
+
+def _grey_or_rgb(picture: Image.Image) -> Image.Image:
+    """Itself if it is grey or RGB, since Pillow's `convert` would copy it for every view; else in RGB."""
+    return picture if picture.mode in ("L", "RGB") else picture.convert("RGB")
 
 
 def draw_part(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fuselip_core.images import UnreadableImage, decode, random_crop, random_variation, to_pixels
+from fuselip_core.model.processing import ImageProcessor
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -194,19 +195,30 @@ def test_random_crops_repeat_by_seed_and_keep_to_their_scale() -> None:
 def test_a_picture_varies_within_its_limits_and_the_same_way_for_a_seed() -> None:
     grey = Image.new("L", (64, 64), 128)
     same = random_variation(grey, 0.0, 0.0, np.random.default_rng(0))
-    assert np.array_equal(np.asarray(same), np.full((64, 64, 3), 128))
-    shades = [np.asarray(random_variation(grey, 0.0, 0.3, np.random.default_rng(seed)))[0, 0, 0] for seed in range(60)]
+    assert np.array_equal(np.asarray(same), np.full((64, 64), 128))
+    shades = [np.asarray(random_variation(grey, 0.0, 0.3, np.random.default_rng(seed)))[0, 0] for seed in range(60)]
     # 255 f v^g with f and g between exp(-0.3) and exp(0.3).
     assert 255 * np.exp(-0.3) * 0.502 ** np.exp(0.3) - 1 <= min(shades) < 90
     assert 170 < max(shades) <= 255 * np.exp(0.3) * 0.502 ** np.exp(-0.3) + 1
 
     bar = Image.new("L", (65, 65))
     bar.paste(255, (0, 32, 65, 33))  # a line across the middle, which a turn tilts
-    turned = [np.asarray(random_variation(bar, 10.0, 0.0, np.random.default_rng(seed)))[..., 0] for seed in range(60)]
-    assert np.array_equal(turned[0], np.asarray(random_variation(bar, 10.0, 0.0, np.random.default_rng(0)))[..., 0])
+    turned = [np.asarray(random_variation(bar, 10.0, 0.0, np.random.default_rng(seed))) for seed in range(60)]
+    assert np.array_equal(turned[0], np.asarray(random_variation(bar, 10.0, 0.0, np.random.default_rng(0))))
     rise = [float(picture[:, 60].argmax() - picture[:, 4].argmax()) / 56 for picture in turned]
     degrees = np.degrees(np.arctan(rise))
     assert -11.5 < degrees.min() < -7 and 7 < degrees.max() < 11.5
+
+
+def test_a_grey_picture_gives_the_pixels_of_its_copy_in_colour() -> None:
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120), np.uint8))
+    found = []
+    for picture in (grey, grey.convert("RGB")):
+        rng = np.random.default_rng(1)
+        crop = random_crop(random_variation(picture, 10.0, 0.3, rng), 32, (0.5, 0.9), rng)
+        found.append((to_pixels(picture, 48), crop, ImageProcessor(48)(picture).numpy()))
+    for one, other in zip(*found, strict=True):
+        assert np.array_equal(one, other) and 3 in (one.shape[0], one.shape[-1])
 
 
 def test_a_pointer_of_git_lfs_in_place_of_a_picture_is_named() -> None:

@@ -82,6 +82,13 @@ def test_the_last_block_gives_the_same_where_it_is_read(model: FuseLIPModel) -> 
     whole, part = model.packed_hidden_states(ids, layout), model.packed_hidden_states(ids, layout, read)
     torch.testing.assert_close(part, whole[read], atol=1e-6, rtol=0)
 
+    padded = mixed_sequences(model)[0]
+    places = torch.arange(len(padded)) % padded.shape[1]
+    whole, part = model.hidden_states(padded), model.hidden_states(padded, read=places)
+    torch.testing.assert_close(part, whole[torch.arange(len(padded)), places].unsqueeze(1), atol=1e-6, rtol=0)
+    block, x = model.transformer.resblocks[0], torch.randn(3, 9, model.config.width, dtype=model.dtype)
+    torch.testing.assert_close(block(x, read=slice(-4, None)), block(x)[:, -4:], atol=1e-6, rtol=0)
+
 
 def test_layout_leaves_padding_out_and_pools_at_the_first_end(model: FuseLIPModel) -> None:
     groups = mixed_sequences(model)

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from flows.run.runner import OnLine, ProcessRunner
 from fuselip_core.config import Settings, load_settings
 from fuselip_core.errors import FuselipError, run_to_exit
+from fuselip_core.lock import sole_process
 from fuselip_core.registry.state import changes_of, commit_of
 
 if TYPE_CHECKING:
@@ -122,12 +123,9 @@ def main() -> None:
     client = connect()
     sweep(client, repository, _write)
     request = request_for(client, sys.argv[1:], repository)
-    lock = _lock(repository, request.labels)
-    try:
-        with FileLock(lock):
-            code = run_container(client, request, _write)
-    finally:
-        lock.unlink(missing_ok=True)
+    twice = ContainerError(f"another process waits for this container of {request.labels[f'{LABEL}.stage']} already")
+    with sole_process(_lock(repository, request.labels), twice):
+        code = run_container(client, request, _write)
     sys.exit(code)
 
 

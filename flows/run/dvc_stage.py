@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.run.child import OnLine
+from flows.run.lock import dvc_lock
 from fuselip_core.errors import FuselipError, run_to_exit
 
 UNCHANGED = 3
@@ -73,6 +75,15 @@ def dvc_repo(folder: Path) -> Any:
         config["core"]["remote"] = "store"
         config["remote"] = {"store": {"url": f"{store.rstrip('/')}/dvc"}}
     return Repo(str(folder), config=config)
+
+
+def transfer(repository: Path, verb: str, target: Path, on_line: OnLine, **options: Any) -> None:
+    """``dvc pull`` or ``dvc push`` of `target`, once no other command of DVC runs here; raises FuselipError."""
+    with dvc_lock(repository, f"dvc {verb} {target} (process {os.getpid()})", on_line), dvc_repo(repository) as repo:
+        try:
+            getattr(repo, verb)(targets=[str(target)], **options)
+        except Exception as error:  # what DVC raises is not always its own
+            raise dvc_problem(error) from error
 
 
 def settings_of(address: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from flows.run.dvc_stage import dvc_problem, dvc_repo
+from flows.run.dvc_stage import dvc_problem, dvc_repo, transfer
 from flows.run.forms import Request, RunRequest, StageRequest, field_of
 from flows.run.lock import dvc_lock
 from fuselip_core.config import (
@@ -136,11 +136,7 @@ def _pull(repository: Path, root: Path) -> bool:
     version = repository / f"{root}.dvc"
     if not os.environ.get("FUSELIP_STORE") or not version.exists():
         return False
-    with dvc_lock(repository, str(version), logger.info), dvc_repo(repository) as repo:
-        try:
-            repo.pull(targets=[str(version)])
-        except Exception as error:  # what DVC raises is not always its own
-            raise dvc_problem(error) from error
+    transfer(repository, "pull", version, logger.info)
     return True
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.run.child import OnLine
-from flows.run.dvc_stage import dvc_problem, dvc_repo
+from flows.run.dvc_stage import dvc_repo, transfer
 from flows.run.folder import Run
-from flows.run.lock import dvc_lock
 from flows.run.runner import Outcome, Runner
 from fuselip_core.errors import FuselipError, sentence_of
 
@@ -36,7 +35,7 @@ def fetch_run(run: Run, on_line: OnLine) -> None:
                 here.parent.mkdir(parents=True, exist_ok=True)
                 files.get_file(place, str(here))
     if (run.folder / "dvc.lock").exists():
-        _with_dvc(run, on_line, "pull", allow_missing=True)
+        transfer(run.repository, "pull", run.folder / "dvc.yaml", on_line, allow_missing=True)
 
 
 class KeptRunner:
@@ -51,7 +50,7 @@ class KeptRunner:
             with self._mirrored(run, on_line):
                 outcome = self.runner.run(stage, run, on_line, force)
                 if outcome.status == "done":
-                    _with_dvc(run, on_line, "push")
+                    transfer(run.repository, "push", run.folder / "dvc.yaml", on_line)
             return outcome
         except FuselipError as error:
             # What is here alone would go with the machine, so that the stage does not count as done.
@@ -134,12 +133,3 @@ def _named(store: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise FuselipError(f"FUSELIP_STORE={store}: {sentence_of(error)}") from error
-
-
-def _with_dvc(run: Run, on_line: OnLine, verb: str, **options: Any) -> None:
-    """``dvc pull`` or ``dvc push`` of the run's outputs."""
-    with dvc_lock(run.repository, f"dvc {verb} (process {os.getpid()})", on_line), dvc_repo(run.repository) as repo:
-        try:
-            getattr(repo, verb)(targets=[str(run.folder / "dvc.yaml")], **options)
-        except Exception as error:  # what DVC raises is not always its own
-            raise dvc_problem(error) from error

@@ -1,7 +1,8 @@
 """The pre-norm transformer block that image tokenizer and joint encoder share.
 
 Parameter names are those of the published checkpoints. Both forms of input are read: padded sequences (B, L, D) with a
-mask, and packed ones (T, D) with their layout.
+mask, and packed ones (T, D) with their layout. Where only some tokens are read afterwards (`read`), the others are keys
+and values and nothing more: a slice of the L tokens of each sequence, (B) one place in each, or (R) places among all T.
 Legend: B sequences, L tokens of one, T tokens of all, R tokens that are read afterwards, D width.
 """
 
@@ -9,10 +10,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fuselip_core.model.packed import Layout, packed_attention
+
+Read = Tensor | slice | None
 
 
 class Attention(nn.Module):
@@ -28,10 +32,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Tensor | None = None
-    ) -> Tensor:
-        """(B, L, D) → (B, L, D) or, with a `layout`, (T, D) → (T, D), or (R, D) at the places `read` (R) alone.
+    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Read = None) -> Tensor:
+        """(B, L, D) → (B, L, D) or, with a `layout`, (T, D) → (T, D); with `read`, those tokens alone.
 
         `mask` is boolean, broadcastable to (B, heads, L, L), true where a key is seen.
         """
@@ -40,9 +42,10 @@ class Attention(nn.Module):
             return self.out_proj(_rows(packed_attention(projected, self.heads, layout), read))
         batch, length, width = x.shape
         shape = (batch, length, self.heads, width // self.heads)
-        query, key, value = (part.view(shape).transpose(1, 2) for part in projected.chunk(3, dim=-1))
+        query, key, value = (part.view(shape) for part in projected.chunk(3, dim=-1))
+        query, key, value = (part.transpose(1, 2) for part in (_rows(query, read), key, value))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class ResidualBlock(nn.Module):
@@ -58,13 +61,17 @@ class ResidualBlock(nn.Module):
             OrderedDict(c_fc=nn.Linear(width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, width))
         )
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Tensor | None = None
-    ) -> Tensor:
-        """(B, L, D) → (B, L, D), (T, D) → (T, D), or (T, D) → (R, D); `mask`, `layout`, `read` as in Attention."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Read = None) -> Tensor:
+        """(B, L, D) → (B, L, D), (T, D) → (T, D), or fewer; `mask`, `layout`, `read` as in Attention."""
         x = _rows(x, read) + self.attn(self.ln_1(x), mask, layout, read)
         return x + self.mlp(self.ln_2(x))
 
 
-def _rows(x: Tensor, read: Tensor | None) -> Tensor:
-    return x if read is None else x.index_select(0, read)
+def _rows(x: Tensor, read: Read) -> Tensor:
+    """The tokens of `x`, (T, D) or (B, L, ...), that are read."""
+    if read is None:
+        return x
+    if isinstance(read, slice):
+        return x[:, read]
+    # Not plain indexing of packed tokens: its gradient adds up with atomics, in another order every time.
+    return x.index_select(0, read) if x.ndim == 2 else x[torch.arange(len(x), device=x.device), read].unsqueeze(1)

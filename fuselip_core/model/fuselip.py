@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
 from fuselip_core.errors import FuselipError
-from fuselip_core.model.blocks import ResidualBlock
+from fuselip_core.model.blocks import Read, ResidualBlock
 from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.linear_cross_entropy import linear_cross_entropy
 from fuselip_core.model.packed import Layout
@@ -67,14 +67,8 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads, mlp_ratio) for _ in range(layers))
         self.kept: Kept = "all"
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Tensor | None = None
-    ) -> Tensor:
-        """(B, L, W) → (B, L, W), or (T, W) → (T, W); arguments as in blocks.Attention.
-
-        With `read` (R) the last block ends in those places alone, (T, W) → (R, W): all others are its keys and values
-        and nothing more, so that most of its matrix products would be for nothing.
-        """
+    def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Read = None) -> Tensor:
+        """(B, L, W) → (B, L, W), or (T, W) → (T, W), of the last block only what is `read`; arguments as in blocks."""
         if self.kept == "inputs" and torch.is_grad_enabled():
             for block in self.resblocks:
                 last = read if block is self.resblocks[-1] else None
@@ -87,7 +81,7 @@ class Transformer(nn.Module):
         given = (x, mask, layout, read)
         return checkpoint(self._blocks, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    def _blocks(self, x: Tensor, mask: Tensor | None, layout: Layout | None, read: Tensor | None) -> Tensor:
+    def _blocks(self, x: Tensor, mask: Tensor | None, layout: Layout | None, read: Read) -> Tensor:
         for block in self.resblocks:
             x = block(x, mask, layout, read if block is self.resblocks[-1] else None)
         return x
@@ -250,9 +244,12 @@ class FuseLIPModel(StrictModel):
                 labels = labels[hidden]
             embeddings, loss = self.embed_packed(input_ids, layout, hidden, labels)
             return FuseLIPOutput(loss=loss, embeddings=embeddings)
+        if labels is None:
+            return FuseLIPOutput(embeddings=self.embed_ids(input_ids))
         states = self.hidden_states(input_ids)
-        loss = None if labels is None else self.masked_loss(states, labels)
-        return FuseLIPOutput(loss=loss, embeddings=self.pool(states, input_ids))
+        rows = torch.arange(len(states), device=states.device)
+        embeddings = self._embeddings(states[rows, first_end(input_ids)])
+        return FuseLIPOutput(loss=self.masked_loss(states, labels), embeddings=embeddings)
 
     def embed_packed(
         self,
@@ -268,15 +265,16 @@ class FuseLIPModel(StrictModel):
         """
         read = layout.pooled if hidden is None else torch.cat([layout.pooled, hidden])
         pooled, masked = self.packed_hidden_states(input_ids, layout, read).tensor_split([len(layout.pooled)])
-        embeddings = F.normalize(self.ln_final(pooled).float(), dim=-1)
-        return embeddings, None if labels is None else self._prediction_head().mean_loss(masked, labels, padded)
+        return self._embeddings(pooled), None if labels is None else self._prediction_head().mean_loss(
+            masked, labels, padded
+        )
 
     def embed_ids(self, input_ids: Tensor, normalize: bool = True, padded: bool | None = None) -> Tensor:
         """Joint ids (B, L) int64, padded with 0 → embeddings (B, W) float32; `padded` as in `hidden_states`."""
-        return self.pool(self.hidden_states(input_ids, padded), input_ids, normalize)
+        return self._embeddings(self.hidden_states(input_ids, padded, first_end(input_ids))[:, 0], normalize)
 
-    def hidden_states(self, input_ids: Tensor, padded: bool | None = None) -> Tensor:
-        """Joint ids (B, L) int64 → last block's output (B, L, W), before the final norm.
+    def hidden_states(self, input_ids: Tensor, padded: bool | None = None, read: Tensor | None = None) -> Tensor:
+        """Joint ids (B, L) int64 → last block's output (B, L, W) before the final norm, (B, 1, W) at the places `read`.
 
         `padded` says whether any id is padding; None looks, which on a GPU waits for it. Without padding no mask is
         built, so that the fastest attention kernel is free to run.
@@ -290,7 +288,7 @@ class FuseLIPModel(StrictModel):
             if padded or not bool(seen.all()):
                 mask = seen[:, None, None, :]
         x = self.token_embedding(input_ids) + self.positional_embedding[:length]
-        return self.transformer(x, mask)
+        return self.transformer(x, mask, None, read)
 
     def packed_hidden_states(self, input_ids: Tensor, layout: Layout, read: Tensor | None = None) -> Tensor:
         """Packed joint ids (T) int64 → last block's output before the final norm, (T, W), or (R, W) where `read`."""
@@ -302,12 +300,10 @@ class FuseLIPModel(StrictModel):
         x = self.token_embedding(input_ids) + F.embedding(layout.positions, self.positional_embedding)
         return self.transformer(x, None, layout, read)
 
-    def pool(self, hidden: Tensor, input_ids: Tensor, normalize: bool = True) -> Tensor:
-        """Hidden states (B, L, W) → embeddings (B, W) float32: the final norm of the first end-of-text token."""
-        place = first_end(input_ids)
-        rows = torch.arange(len(place), device=place.device)
-        pooled = self.ln_final(hidden[rows, place]).float()
-        return F.normalize(pooled, dim=-1) if normalize else pooled
+    def _embeddings(self, pooled: Tensor, normalize: bool = True) -> Tensor:
+        """The last block's output at first end-of-text tokens (B, W) → embeddings (B, W) float32."""
+        normed = self.ln_final(pooled).float()
+        return F.normalize(normed, dim=-1) if normalize else normed
 
     def masked_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy where the label is not -100; 0, with zero gradient, if it is so everywhere.

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from fuselip_core.errors import FuselipError
-from fuselip_core.images import checked
+from fuselip_core.images import checked, to_pixels
 from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.late_fusion import LateFusionConfig
 
@@ -42,12 +42,11 @@ class ImageProcessor:
         if not isinstance(image, Image.Image):
             raise FuselipError(f"the image processor takes a Pillow image, not {type(image).__name__}; use Image.open")
         image = checked(image)
-        shape = (self.size, self.size)
         if self.normalise:
-            squashed = image.resize(shape, Image.Resampling.BICUBIC).convert("RGB")
+            squashed = np.array(image.resize((self.size, self.size), Image.Resampling.BICUBIC).convert("RGB"))
         else:
-            squashed = image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(squashed)).permute(2, 0, 1).to(torch.float32).div(255.0)
+            squashed = to_pixels(image, self.size).copy()  # writable, as torch wants it
+        pixels = torch.from_numpy(squashed).permute(2, 0, 1).to(torch.float32).div(255.0)
         if self.normalise:
             mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
             pixels = (pixels - mean) / std

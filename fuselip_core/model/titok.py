@@ -98,6 +98,13 @@ def _initial(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * shape[-1] ** -0.5)
 
 
+def _through(blocks: nn.ModuleList, x: Tensor, read: slice) -> Tensor:
+    """Tokens (B, L, W) → what comes out of the last block at those that are read."""
+    for block in blocks[:-1]:
+        x = block(x)
+    return blocks[-1](x, read=read)
+
+
 class TiTokEncoder(nn.Module):
     """Patches and latent tokens through a vision transformer; what comes out at the latents goes to the codebook."""
 
@@ -124,9 +131,7 @@ class TiTokEncoder(nn.Module):
         patches = torch.cat([begin, patches], dim=1) + self.positional_embedding
         latents = (latent_tokens + self.latent_token_positional_embedding).expand(batch, -1, -1)
         x = self.ln_pre(torch.cat([patches, latents], dim=1))
-        for block in self.transformer:
-            x = block(x)
-        x = self.ln_post(x[:, -kept:])
+        x = self.ln_post(_through(self.transformer, x, slice(-kept, None)))
         x = x.reshape(batch, x.shape[-1], kept).transpose(1, 2) if self.config.legacy_layout else x
         # As a product and not as a convolution, which a GPU rounds to TF32: codes that are near would change places.
         return F.linear(x, self.conv_out.weight.flatten(1), self.conv_out.bias).transpose(1, 2)
@@ -209,9 +214,7 @@ class TiTokDecoder(nn.Module):
         begin = self.class_embedding.expand(batch, 1, -1)
         places = torch.cat([begin, places], dim=1) + self.positional_embedding
         x = self.ln_pre(torch.cat([places, latents], dim=1))
-        for block in self.transformer:
-            x = block(x)
-        return self.ln_post(x[:, 1 : 1 + self.grid**2])
+        return self.ln_post(_through(self.transformer, x, slice(1, 1 + self.grid**2)))
 
     def forward(self, quantised: Tensor) -> Tensor:
         """Quantised latents (B, D, K) → pixels (B, 3, S, S), not clamped."""

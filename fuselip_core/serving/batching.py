@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,7 +33,9 @@ class Batcher:
 
     def __init__(self, embed: Callable[[Sequence[Row]], Vectors], limits: Limits, note: Callable[[int], None]) -> None:
         self._embed, self._limits, self._note = embed, limits, note
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        # One core is left to HTTP and decoding: threads of a matrix product that wait for each other are slower.
+        threads = max(1, torch.get_num_threads() - 1)
+        self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self.waiting = 0  # rows

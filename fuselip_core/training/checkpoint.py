@@ -24,9 +24,6 @@ from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_folder, sha256_of
 from fuselip_core.model.weights import refuse_non_finite
 
-# What differs between a run that was cut off and one that was not.
-OF_A_SESSION = ("system/", "checkpoint")
-
 logger = logging.getLogger("fuselip")
 STATE_FILE, DIGEST_FILE = "state.pt", "state.sha256"
 
@@ -168,8 +165,8 @@ class History:
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line without what is of a session alone."""
-        kept = {name: value for name, value in metrics.items() if not name.startswith(OF_A_SESSION)}
+        """Appends one line, without system metrics: they differ between a run that was cut off and one that was not."""
+        kept = {name: value for name, value in metrics.items() if not name.startswith("system/")}
         if not kept:
             return
         with self._path.open("a", encoding="utf-8") as stream:

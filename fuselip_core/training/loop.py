@@ -264,7 +264,6 @@ class Trainer:
         }
         if self.world.leads:
             self.checkpoints.save(self.step, state)
-        self.log({"checkpoint": float(self.step)}, self.step)
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
