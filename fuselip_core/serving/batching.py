@@ -26,6 +26,7 @@ Vectors = NDArray[np.float32]
 class _Waiting:
     rows: Sequence[Row]
     answer: asyncio.Future[Vectors]
+    since: float  # in the event loop's time
 
 
 class Batcher:
@@ -61,7 +62,8 @@ class Batcher:
         """Rows (N) → unit-norm embeddings (N, W) float32; raises TooBusy if the queue is full."""
         if self.waiting + len(rows) > self._limits.waiting_rows:
             raise TooBusy(f"{self.waiting} rows are waiting already; try again in a moment")
-        waiting = _Waiting(rows, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(rows, loop.create_future(), loop.time())
         self.waiting += len(rows)
         self._queue.put_nowait(waiting)
         try:
@@ -96,10 +98,10 @@ class Batcher:
             start += len(asked.rows)
 
     async def _gather(self) -> list[_Waiting]:
-        """The next request, and those that arrive within the wait, up to `batch_rows` rows."""
+        """The next request, and those that come until it has waited, up to `batch_rows` rows."""
         batch = [await self._queue.get()]
         loop = asyncio.get_running_loop()
-        late = loop.time() + self._limits.batch_wait_ms / 1000
+        late = batch[0].since + self._limits.batch_wait_ms / 1000
         while sum(len(asked.rows) for asked in batch) < self._limits.batch_rows:
             if not self._queue.empty():
                 batch.append(self._queue.get_nowait())
