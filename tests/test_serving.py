@@ -388,6 +388,30 @@ def test_requests_that_arrive_together_run_together_and_stay_apart(engine: Engin
         np.testing.assert_allclose(vectors, alone, atol=1e-6)
 
 
+def test_a_batch_waits_for_requests_that_are_being_read_and_for_no_others() -> None:
+    batches: list[int] = []
+
+    def embed(rows: Any) -> np.ndarray:
+        batches.append(len(rows))
+        return np.ones((len(rows), 2), np.float32)
+
+    async def run() -> None:
+        batcher = Batcher(embed, Limits(batch_wait_ms=60_000), lambda _: None)
+        batcher.start()
+
+        async def read_slowly() -> None:
+            with batcher.reading():
+                await asyncio.sleep(0.1)
+            await batcher.embed([(None, "read later")])
+
+        await asyncio.gather(batcher.embed([(None, "there")]), read_slowly(), batcher.embed([(None, "too")]))
+        await batcher.embed([(None, "alone")])
+        await batcher.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert batches == [3, 1]
+
+
 def test_one_bad_request_takes_no_other_along(client: TestClient) -> None:
     answers: dict[int, httpx.Response] = {}
 

@@ -1,14 +1,16 @@
 """Dynamic batching: requests that arrive at about the same time share a forward pass.
 
-The first request waits up to `batch_wait_ms` for others, or until `batch_rows` rows have arrived. While one batch runs,
-the next one fills up. Each request gets its rows in order, and is unaffected by others that fail or are cancelled.
+A request waits up to `batch_wait_ms` for others that are being read, or until there are `batch_rows` rows. While one
+batch runs, the next one fills up. Each request gets its rows in order, and is unaffected by others that fail or are
+cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +41,7 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        self._read = 0  # requests that are being read and will come
         self.waiting = 0  # rows
 
     def start(self) -> None:
@@ -57,6 +60,15 @@ class Batcher:
     def runs(self) -> bool:
         """Whether requests are processed."""
         return self._task is not None and not self._task.done()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around the reading of a request's rows: a batch waits for it."""
+        self._read += 1
+        try:
+            yield
+        finally:
+            self._read -= 1
 
     async def embed(self, rows: Sequence[Row]) -> Vectors:
         """Rows (N) → unit-norm embeddings (N, W) float32; raises TooBusy if the queue is full."""
@@ -98,7 +110,7 @@ class Batcher:
             start += len(asked.rows)
 
     async def _gather(self) -> list[_Waiting]:
-        """The next request, and those that come until it has waited, up to `batch_rows` rows."""
+        """The next request, and those that are being read until it has waited, up to `batch_rows` rows."""
         batch = [await self._queue.get()]
         loop = asyncio.get_running_loop()
         late = batch[0].since + self._limits.batch_wait_ms / 1000
@@ -106,6 +118,8 @@ class Batcher:
             if not self._queue.empty():
                 batch.append(self._queue.get_nowait())
                 continue
+            if not self._read:
+                break
             try:
                 batch.append(await asyncio.wait_for(self._queue.get(), late - loop.time()))
             except TimeoutError:

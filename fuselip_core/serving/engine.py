@@ -120,6 +120,17 @@ class Engine:
         """Rows (N) → unit-norm embeddings (N, W) float32, and the number of tokens; raises Refusal or TooBusy."""
         if len(rows) > self.limits.rows:
             raise Refusal(f"{len(rows)} rows are more than the {self.limits.rows} that this server takes; send fewer")
+        with self.batcher.reading():
+            ready = await self._read(rows, truncate)
+        vectors = await self.batcher.embed([(pixels, text) for pixels, text, _ in ready])
+        if self.seen:
+            noted = [(pixels is not None, text) for pixels, text, _ in ready]
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._decoders, self.seen.add, noted, vectors, self.embedder.digest)
+        return vectors, sum(tokens for _, _, tokens in ready)
+
+    async def _read(self, rows: Sequence[RawRow], truncate: bool) -> list[Any]:
+        """Rows as `_prepare` makes them, each in a decoder's thread."""
         loop = asyncio.get_running_loop()
         fetched = [(await self._fetched(image, row), text) for row, (image, text) in enumerate(rows)]
         work = [
@@ -127,7 +138,7 @@ class Engine:
             for row, (image, text) in enumerate(fetched)
         ]
         try:
-            ready = [await each for each in work]
+            return [await each for each in work]
         except UnreadablePicture:
             if self.seen:
                 self.seen.add_unreadable()
@@ -135,11 +146,6 @@ class Engine:
         finally:
             for each in work:
                 each.cancel()  # those not yet started, if the request failed or was cancelled
-        vectors = await self.batcher.embed([(pixels, text) for pixels, text, _ in ready])
-        if self.seen:
-            noted = [(pixels is not None, text) for pixels, text, _ in ready]
-            await loop.run_in_executor(self._decoders, self.seen.add, noted, vectors, self.embedder.digest)
-        return vectors, sum(tokens for _, _, tokens in ready)
 
     async def _fetched(self, image: Any, row: int) -> Any:
         if not is_url(image):
