@@ -137,15 +137,22 @@ def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 
 
 def random_crop(
-    picture: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
+    picture: Image.Image,
+    size: int,
+    scale: tuple[float, float],
+    rng: np.random.Generator,
+    rotation: float = 0.0,
+    contrast: float = 0.0,
 ) -> NDArray[np.uint8]:
     """Pixels (size, size, 3) uint8 of a random crop, resized to a square.
 
     The crop has between scale[0] and scale[1] of the picture's area and an aspect ratio between 3/4 and 4/3
-    (log-uniform), as in the published training; if no attempt fits, the largest central crop.
+    (log-uniform), as in the published training; if no attempt fits, the largest central crop. The picture is first
+    changed as by `random_variation`.
     """
+    varied = random_variation(picture, rotation, contrast, rng)
     left, top, width, height = draw_part(picture.width, picture.height, scale, rng)
-    return _squashed(_grey_or_rgb(picture).crop((left, top, left + width, top + height)), size)
+    return _squashed(varied.crop((left, top, left + width, top + height)), size)
 
 
 def random_variation(picture: Image.Image, degrees: float, contrast: float, rng: np.random.Generator) -> Image.Image:

@@ -27,7 +27,7 @@ from fuselip_core.data.shards.schemas import IMAGE_SCHEMA
 from fuselip_core.data.tokens.writer import TokenStoreWriter, index_pairs, write_manifest
 from fuselip_core.distributed import local_device
 from fuselip_core.files import replace_folder
-from fuselip_core.images import draw_part, random_crop, random_variation, to_pixels
+from fuselip_core.images import draw_part, random_crop, to_pixels
 from fuselip_core.model.processing import TextTokenizer, as_pixels
 from fuselip_core.model.titok import TiTok, codebook_id
 from fuselip_core.progress import track
@@ -83,10 +83,8 @@ def views_of(size: int, settings: TokenizeSettings, crops: str) -> Callable[[Ima
         if crops == "device" and rngs and image.width * image.height <= MOST_UNCUT:
             boxes = [draw_part(image.width, image.height, settings.crop_scale, rng) for rng in rngs]
             return Uncut(whole, np.asarray(image.convert("RGB")), np.array(boxes))
-        varied = (random_variation(image, settings.rotation, settings.contrast, rng) for rng in rngs)
-        parts = [
-            random_crop(each, size, settings.crop_scale, rng)[None] for each, rng in zip(varied, rngs, strict=True)
-        ]
+        varied = {"rotation": settings.rotation, "contrast": settings.contrast}
+        parts = [random_crop(image, size, settings.crop_scale, rng, **varied)[None] for rng in rngs]
         return np.concatenate([whole, *parts])
 
     return draw
