@@ -53,7 +53,7 @@ demo: setup ## Run the main job on the embedded sample, or on SOURCE and ROOT
 	  $${GIVEN_NAME:+--name "$$GIVEN_NAME"} $${GIVEN_SET:+--set "$$GIVEN_SET"}
 
 test: setup ## Run the tests (all but the long ones)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long" $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 -m "not long" $(TESTS)
 
 test-long: setup ## Run the tests that take minutes
 	@$(BIN)/python -m pytest -m long $(TESTS)
