@@ -215,7 +215,8 @@ def test_a_grey_picture_gives_the_pixels_of_its_copy_in_colour() -> None:
     found = []
     for picture in (grey, grey.convert("RGB")):
         rng = np.random.default_rng(1)
-        crop = random_crop(random_variation(picture, 10.0, 0.3, rng), 32, (0.5, 0.9), rng)
+        crop = random_crop(picture, 32, (0.5, 0.9), rng, rotation=10.0, contrast=0.3)
+        assert not np.array_equal(crop, random_crop(picture, 32, (0.5, 0.9), np.random.default_rng(1)))
         found.append((to_pixels(picture, 48), crop, ImageProcessor(48)(picture).numpy()))
     for one, other in zip(*found, strict=True):
         assert np.array_equal(one, other) and 3 in (one.shape[0], one.shape[-1])

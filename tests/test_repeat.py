@@ -56,3 +56,4 @@ def test_published_rows_are_of_recipes_that_exist_and_have_a_spread() -> None:
         load_settings(None, overrides, recipe=row["recipe"])
         assert len(row["seeds"]) >= 3
         assert all(len(numbers) == 2 and numbers[1] >= 0 for numbers in row["metrics"].values())
+        assert all(mean for mean, _ in row["metrics"].values()), "not measured yet"

@@ -31,6 +31,7 @@ from fuselip_core.config import Settings
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import write_json
 from fuselip_core.model.weights import CheckpointError
+from fuselip_core.request_rules import Refusal
 from fuselip_core.search import build
 from fuselip_core.search.index import Index
 from fuselip_core.serving import urls
@@ -410,6 +411,35 @@ def test_a_batch_waits_for_requests_that_are_being_read_and_for_no_others() -> N
 
     asyncio.run(asyncio.wait_for(run(), 30))
     assert batches == [3, 1]
+
+
+def test_the_engine_says_what_it_reads(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow row is waited for; a refused request is not, afterwards."""
+    engine = Engine("tiny", embedder, None, Limits(batch_wait_ms=60_000))
+    batches: list[int] = []
+    embed, prepare = engine.batcher._embed, engine._prepare
+
+    def noted(rows: Any) -> np.ndarray:
+        batches.append(len(rows))
+        return embed(rows)
+
+    def slow(row: int, image: Any, text: Any, truncate: bool) -> Any:
+        time.sleep(0.2 * (text == "slow"))
+        return prepare(row, image, text, truncate)
+
+    monkeypatch.setattr(engine.batcher, "_embed", noted)
+    monkeypatch.setattr(engine, "_prepare", slow)
+
+    async def run() -> None:
+        engine.start()
+        await asyncio.gather(engine.embed([(None, "quick")]), engine.embed([(None, "slow")]))
+        with pytest.raises(Refusal):
+            await engine.embed([(None, "")])
+        await engine.embed([(None, "alone")])
+        await engine.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    assert batches == [2, 1]
 
 
 def test_one_bad_request_takes_no_other_along(client: TestClient) -> None:

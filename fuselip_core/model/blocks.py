@@ -35,7 +35,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Read = None) -> Tensor:
         """(B, L, D) → (B, L, D) or, with a `layout`, (T, D) → (T, D); with `read`, those tokens alone.
 
-        `mask` is boolean, broadcastable to (B, heads, L, L), true where a key is seen.
+        `mask` is boolean, broadcastable to (B, heads, L, L), with `read` (B, 1, 1, L), true where a key is seen.
         """
         projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         if layout is not None:

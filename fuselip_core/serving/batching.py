@@ -63,7 +63,7 @@ class Batcher:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around the reading of a request's rows: a batch waits for it."""
+        """Around the reading of a request's rows: a batch waits for it, though never longer than `batch_wait_ms`."""
         self._read += 1
         try:
             yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from fuselip_core.errors import FuselipError
@@ -19,8 +18,7 @@ class Limits:
     batch_wait_ms: float = 5.0
     batch_rows: int = 64
     waiting_rows: int = 1024
-    # As many threads as cores would only wait for Python's lock.
-    decoders: int = max(1, len(os.sched_getaffinity(0)) // 2)
+    decoders: int = 2
 
 
 class ServingError(FuselipError):

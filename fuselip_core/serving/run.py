@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import socket
 import warnings
@@ -55,8 +54,6 @@ def serve(
         address = f"http://{'[' + host + ']' if ':' in host else host}:{listener.getsockname()[1]}"
         logger.info("%s: %s/%s (Ctrl-C ends it)", engine.name, address, "" if page else "docs")
         # No access log: uvicorn's contains query strings.
-        gc.collect()
-        gc.freeze()  # or each full collection walks through all libraries, 0.3 s in which nobody is answered
         config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="on")
         uvicorn.Server(config).run(sockets=[listener])
 
