@@ -60,7 +60,8 @@ test-long: setup ## Run the tests that take minutes
 
 test-docker: setup ## Build the images and run them; needs a Docker Engine
 	@$(BIN)/python -m pytest tests/test_docker.py tests/test_docker_mounts.py tests/test_docker_flow.py \
-	  tests/test_docker_pool.py tests/test_container_runner.py tests/test_container.py tests/test_compose.py
+	  tests/test_docker_pool.py tests/test_container_runner.py tests/test_container.py tests/test_compose.py \
+	  tests/test_compose_whole.py
 
 lint: setup ## Check style and types
 	@$(BIN)/ruff check .

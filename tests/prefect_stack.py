@@ -47,11 +47,10 @@ def answer_of(ask: Callable[[], httpx.Response]) -> Any:
 
 
 @dataclass
-class Served:
-    """A copy of the repository that is being served."""
+class Prefect:
+    """A repository whose flows are served, and the servers' addresses."""
 
     repository: Path
-    process: subprocess.Popen[bytes]
     prefect: str
     mlflow: str
 
@@ -60,9 +59,8 @@ class Served:
         return f"{self.prefect}/api"
 
     def said(self) -> str:
-        """What the command has printed so far, and the ends of its processes' logs."""
-        logs = [path.read_text(errors="replace")[-3000:] for path in (self.repository / ".prefect" / "logs").glob("*")]
-        return "\n".join([(self.repository / "served").read_text(), *logs])
+        """The last words of all that serves, for the reader of a failure."""
+        raise NotImplementedError
 
     def get(self, path: str) -> Any:
         """An answer of Prefect's API."""
@@ -96,6 +94,18 @@ class Served:
 
         return dict(wait_until(arrived, f"{' or '.join(states)} of {run_id}"))
 
+
+@dataclass
+class Served(Prefect):
+    """``make serve-flows`` in a copy of the repository."""
+
+    process: subprocess.Popen[bytes]
+
+    def said(self) -> str:
+        """What the command has printed so far, and the ends of its processes' logs."""
+        logs = [path.read_text(errors="replace")[-3000:] for path in (self.repository / ".prefect" / "logs").glob("*")]
+        return "\n".join([(self.repository / "served").read_text(), *logs])
+
     def stop(self) -> int:
         """Ctrl-C, and the exit code."""
         self.process.send_signal(signal.SIGINT)
@@ -111,7 +121,7 @@ def serve(repository: Path) -> Served:
         process = subprocess.Popen(
             command, cwd=repository, env={**plain, "PYTHONPATH": str(repository)}, stdout=log, stderr=log
         )
-    served = Served(repository, process, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}")
+    served = Served(repository, f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", process)
     try:
         wait_until(lambda: process.poll() is not None or "Ctrl-C ends all" in served.said(), "the start of everything")
         assert process.poll() is None, served.said()

@@ -15,13 +15,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from compose import compose, filled
 from engine import image_of
-from needs import missing
 from prefect_stack import free_port, wait_until
 
 from fuselip_core.config import Settings
 
-REPOSITORY = Path(__file__).parents[1]
 ONE_SHOT = {"buckets", "deployments", "store-folder"}
 
 
@@ -74,7 +73,7 @@ def test_what_is_deployed_is_what_the_worker_runs(repository: Path, services: di
     declared = {each["name"]: each for each in yaml.safe_load((repository / "prefect.yaml").read_text())["deployments"]}
     pools = {declared[name]["work_pool"]["name"] for name in deployed}
     assert len(deployed) >= 5 and pools == {"process"}
-    assert "--pool process" in services["worker"]["command"][-1]
+    assert "--pool process" in " ".join(services["worker"]["command"])
 
 
 def test_every_deployment_works_with_what_the_form_shows(repository: Path, services: dict[str, Any]) -> None:
@@ -109,7 +108,7 @@ def test_links_lead_where_a_browser_gets(services: dict[str, Any]) -> None:
 
 
 def test_the_workers_health_is_its_own(services: dict[str, Any]) -> None:
-    assert "--with-healthcheck" in services["worker"]["command"][-1]
+    assert "--with-healthcheck" in services["worker"]["command"]
     assert "http://127.0.0.1:8080/health" in " ".join(services["worker"]["healthcheck"]["test"])
 
 
@@ -146,11 +145,9 @@ def test_secrets_must_be_given_and_are_nowhere(repository: Path, text: str) -> N
 
 
 def test_compose_itself_accepts_it(repository: Path, tmp_path: Path) -> None:
-    example = (repository / "docker" / ".env.example").read_text()
-    filled = re.sub(r"=$", "=1000", example, flags=re.MULTILINE)
-    filled = filled.replace("FUSELIP_REPOSITORY=1000", f"FUSELIP_REPOSITORY={repository}")
-    for content, wanted in ((filled, True), (example, False)):
-        done = subprocess.run([*compose(tmp_path, content), "config", "--quiet"], capture_output=True, text=True)
+    values = filled(FUSELIP_REPOSITORY=str(repository))
+    for given, wanted in ((values, True), (dict.fromkeys(values, ""), False)):
+        done = subprocess.run([*compose(tmp_path, given), "config", "--quiet"], capture_output=True, text=True)
         assert (done.returncode == 0) == wanted, done.stderr
     assert "in compose.env" in done.stderr, "what is empty is not named"
 
@@ -166,12 +163,9 @@ def test_the_search_service_answers_from_an_index_in_the_repository(
     place = tmp_path / "checkout"
     for name in ("prepared", "model"):
         shutil.copytree(finished_run.artifacts / name, place / "artifacts" / name)
-    example = (repository / "docker" / ".env.example").read_text()
-    given = {"FUSELIP_REPOSITORY": str(place), "FUSELIP_UID": str(os.getuid()), "FUSELIP_GID": str(os.getgid())}
-    lines = [line.partition("=") for line in example.splitlines() if line and not line.startswith("#")]
+    values = filled(FUSELIP_REPOSITORY=str(place), FUSELIP_UID=str(os.getuid()), FUSELIP_GID=str(os.getgid()))
     port = free_port()
-    content = "".join(f"{name}={given.get(name, value or '1000')}\n" for name, _, value in lines)
-    command = [*compose(tmp_path, content, port), "--project-name", f"fuselip-test-{os.getpid()}", "--profile", "serve"]
+    command = [*compose(tmp_path, values, {8000: port}), "--profile", "serve"]
 
     def call(*words: str) -> str:
         done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=900)
@@ -203,26 +197,3 @@ def test_the_search_service_answers_from_an_index_in_the_repository(
         assert {path.stat().st_uid for path in (place / "index").rglob("*")} == {os.getuid()}
     finally:
         call("down", "--volumes", "--timeout", "20")
-
-
-def compose(folder: Path, values: str, port: int = 8000) -> list[str]:
-    """A compose command for the real file with these values, and the search service on `port`.
-
-    Docker's plugin, or Debian's docker-compose, which is older and knows no name of the whole.
-    """
-    command = next((each for each in (["docker", "compose"], ["docker-compose"]) if answers(each)), None)
-    if command is None:
-        missing("needs the compose plugin of docker, or Debian's docker-compose")
-    text = (REPOSITORY / "docker" / "compose.yaml").read_text().replace("127.0.0.1:8000:8000", f"127.0.0.1:{port}:8000")
-    file = folder / "docker" / "compose.yaml"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(re.sub(r"^name: .*\n", "", text, flags=re.MULTILINE) if len(command) == 1 else text)
-    (folder / "env").write_text(values)
-    return [*command, "--env-file", str(folder / "env"), "-f", str(file)]
-
-
-def answers(command: list[str]) -> bool:
-    """Whether there is such a command."""
-    with contextlib.suppress(OSError):
-        return subprocess.run([*command, "version"], capture_output=True).returncode == 0
-    return False

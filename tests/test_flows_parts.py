@@ -223,7 +223,7 @@ def test_a_process_is_told_from_its_successor() -> None:
         here = Process(Process.current().host, child.pid, started_of(child.pid))
         assert here.lives and here.is_here and Process.read(str(here)) == here
         assert not Process(here.host, here.pid, "1").lives
-        assert child.pid in children_of(Process.current().pid)
+        assert child.pid in [each.pid for each in children_of(Process.current().pid)]
         assert [process.pid for process in processes_of("7")] == [child.pid]  # type: ignore[arg-type]
     finally:
         child.kill()
@@ -252,22 +252,26 @@ def test_what_would_happen_again_is_no_interruption(code: int) -> None:
 
 def flow_run(state: Any, process: Process | None, starts: int = 1) -> FlowRun:
     labels = {LABEL: str(process)} if process else {}
-    return FlowRun.model_construct(id="x", name="run", state=state, labels=labels, run_count=starts)
+    return FlowRun.model_construct(id="x", name="run", state=state, labels=labels, run_count=starts, deployment_id="y")
 
 
 class Server:
-    """Prefect's, which has heard of a run or not."""
+    """Prefect's, which has heard of a run or not; `variables` are those of the run's deployment."""
 
-    def __init__(self, heard: bool = False) -> None:
-        self.heard = heard
+    def __init__(self, heard: bool = False, variables: dict[str, str] | None = None) -> None:
+        self.heard, self.variables = heard, variables or {}
+
+    def read_deployment(self, deployment_id: str) -> Any:
+        assert deployment_id == "y"
+        return SimpleNamespace(job_variables={"env": self.variables})
 
     def read_events(self, wanted: Any, limit: int) -> Any:
         assert wanted.resource.id == ["prefect.flow-run.x"]
         return SimpleNamespace(events=["heartbeat"] if self.heard else [])
 
 
-def loss(run: FlowRun, heard: bool = False) -> str | None:
-    return recover._loss(cast(SyncPrefectClient, Server(heard)), run)
+def loss(run: FlowRun, heard: bool = False, **variables: str) -> str | None:
+    return recover._loss(cast(SyncPrefectClient, Server(heard, variables)), run)
 
 
 def test_only_a_run_whose_process_is_gone_from_here_is_lost() -> None:
@@ -295,6 +299,15 @@ def test_a_run_of_another_host_is_lost_once_it_is_silent() -> None:
     assert not loss(unsigned), "it may be of another project"
     unsigned.labels[HEARTBEAT] = 30
     assert loss(unsigned), "it was signed before, and its next process ended before it signed"
+
+
+def test_a_run_that_ended_before_it_was_signed_is_lost_if_its_deployment_sends_signs() -> None:
+    def reason(age: float, heard: bool = False) -> str | None:
+        run = flow_run(Running(timestamp=now("UTC") - timedelta(seconds=age)), None)
+        return loss(run, heard, PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30")
+
+    assert reason(1000) == "nothing was heard of it for 120 s; it ran on another machine"
+    assert not reason(30 * recover.MISSED - 5) and not reason(1000, heard=True)
 
 
 def test_the_same_number_in_another_container_is_another_process(monkeypatch: pytest.MonkeyPatch) -> None:

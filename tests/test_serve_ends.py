@@ -1,4 +1,4 @@
-"""`make serve-flows` leaves nothing running, however it is asked to end."""
+"""`make serve-flows` and the worker of the stack leave nothing running, however they are asked to end."""
 
 from __future__ import annotations
 
@@ -24,14 +24,33 @@ serve.main()
 """
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGHUP,), (signal.SIGINT, signal.SIGINT)])
-def test_a_signal_ends_every_server(repository: Path, tmp_path: Path, numbers: tuple[signal.Signals, ...]) -> None:
+# As a container's main process: a worker and recovery, and nothing else.
+WORKER = """
+from flows.server import worker
+start, both = worker.Stack.start, worker.start_worker
+worker.Stack.start = lambda self, name, *_, **__: start(self, name, "http.server", "0")
+worker.start_worker = lambda stack, words: (both(stack, words), print("up", flush=True))
+worker.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "parts", "numbers"),
+    [
+        (CODE, 4, (signal.SIGHUP,)),
+        (CODE, 4, (signal.SIGINT, signal.SIGINT)),
+        (WORKER, 2, (signal.SIGTERM, signal.SIGTERM)),
+    ],
+)
+def test_a_signal_ends_everything(
+    repository: Path, tmp_path: Path, code: str, parts: int, numbers: tuple[signal.Signals, ...]
+) -> None:
     environment = {"PATH": "/usr/bin:/bin", "PREFECT_HOME": str(tmp_path), "HOME": str(tmp_path)}
-    command = [sys.executable, "-c", CODE]
+    command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=repository, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "up\n"
     servers = psutil.Process(process.pid).children(recursive=True)
-    assert len(servers) >= 4
+    assert len(servers) == parts
     for number in numbers:
         process.send_signal(number)
     assert process.wait(120) == 0

@@ -128,8 +128,7 @@ def test_the_servers_report_to_nobody(stack: Stack) -> None:
 
 def start_worker(stack: Stack, name: str) -> None:
     """compose.yaml's worker, and beside it what recovers runs; with a limit, so that both get their share."""
-    *shell, script = stack.command("worker")
-    command = [*shell, f"{script.rstrip()} --name {name} --limit {RUNS // 2}"]
+    command = [*stack.command("worker"), "--name", name, "--limit", str(RUNS // 2)]
     stack.start(f"worker-{name}", command, {**stack.environment("worker"), stack_flow.WORKER: name})
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,12 @@ from typing import Any
 import pytest
 from chromium import opened_browser, opened_page
 from playwright.sync_api import Page, expect
+from prefect_form import fill_form, open_form, say, send_form, watch
 from prefect_stack import Served
 
 from fuselip_core.data.phantom.data_set import draw_data_set
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
-RUN_SECONDS = 900.0
 NAME = "from-the-page"
 # Small enough for a test.
 OVERRIDES = {
@@ -55,18 +53,15 @@ def page(outside: list[str], tmp_path: Path) -> Iterator[Page]:
 
 def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path: Path) -> None:
     """Opens a deployment, has wrong values refused, starts it, watches it, and follows its links to MLflow."""
-    open_form(page, served)
+    open_form(page, served, "pipeline-nightly")
     assert_refused_by_the_form(page)
     assert_refused_by_the_server(page, served)
     page.screenshot(path=tmp_path / "refused.png")
     # Anew: the refusal covers the button for as long as the pointer is there.
-    open_form(page, served)
-    fill_form(page, served)
+    open_form(page, served, "pipeline-nightly")
+    fill_form(page, wanted(served))
     page.screenshot(path=tmp_path / "form.png", full_page=True)
-    page.get_by_role("button", name="Submit").click()
-    page.get_by_role("link", name="View run").click()
-    page.wait_for_url("**/runs/flow-run/**")
-    run_id = page.url.split("?")[0].rpartition("/")[2]
+    run_id = send_form(page)
     asked = served.run(run_id)["parameters"]["request"]
     # A form that fills in what nobody gave would hide a recipe's values, or those of a data set's own settings.
     assert {name: value for name, value in asked.items() if value} == wanted(served)
@@ -86,49 +81,6 @@ def test_form_to_model(served: Served, page: Page, outside: list[str], tmp_path:
     follow_to_mlflow(page, served, run_id, tmp_path)
     # docs/flows.md says so, and what stops it.
     assert {re.sub(r"^https://([^/]+)/.*", r"\1", each) for each in outside} <= {"sr-client-cfg.amplitude.com"}
-
-
-def say(words: str) -> None:
-    """For the reader of a failure, or of ``pytest -s``: what was done when."""
-    print(time.strftime("%T"), words, flush=True)
-
-
-def open_form(page: Page, served: Served) -> None:
-    say("opens the form of pipeline-nightly")
-    page.goto(f"{served.prefect}/v2/deployments")
-    page.get_by_role("link", name="pipeline-nightly").click()
-    page.get_by_role("button", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Custom run").click()
-
-
-def fill_form(page: Page, served: Served) -> None:
-    """What `wanted` says, typed in."""
-    say("fills the form")
-    page.get_by_label("Select Recipe").click()
-    page.get_by_role("option", name="sample", exact=True).click()
-    page.get_by_label("Root (Optional)").fill(str(served.repository / "images"))
-    page.get_by_label("Name (Optional)").fill(NAME)
-    page.get_by_label("Steps (Optional)").fill("3")
-    editor = page.locator(".cm-content").first
-    editor.click()
-    page.keyboard.press("ControlOrMeta+a")
-    page.keyboard.insert_text(json.dumps(OVERRIDES))
-
-
-def watch(page: Page, served: Served, run_id: str) -> None:
-    """Until the page itself, left open, says that the run is completed; a run that ends otherwise fails at once."""
-    late = time.monotonic() + RUN_SECONDS
-    seen = ""
-    while not page.get_by_text("Completed", exact=True).first.is_visible():
-        state = served.run(run_id)["state"]
-        stages = served.post("task_runs/filter", {"flow_runs": {"id": {"any_": [run_id]}}})
-        now = ", ".join([state["name"], *sorted(f"{each['name']} {each['state_name']}" for each in stages)])
-        if now != seen:
-            say(seen := now)
-        assert state["type"] not in ("FAILED", "CANCELLED"), f"{state['message']}\n{served.said()}"
-        assert time.monotonic() < late, f"the page did not say that the run is completed: {now}\n{served.said()}"
-        page.wait_for_timeout(500)
-    assert served.run(run_id)["state"]["name"] == "Completed"
 
 
 def assert_refused_by_the_form(page: Page) -> None:

@@ -65,13 +65,13 @@ def processes_of(flow_run_id: UUID) -> list[psutil.Process]:
     return found
 
 
-def children_of(pid: int) -> list[int]:
+def children_of(pid: int) -> list[Process]:
     """Processes that `pid` has started and that still run."""
     try:
         children = psutil.Process(pid).children()
     except psutil.NoSuchProcess:
         return []
-    return [child.pid for child in children if _started(child.pid)]
+    return [Process(here(), child.pid, started) for child in children if (started := _started(child.pid))]
 
 
 def _started(pid: int) -> str | None:

@@ -6,8 +6,8 @@ finished stages, and a stage resumes from its checkpoint.
 
 No run is done twice. A run is only touched if the process that signed it (flows/page/flow_run.py) is gone. Its own
 machine knows that for certain. A process of another machine, container or pod is gone once it has missed several of the
-signs of life that Prefect's engine sends, whatever its host was called. One that was only cut off holds DVC's lock in
-its checkout (flows/run/lock.py) until it has ended.
+signs of life that Prefect's engine sends, whatever its host was called; the same holds for one that has not signed. One
+that was only cut off holds DVC's lock in its checkout (flows/run/lock.py) until it has ended.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymen
 from prefect.client.schemas.filters import FlowRunFilterStateType as StateTypes
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 from prefect.types._datetime import now
 
@@ -64,9 +64,8 @@ def recover(on_line: OnLine, settle_seconds: float = SETTLE_SECONDS) -> list[Flo
         suspects = {run.id: run for run in _unfinished(client) if _loss(client, run)}
         if suspects:
             # A server that was away has heard nobody: those who live are heard again meanwhile.
-            time.sleep(
-                max([settle_seconds, *(1.5 * _heartbeat(run) for run in suspects.values() if not _is_here(run))])
-            )
+            beats = [_heartbeat(client, run) for run in suspects.values() if not _is_here(run)]
+            time.sleep(max([settle_seconds, *(1.5 * beat for beat in beats)]))
         for before in suspects.values():
             run = client.read_flow_run(before.id)
             if run.state_id != before.state_id or not (reason := _loss(client, run)):
@@ -105,8 +104,7 @@ def _loss(client: SyncPrefectClient, run: FlowRun) -> str | None:
         return "it crashed before it began" if run.work_pool_name == POOL else None
     if process and process.is_here:
         return None if process.lives else f"its process {process.pid} on {process.host} is gone"
-    # A run that was never signed may be of another project.
-    silence = MISSED * _heartbeat(run)
+    silence = MISSED * _heartbeat(client, run)
     if not silence or age < silence or _heard(client, run, silence):
         return None
     return f"nothing was heard of it for {silence:.0f} s; it ran on {process.host if process else 'another machine'}"
@@ -155,9 +153,13 @@ def _is_here(run: FlowRun) -> bool:
     return process is not None and process.is_here
 
 
-def _heartbeat(run: FlowRun) -> float:
+def _heartbeat(client: SyncPrefectClient, run: FlowRun) -> float:
     """Seconds between the signs of life of the run's process; 0 if it sends none."""
-    return float(str(run.labels.get(HEARTBEAT) or 0))
+    told = run.labels.get(HEARTBEAT)
+    if told is None and run.deployment_id:  # the process ended before it signed; prefect.yaml says what it would send
+        variables = client.read_deployment(run.deployment_id).job_variables.get("env", {})
+        told = variables.get(PREFECT_FLOWS_HEARTBEAT_FREQUENCY.name)
+    return float(str(told or 0))
 
 
 def _recoveries(run: FlowRun) -> int:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -23,15 +21,12 @@ from rich.console import Console
 from flows.environment import MLFLOW_TRAININGS, REPOSITORY
 from flows.server.ports import require_free, served_once
 from flows.server.recover import POOL
-from flows.server.stack import HOST, Stack
+from flows.server.stack import CHECK_EVERY_SECONDS, HOST, Stack, ending
+from flows.server.worker import start_worker
 from fuselip_core.errors import run_to_exit
 from fuselip_core.tracking.store import prepare_store, tracking_uri
 
-CHECK_EVERY_SECONDS = 5.0
 RUNS_AT_ONCE = 4
-RECOVER_EVERY = 30
-# Ctrl-C, `kill`, and the end of the terminal: the servers have sessions of their own and would stay.
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(
@@ -40,9 +35,6 @@ def main(
 ) -> None:
     """Serve flows on this machine until Ctrl-C: Prefect's server, UI and worker, and MLflow's page."""
     console = Console(stderr=True)
-    # By name: a shell starts what stands in the background with SIGINT ignored, and Python leaves that so.
-    for number in ENDING:
-        signal.signal(number, _interrupt)
     try:
         with (
             served_once(Path(os.environ["PREFECT_HOME"]), f"http://{HOST}:{port}", f"http://{HOST}:{mlflow_port}"),
@@ -63,8 +55,9 @@ def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
         require_free(each, f".venv/bin/python -m flows.server.serve {option} {each + 1}")
     prefect, mlflow = f"http://{HOST}:{port}", f"http://{HOST}:{mlflow_port}"
     environment = environment_of(prefect, mlflow)
-    stack = Stack(environment, Path(environment["PREFECT_HOME"]) / "logs")
-    try:
+    logs = Path(environment["PREFECT_HOME"]) / "logs"
+    stack = Stack(environment, logs)
+    with ending(stack, console.status("ending; running stages save their state")):
         with console.status("starting Prefect's server; the first time takes half a minute"):
             stack.start("server", "prefect", "server", "start", "--host", HOST, "--port", str(port))
             prepare_store(tracking_uri())
@@ -74,18 +67,10 @@ def _serving(port: int, mlflow_port: int, console: Console) -> Iterator[Stack]:
         with console.status("deploying the flows of prefect.yaml"):
             prepare_server(environment["PREFECT_API_URL"])
             stack.run("deploy", "prefect", "--no-prompt", "deploy", *_deployments())
-            worker = ("--pool", POOL, "--type", "process", "--name", socket.gethostname())
-            stack.start("recover", "flows.server.recover", "--every", str(RECOVER_EVERY), replaceable=True)
-            stack.start("worker", "prefect", "worker", "start", *worker, replaceable=True)
+            start_worker(stack, ("--pool", POOL, "--type", "process", "--name", socket.gethostname()))
             stack.wait_for(f"{mlflow}/health")
-        _say_where(console, prefect, mlflow, stack.log_folder)
+        _say_where(console, prefect, mlflow, logs)
         yield stack
-    finally:
-        # First, so that a second server that is refused has started nothing.
-        for number in ENDING:
-            signal.signal(number, signal.SIG_IGN)
-        with console.status("ending; running stages save their state"):
-            stack.stop()
 
 
 def _say_where(console: Console, prefect: str, mlflow: str, logs: Path) -> None:
@@ -147,10 +132,6 @@ def _deployments() -> list[str]:
     content = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text(encoding="utf-8"))
     names = [each["name"] for each in content["deployments"] if each["work_pool"]["name"] == POOL]
     return [word for name in names for word in ("--name", name)]
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

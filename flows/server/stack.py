@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import httpx
 
@@ -19,9 +21,13 @@ from flows.run.processes import children_of
 from fuselip_core.errors import FuselipError
 
 HOST = "127.0.0.1"
+NOTHING = contextlib.nullcontext()
 START_SECONDS = 900.0
+CHECK_EVERY_SECONDS = 5.0
 # Longer than a stage may take to save its state (flows/run/child.py).
 STOP_SECONDS = 90.0
+# Ctrl-C, `kill`, and the end of the terminal: the processes have sessions of their own and would stay.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -36,20 +42,21 @@ class Part:
 
 
 class Stack:
-    """Processes that start and end together; the last started ends first."""
+    """Processes that start and end together; the last started ends first. Without `log_folder` they say all here."""
 
-    def __init__(self, environment: Mapping[str, str], log_folder: Path) -> None:
+    def __init__(self, environment: Mapping[str, str], log_folder: Path | None = None) -> None:
         self._environment = dict(environment)
         self.log_folder = log_folder
         self._parts: list[Part] = []
-        log_folder.mkdir(parents=True, exist_ok=True)
+        if log_folder:
+            log_folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, *command: str, replaceable: bool = False) -> None:
         """Starts ``python -m <command>``; what it says goes to ``<name>.log``."""
         self._parts.append(Part(name, command, self._open(name, command), replaceable))
 
     def _open(self, name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        with (self.log_folder / f"{name}.log").open("ab") as log:
+        with self._log(name).open("ab") if self.log_folder else contextlib.nullcontext() as log:
             # A session of its own: Ctrl-C comes to this process alone, which ends the others in order.
             return subprocess.Popen(
                 [sys.executable, "-m", *command],
@@ -71,9 +78,13 @@ class Stack:
             capture_output=True,
             text=True,
         )
-        (self.log_folder / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+        self._log(name).write_text(done.stdout + done.stderr, encoding="utf-8")
         if done.returncode:
-            raise FuselipError(f"{name} failed; see {self.log_folder / name}.log")
+            raise FuselipError(f"{name} failed; see {self._log(name)}")
+
+    def _log(self, name: str) -> Path:
+        assert self.log_folder
+        return self.log_folder / f"{name}.log"
 
     def wait_for(self, url: str) -> None:
         """Waits until `url` answers; raises FuselipError if a process ends meanwhile, or after some minutes."""
@@ -93,7 +104,7 @@ class Stack:
             if part.process.poll() is None:
                 continue
             if not part.replaceable:
-                raise FuselipError(f"the {part.name} has ended; see {self.log_folder / part.name}.log")
+                raise FuselipError(f"the {part.name} has ended; see {self._log(part.name)}")
             part.process = self._open(part.name, part.command)
             replaced.append(part.name)
         return replaced
@@ -101,12 +112,42 @@ class Stack:
     def stop(self) -> None:
         """Ends all, the last started first, and waits for each."""
         while self._parts:
-            part = self._parts.pop()
-            for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 10.0)):
-                # A worker lets its flows run on: they get the signal too, save their state and are recovered later.
-                for pid in (part.process.pid, *children_of(part.process.pid)):
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.killpg(pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    part.process.wait(patience)
-                    break
+            _end(self._parts.pop().process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and those that it has started; it gets time, and then SIGKILL."""
+    # A worker lets its flows run on: they get the signal too, save their state and are recovered later.
+    family = children_of(process.pid)
+
+    def is_over() -> bool:
+        return process.poll() is not None and not any(child.lives for child in family)
+
+    for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 10.0)):
+        for pid in (process.pid, *(child.pid for child in family)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, number)
+        deadline = time.monotonic() + patience
+        while not (over := is_over()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if over:
+            return
+
+
+@contextlib.contextmanager
+def ending(stack: Stack, shown: AbstractContextManager[object] = NOTHING) -> Iterator[None]:
+    """Stops `stack` at the end, or once a signal asks for it, which raises KeyboardInterrupt; `shown` meanwhile."""
+    # By name: a shell starts what stands in the background with SIGINT ignored, and Python leaves that so.
+    for number in ENDING:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        with shown:
+            stack.stop()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

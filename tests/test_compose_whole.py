@@ -1,0 +1,255 @@
+"""docker/compose.yaml as a whole, brought up by a real compose: no run, model or artifact is lost, whatever ends.
+
+Where the images of the database and the store cannot be fetched, stand-ins with their names and command lines are built
+from tests/stand_in_images and removed at the end: Debian's PostgreSQL 15 for 17, and nanio, a small S3 server from PyPI
+that checks signatures and keeps objects as files, for versitygw. Of the real two nothing is shown then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import mlflow.artifacts
+import pytest
+from chromium import opened_browser, opened_page
+from compose import PROJECT, compose, filled
+from docker.errors import ImageNotFound
+from engine import BASE, DOCKER, engine, image_of, services
+from mlflow import MlflowClient
+from playwright.sync_api import Page
+from prefect_form import fill_form, open_form, say, send_form, watch
+from prefect_stack import Prefect, free_port, wait_until
+from repository_copy import copy_repository
+
+from flows.run.container import LABEL as OF_STAGE
+from fuselip_core.data.phantom.data_set import draw_data_set
+from fuselip_core.files import read_json, sha256_of
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
+STAND_INS = Path(__file__).with_name("stand_in_images")
+DEPLOYMENT = "adapt-rocov2-small"
+NAME = "whole"
+OVERRIDES = {
+    "codebook.steps": 2,
+    "codebook.batch_size": 16,
+    "train.batch_size": 16,
+    "train.validate_every": 20,
+    "train.checkpoint_every": 3,
+    "evaluate.examples": 2,
+}
+LONG_STEPS = 400
+# Of the repository and of all that runs with it mounted.
+USER = os.getuid() or 12345
+
+
+@dataclass
+class Composed(Prefect):
+    """The whole stack, up."""
+
+    command: list[str]
+    values: dict[str, str]
+    store: str
+
+    def compose(self, *words: str) -> str:
+        """What a compose command says; fails with its words if it fails."""
+        say(f"compose {' '.join(words)}")
+        done = subprocess.run([*self.command, *words], capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, f"{(done.stdout + done.stderr)[-3000:]}\n{self.said()}"
+        return done.stdout
+
+    def said(self) -> str:
+        done = subprocess.run([*self.command, "logs", "--no-color", "--tail", "40"], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    def up(self) -> None:
+        self.compose("up", "--detach")
+        self.wait_for_health()
+
+    def wait_for_health(self) -> None:
+        """Until every server passes its health check and Prefect reaches its database."""
+
+        def healthy() -> bool:
+            states = [self.container(name).attrs["State"] for name, each in served().items()]
+            return all(state.get("Health", {}).get("Status") == "healthy" for state in states) and self.is_ready()
+
+        try:
+            wait_until(healthy, "the health of all servers", seconds=400)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said()}") from None
+
+    def is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.api}/ready", timeout=10).is_success
+        except httpx.TransportError:
+            return False
+
+    def container(self, service: str) -> Any:
+        labels = [f"com.docker.compose.project={PROJECT}", f"com.docker.compose.service={service}"]
+        (found,) = engine().containers.list(all=True, filters={"label": labels})
+        return found
+
+    def crash(self, service: str) -> None:
+        """Kills a service's main process. ``docker kill`` would be an administrator's word that it is to stay away."""
+        pid = self.container(service).attrs["State"]["Pid"]
+        command = [DOCKER, "run", "--rm", "--pid=host", "--user=root", BASE, "python", "-c"]
+        subprocess.run([*command, f"import os; os.kill({pid}, 9)"], check=True, capture_output=True)
+
+    def stages(self) -> dict[str, Any]:
+        """Containers of stages, by stage."""
+        found = engine().containers.list(all=True, filters={"label": f"{OF_STAGE}.repository={self.repository}"})
+        return {each.labels[f"{OF_STAGE}.stage"]: each for each in found}
+
+    def kept(self) -> dict[str, Any]:
+        """What must outlive the containers: Prefect's runs, MLflow's runs and versions, the objects of the store."""
+        client = MlflowClient(self.mlflow)
+        runs = client.search_runs([each.experiment_id for each in client.search_experiments()])
+        versions = client.search_model_versions()
+        keys = {"aws_access_key_id": "STORE_ACCESS_KEY", "aws_secret_access_key": "STORE_SECRET_KEY"}
+        given = {name: self.values[variable] for name, variable in keys.items()}
+        s3 = boto3.client("s3", endpoint_url=self.store, region_name="us-east-1", **given)
+        objects = s3.get_paginator("list_objects_v2").paginate(Bucket="mlflow")
+        flow_runs = self.post("flow_runs/filter", {})
+        return {
+            "flow runs": {run["id"]: (run["state"]["type"], run["parameters"]) for run in flow_runs},
+            "runs": {run.info.run_id: (run.info.status, str(sorted(run.data.metrics.items()))) for run in runs},
+            "versions": {f"{each.name}/{each.version}": (each.run_id, each.tags) for each in versions},
+            "objects": {each["Key"]: (each["Size"], each["ETag"]) for page in objects for each in page["Contents"]},
+        }
+
+
+def served() -> dict[str, Any]:
+    """The services of compose.yaml that stay up, but for those of the profile serve."""
+    return {name: each for name, each in services().items() if "healthcheck" in each and "profiles" not in each}
+
+
+@pytest.fixture
+def images() -> Iterator[None]:
+    """Every image of compose.yaml; those of others are built as stand-ins if the engine has none, and removed again."""
+    for name in ("download", "train", "docker/server"):
+        image_of(name)
+    made = []
+    for service in ("database", "store"):
+        name = services()[service]["image"]
+        try:
+            engine().images.get(name)
+        except ImageNotFound:
+            folder = STAND_INS / name.rpartition(":")[0].rpartition("/")[2]
+            command = [DOCKER, "build", "-t", name, str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            made.append(name)
+    yield
+    for name in made:
+        engine().images.remove(name)
+
+
+@pytest.fixture
+def composed(images: None, tmp_path: Path) -> Iterator[Composed]:
+    repository = copy_repository(tmp_path / "repository")
+    draw_data_set(repository / "images", 0, {"train": 48, "valid": 24, "test": 24})
+    if os.getuid() != USER:
+        subprocess.run(["chown", "-R", f"{USER}:{USER}", str(repository)], check=True)
+    socket = os.environ.get("DOCKER_HOST", "/var/run/docker.sock").removeprefix("unix://")
+    values = filled(
+        **{name: secrets.token_hex(16) for name in ("POSTGRES_PASSWORD", "STORE_ACCESS_KEY", "STORE_SECRET_KEY")},
+        FUSELIP_REPOSITORY=str(repository),
+        FUSELIP_UID=str(USER),
+        FUSELIP_GID=str(USER),
+        DOCKER_GID=str(Path(socket).stat().st_gid),
+        DOCKER_SOCKET=socket,
+    )
+    ports = {port: free_port() for port in (4200, 5000, 7070)}
+    prefect, mlflow, store = (f"http://127.0.0.1:{port}" for port in ports.values())
+    stack = Composed(repository, prefect, mlflow, compose(tmp_path, values, ports), values, store)
+    try:
+        stack.up()
+        yield stack
+    finally:
+        for left in stack.stages().values():
+            left.remove(force=True)
+        stack.compose("down", "--volumes", "--timeout", "20")
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    size = {"width": 1280, "height": 900}
+    with opened_browser() as browser, opened_page(browser, [], tmp_path / "last.png", viewport=size) as page:
+        yield page
+
+
+def test_nothing_is_lost(page: Page, composed: Composed, tmp_path: Path) -> None:
+    request = {
+        "recipe": "sample",
+        "size": "tiny",
+        "root": str(composed.repository / "images"),
+        "name": NAME,
+        "steps": 3,
+    }
+    request["overrides"] = OVERRIDES
+    first = run_from_the_page(page, composed, request)
+    registered = read_json(composed.repository / "runs" / NAME / "artifacts" / "registered.json", "see the log")
+    assert registered["version"] == 1
+    second = run_with_crashes(composed, {**request, "steps": LONG_STEPS})
+    kept = composed.kept()
+    assert {first, second} <= set(kept["flow runs"]) and len(kept["versions"]) == 2
+    composed.compose("down")
+    composed.up()
+    assert composed.kept() == kept
+    assert model_in_the_store(composed, registered["name"], 2, tmp_path) == model_of_the_run(composed)
+
+
+def run_from_the_page(page: Page, composed: Composed, request: dict[str, Any]) -> str:
+    """A run that is started in Prefect's form, and watched on its page until it is completed."""
+    open_form(page, composed, DEPLOYMENT)
+    fill_form(page, request)
+    run_id = send_form(page)
+    watch(page, composed, run_id)
+    asked = composed.run(run_id)["parameters"]
+    assert asked["runner"] == "docker" and asked["request"]["root"] == request["root"]
+    return run_id
+
+
+def run_with_crashes(composed: Composed, request: dict[str, Any]) -> str:
+    """A run during whose training the database and the worker are killed; returns its id once it is completed."""
+    checkpoints = composed.repository / "runs" / NAME / "artifacts" / "checkpoints"
+    before = set(checkpoints.glob("*/step-*"))
+    run_id = composed.start(f"pipeline/{DEPLOYMENT}", request=request, runner="docker")
+    wait_until(lambda: set(checkpoints.glob("*/step-*")) - before, "a checkpoint")
+    crashed = {name: composed.container(name).attrs["RestartCount"] for name in ("database", "worker")}
+    for name in crashed:
+        composed.crash(name)
+    wait_until(
+        lambda: all(composed.container(name).attrs["RestartCount"] > n for name, n in crashed.items()), "restarts"
+    )
+    composed.wait_for_health()
+    run = composed.wait(run_id, {"Completed"})
+    assert run["run_count"] == 2, "it was not interrupted"
+    logs = composed.post("logs/filter", {"logs": {"flow_run_id": {"any_": [run_id]}}, "limit": 200})
+    assert any("resuming from step" in each["message"] for each in logs)
+    history = (composed.repository / "runs" / NAME / "artifacts" / "history.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in history]
+    assert steps == sorted(set(steps)) and steps[-1] == LONG_STEPS, "a step was lost or repeated"
+    assert not composed.stages(), "a container of the killed run is left"
+    return run_id
+
+
+def model_of_the_run(composed: Composed) -> str:
+    return sha256_of(composed.repository / "runs" / NAME / "artifacts" / "model" / "model.safetensors")
+
+
+def model_in_the_store(composed: Composed, name: str, version: int, folder: Path) -> str:
+    """Digest of a registered version's weights, as MLflow hands them out."""
+    place = mlflow.artifacts.download_artifacts(
+        artifact_uri=f"models:/{name}/{version}", dst_path=str(folder), tracking_uri=composed.mlflow
+    )
+    (weights,) = Path(place).rglob("model.safetensors")
+    return sha256_of(weights)
