@@ -65,10 +65,10 @@ def processes_of(flow_run_id: UUID) -> list[psutil.Process]:
     return found
 
 
-def children_of(pid: int) -> list[Process]:
-    """Processes that `pid` has started and that still run."""
+def children_of(pid: int, recursive: bool = False) -> list[Process]:
+    """Processes that `pid` has started and that still run; with `recursive` also theirs."""
     try:
-        children = psutil.Process(pid).children()
+        children = psutil.Process(pid).children(recursive)
     except psutil.NoSuchProcess:
         return []
     return [Process(here(), child.pid, started) for child in children if (started := _started(child.pid))]

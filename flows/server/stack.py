@@ -116,15 +116,15 @@ class Stack:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and those that it has started; it gets time, and then SIGKILL."""
-    # A worker lets its flows run on: they get the signal too, save their state and are recovered later.
-    family = children_of(process.pid)
+    """Ends a process and its flows, and waits until their stages have saved their state; after a while with SIGKILL."""
+    # A worker leaves its flows alone or kills them, so they get the signal too; their stages are told by them.
+    flows, family = children_of(process.pid), children_of(process.pid, recursive=True)
 
     def is_over() -> bool:
-        return process.poll() is not None and not any(child.lives for child in family)
+        return process.poll() is not None and not any(each.lives for each in family)
 
     for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 10.0)):
-        for pid in (process.pid, *(child.pid for child in family)):
+        for pid in (process.pid, *(flow.pid for flow in flows)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, number)
         deadline = time.monotonic() + patience
