@@ -130,7 +130,8 @@ def test_the_server_image_runs_mlflows_server() -> None:
 def test_the_server_image_has_what_the_worker_of_the_stack_calls(template: Path) -> None:
     image = image_of("docker/server")
     mount = ("-v", f"{template}:{template}:ro", "-w", str(template), "-e", f"PYTHONPATH={template}")
-    code = "import docker, dvc, flows.server.serve, flows.server.worker, flows.run.container, boto3, psycopg2"
+    code = "import docker, dvc, flows.server.serve, flows.server.worker, flows.run.container, boto3, psycopg2; "
+    code += "import fuselip_core.registry.register"  # which flows import when a run is registered again, or promoted
     done = run(image, "python", "-c", code, options=(*CLOSED, *mount))
     assert done.returncode == 0, done.stderr
     # DVC calls this stage in the worker's own container, not in one of the stages' images.

@@ -94,7 +94,7 @@ def _loss(client: SyncPrefectClient, run: FlowRun) -> str | None:
     if run.state.is_cancelling():
         if process and process.is_here and process.lives:
             return "its worker is gone" if _is_orphan(process) else None
-    elif max(run.run_count, _recoveries(run)) >= MOST_STARTS:
+    elif _recoveries(run) + 1 >= MOST_STARTS:  # Prefect's own count grows with every wait for a GPU
         return None
     if run.state.is_pending():
         lost = age > (PENDING_SECONDS if run.work_pool_name == POOL else PENDING_ELSEWHERE_SECONDS)

@@ -13,8 +13,7 @@ from fuselip_core.evaluation.comparisons import findings
 from fuselip_core.evaluation.report import sections
 from fuselip_core.evaluation.report.page import FAMILIES
 from fuselip_core.files import atomic_folder, find_json, read_json, read_numbers
-from fuselip_core.model.fetch import HUB_ID
-from fuselip_core.model.hub import STARTED_FROM
+from fuselip_core.model.fetch import HUB_ID, STARTED_FROM
 from fuselip_core.tracking.run import run_of
 
 if TYPE_CHECKING:

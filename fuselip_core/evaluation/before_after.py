@@ -17,7 +17,8 @@ from fuselip_core.data.tokens.store import read_manifest
 from fuselip_core.errors import FuselipError
 from fuselip_core.evaluation.tasks import OpenSplit, open_split
 from fuselip_core.files import read_json
-from fuselip_core.model.hub import STARTED_FROM, Model, load_pretrained
+from fuselip_core.model.fetch import STARTED_FROM
+from fuselip_core.model.hub import Model, load_pretrained
 
 # Metrics that are compared.
 COMPARED = ("recall_at_1", "recall_at_5", "recall_at_10", "answers/fused/accuracy")

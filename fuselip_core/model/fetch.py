@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fuselip_core.errors import FORBIDDEN, FULL, FuselipError
 
+STARTED_FROM = "started_from.json"  # beside a trained model: the checkpoint that it went on from
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Scheme of an address → what finds its folder; the package registers MLflow's, which this room must not know.
 RESOLVERS: dict[str, Callable[[str], Path]] = {}

@@ -21,8 +21,6 @@ from fuselip_core.model.processing import FuseLIPProcessor, ImageProcessor, Text
 from fuselip_core.model.titok import TiTok, TiTokConfig
 from fuselip_core.model.weights import CheckpointError, load_strictly, read_weights, refuse_misfits, shapes
 
-STARTED_FROM = "started_from.json"  # beside a trained model: the checkpoint that it went on from
-
 Model = FuseLIPModel | LateFusionModel
 
 

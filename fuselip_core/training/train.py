@@ -17,8 +17,9 @@ from fuselip_core.encoding.from_codes import StoredEncoder
 from fuselip_core.encoding.open import open_measuring, open_training
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import atomic_folder, write_json
+from fuselip_core.model.fetch import STARTED_FROM
 from fuselip_core.model.fuselip import FuseLIPModel
-from fuselip_core.model.hub import STARTED_FROM, Model, save_model
+from fuselip_core.model.hub import Model, save_model
 from fuselip_core.model.titok import TiTok, codebook_id
 from fuselip_core.tracking.run import open_run
 from fuselip_core.training.build import build_model, interpolate, trained_weights
