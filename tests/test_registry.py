@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -352,3 +353,10 @@ def test_the_last_lines_of_a_run_show_and_serve_the_model(register: Register, st
         ):
             status, answer = ask(address, request)
             assert status == 400 and words in answer and "Smith" not in answer, answer
+
+
+def test_the_registry_is_asked_without_torch() -> None:
+    """The worker of the compose stack asks whether a model is registered, and promotes one; its image has no torch."""
+    code = "import sys; sys.modules['torch'] = None; import fuselip_core.registry.register"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
