@@ -252,7 +252,7 @@ def run_from_the_page(page: Page, composed: Composed, request: dict[str, Any]) -
 
 
 def run_through_all_ends(composed: Composed, request: dict[str, Any]) -> str:
-    """A run whose training loses the database, the worker and its container, and then the stack; its id once completed."""
+    """A run whose training loses database, worker and container, and then the stack; its id once it is completed."""
     run_id = composed.start(f"pipeline/{DEPLOYMENT}", request=request, runner="docker")
     wait_until(composed.last_step, "a checkpoint")
     composed.crash("database", "worker")
