@@ -159,8 +159,8 @@ RULES: dict[str, Rule] = {
     r".*prefect (worker|work-pool|deploy|deployment|gcl) .*": Rule(instead=".venv/bin/prefect --help"),
     r"(\.venv/bin/)?dvc \w+.*": Rule(instead=".venv/bin/dvc --help"),
     # A verb within a sentence
-    r"fuselip [a-z-]+( [a-z-]+)?( --(debug|exact))?|fuselip --version": Rule(more="--help"),
     r"fuselip serve --observe": Rule(more="seen --help"),
+    r"fuselip [a-z-]+( [a-z-]+)?( --(debug|exact))?|fuselip --version": Rule(more="--help"),
     r"(\.venv/bin/)?fuselip .*(NAME|HOLE)|\.venv/bin/fuselip vqa generate --help": Rule(
         swap={"NAME": "sample", "HOLE": "nowhere"}, more="--help"
     ),
