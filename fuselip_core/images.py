@@ -133,7 +133,7 @@ def to_pixels(picture: Image.Image, size: int) -> NDArray[np.uint8]:
 
     The published evaluation preprocessing (FuseLIP, arXiv 2506.03096): changes the aspect ratio, crops nothing.
     """
-    return _squashed(_grey_or_rgb(picture), size)
+    return squashed(_grey_or_rgb(picture), size)
 
 
 def random_crop(
@@ -152,7 +152,7 @@ def random_crop(
     """
     varied = random_variation(picture, rotation, contrast, rng)
     left, top, width, height = draw_part(picture.width, picture.height, scale, rng)
-    return _squashed(varied.crop((left, top, left + width, top + height)), size)
+    return squashed(varied.crop((left, top, left + width, top + height)), size)
 
 
 def random_variation(picture: Image.Image, degrees: float, contrast: float, rng: np.random.Generator) -> Image.Image:
@@ -171,8 +171,12 @@ def random_variation(picture: Image.Image, degrees: float, contrast: float, rng:
     return picture
 
 
-def _squashed(picture: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Pixels (size, size, 3) uint8; grey ones are resized once, and not as three equal colours."""
+def squashed(picture: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Pixels (size, size, 3) uint8: resized in the picture's own mode, then RGB.
+
+    A grey picture gives what its copy in RGB would, for a third of the work. The late-fusion baselines squash every
+    mode so, a palette with its nearest neighbours; published weights were trained so.
+    """
     small = picture.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(small if small.mode == "RGB" else small.convert("RGB"))
 

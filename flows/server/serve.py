@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,7 @@ from rich.console import Console
 from flows.environment import MLFLOW_TRAININGS, REPOSITORY
 from flows.server.ports import require_free, served_once
 from flows.server.recover import POOL
-from flows.server.stack import CHECK_EVERY_SECONDS, HOST, Stack, ending
+from flows.server.stack import HOST, Stack, ending
 from flows.server.worker import start_worker
 from fuselip_core.errors import run_to_exit
 from fuselip_core.tracking.store import prepare_store, tracking_uri
@@ -40,10 +39,7 @@ def main(
             served_once(Path(os.environ["PREFECT_HOME"]), f"http://{HOST}:{port}", f"http://{HOST}:{mlflow_port}"),
             _serving(port, mlflow_port, console) as stack,
         ):
-            while True:
-                for name in stack.check():
-                    console.print(f"the {name} had ended and was started again")
-                time.sleep(CHECK_EVERY_SECONDS)
+            stack.keep(console.print)
     except KeyboardInterrupt:
         return
 

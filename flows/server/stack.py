@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import httpx
 
@@ -108,6 +109,13 @@ class Stack:
             part.process = self._open(part.name, part.command)
             replaced.append(part.name)
         return replaced
+
+    def keep(self, say: Callable[[str], object]) -> NoReturn:
+        """Starts again what is replaceable and has ended, and says so; raises FuselipError as `check` does."""
+        while True:
+            for name in self.check():
+                say(f"the {name} had ended and was started again")
+            time.sleep(CHECK_EVERY_SECONDS)
 
     def stop(self) -> None:
         """Ends all, the last started first, and waits for each."""

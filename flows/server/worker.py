@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Sequence
 
-from flows.server.stack import CHECK_EVERY_SECONDS, Stack, ending
+from flows.server.stack import Stack, ending
 from fuselip_core.errors import run_to_exit
 
 RECOVER_EVERY = 30
@@ -30,10 +29,7 @@ def main() -> None:
     stack = Stack(os.environ)
     with contextlib.suppress(KeyboardInterrupt), ending(stack):
         start_worker(stack, sys.argv[1:])
-        while True:
-            for name in stack.check():
-                sys.stderr.write(f"the {name} had ended and was started again\n")
-            time.sleep(CHECK_EVERY_SECONDS)
+        stack.keep(lambda words: sys.stderr.write(f"{words}\n"))
 
 
 if __name__ == "__main__":

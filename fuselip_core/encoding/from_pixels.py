@@ -28,7 +28,7 @@ from fuselip_core.data.tokens.store import SideTokens, TokenStore
 from fuselip_core.encoding.from_codes import StoredEncoder, gather_sides
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import take_space, write_json
-from fuselip_core.images import random_crop
+from fuselip_core.images import random_crop, squashed
 from fuselip_core.model.compiled import compile_blocks
 from fuselip_core.model.late_fusion import LateFusionModel
 from fuselip_core.model.processing import CLIP_MEAN, CLIP_STD, as_pixels
@@ -171,7 +171,7 @@ def baseline_view(size: int, manifest: Mapping[str, Any]) -> DrawView:
 
     def draw(image: Image.Image, row: int, view: int) -> np.ndarray:
         if view == 0:
-            return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+            return squashed(image, size)
         rng = np.random.default_rng([manifest["view_seed"], row, view])
         varied = {name: manifest.get(name, 0.0) for name in ("rotation", "contrast")}
         return random_crop(image, size, tuple(manifest["crop_scale"]), rng, **varied)

@@ -67,6 +67,15 @@ class ResidualBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def through(
+    blocks: nn.ModuleList, x: Tensor, mask: Tensor | None = None, layout: Layout | None = None, read: Read = None
+) -> Tensor:
+    """`x` through all `blocks`, the last of which gives what is `read`; arguments as in ResidualBlock."""
+    for block in blocks:
+        x = block(x, mask, layout, read if block is blocks[-1] else None)
+    return x
+
+
 def _rows(x: Tensor, read: Read) -> Tensor:
     """The tokens of `x`, (T, D) or (B, L, ...), that are read."""
     if read is None:

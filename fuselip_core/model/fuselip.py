@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 
 from fuselip_core.errors import FuselipError
-from fuselip_core.model.blocks import Read, ResidualBlock
+from fuselip_core.model.blocks import Read, ResidualBlock, through
 from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.linear_cross_entropy import linear_cross_entropy
 from fuselip_core.model.packed import Layout
@@ -82,9 +82,7 @@ class Transformer(nn.Module):
         return checkpoint(self._blocks, *given, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def _blocks(self, x: Tensor, mask: Tensor | None, layout: Layout | None, read: Read) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, mask, layout, read if block is self.resblocks[-1] else None)
-        return x
+        return through(self.resblocks, x, mask, layout, read)
 
 
 class MaskPredictionHead(nn.Module):
@@ -265,9 +263,8 @@ class FuseLIPModel(StrictModel):
         """
         read = layout.pooled if hidden is None else torch.cat([layout.pooled, hidden])
         pooled, masked = self.packed_hidden_states(input_ids, layout, read).tensor_split([len(layout.pooled)])
-        return self._embeddings(pooled), None if labels is None else self._prediction_head().mean_loss(
-            masked, labels, padded
-        )
+        loss = None if labels is None else self._prediction_head().mean_loss(masked, labels, padded)
+        return self._embeddings(pooled), loss
 
     def embed_ids(self, input_ids: Tensor, normalize: bool = True, padded: bool | None = None) -> Tensor:
         """Joint ids (B, L) int64, padded with 0 → embeddings (B, W) float32; `padded` as in `hidden_states`."""

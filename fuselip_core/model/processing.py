@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 from fuselip_core.errors import FuselipError
-from fuselip_core.images import checked, to_pixels
+from fuselip_core.images import checked, squashed, to_pixels
 from fuselip_core.model.fuselip_config import FuseLIPConfig
 from fuselip_core.model.late_fusion import LateFusionConfig
 
@@ -41,12 +41,9 @@ class ImageProcessor:
         """One Pillow image → pixels (3, S, S) float32; raises FuselipError for what fuselip_core.images refuses."""
         if not isinstance(image, Image.Image):
             raise FuselipError(f"the image processor takes a Pillow image, not {type(image).__name__}; use Image.open")
-        image = checked(image)
-        if self.normalise:
-            squashed = np.array(image.resize((self.size, self.size), Image.Resampling.BICUBIC).convert("RGB"))
-        else:
-            squashed = to_pixels(image, self.size).copy()  # writable, as torch wants it
-        pixels = torch.from_numpy(squashed).permute(2, 0, 1).to(torch.float32).div(255.0)
+        small = (squashed if self.normalise else to_pixels)(checked(image), self.size)
+        # A copy, since torch wants it writable.
+        pixels = torch.from_numpy(small.copy()).permute(2, 0, 1).to(torch.float32).div(255.0)
         if self.normalise:
             mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
             pixels = (pixels - mean) / std

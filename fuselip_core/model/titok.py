@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fuselip_core.errors import FuselipError
 from fuselip_core.files import read_json, sha256_of, write_json
-from fuselip_core.model.blocks import ResidualBlock
+from fuselip_core.model.blocks import ResidualBlock, through
 from fuselip_core.model.weights import read_weights, refuse_misfits, refuse_non_finite, shapes
 
 VIT_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}  # width, layers, heads
@@ -98,13 +98,6 @@ def _initial(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * shape[-1] ** -0.5)
 
 
-def _through(blocks: nn.ModuleList, x: Tensor, read: slice) -> Tensor:
-    """Tokens (B, L, W) → what comes out of the last block at those that are read."""
-    for block in blocks[:-1]:
-        x = block(x)
-    return blocks[-1](x, read=read)
-
-
 class TiTokEncoder(nn.Module):
     """Patches and latent tokens through a vision transformer; what comes out at the latents goes to the codebook."""
 
@@ -131,7 +124,7 @@ class TiTokEncoder(nn.Module):
         patches = torch.cat([begin, patches], dim=1) + self.positional_embedding
         latents = (latent_tokens + self.latent_token_positional_embedding).expand(batch, -1, -1)
         x = self.ln_pre(torch.cat([patches, latents], dim=1))
-        x = self.ln_post(_through(self.transformer, x, slice(-kept, None)))
+        x = self.ln_post(through(self.transformer, x, read=slice(-kept, None)))
         x = x.reshape(batch, x.shape[-1], kept).transpose(1, 2) if self.config.legacy_layout else x
         # As a product and not as a convolution, which a GPU rounds to TF32: codes that are near would change places.
         return F.linear(x, self.conv_out.weight.flatten(1), self.conv_out.bias).transpose(1, 2)
@@ -214,7 +207,7 @@ class TiTokDecoder(nn.Module):
         begin = self.class_embedding.expand(batch, 1, -1)
         places = torch.cat([begin, places], dim=1) + self.positional_embedding
         x = self.ln_pre(torch.cat([places, latents], dim=1))
-        return self.ln_post(_through(self.transformer, x, slice(1, 1 + self.grid**2)))
+        return self.ln_post(through(self.transformer, x, read=slice(1, 1 + self.grid**2)))
 
     def forward(self, quantised: Tensor) -> Tensor:
         """Quantised latents (B, D, K) → pixels (B, 3, S, S), not clamped."""
